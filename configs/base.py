@@ -1,0 +1,60 @@
+"""Every field once, with one comment each. Other configs start from this one.
+
+`config.loss`, `config.optim` and `config.model` hold the fields of what is
+selected and no others; `configs/common.py` has their tables.
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.algo = "preference"  # preference or sft
+  c.loss = common.loss("dpo")  # the loss and its own fields
+  c.ref = "frozen"  # frozen: a copy of the initial policy; none: no reference
+  c.init_seed = 0  # of the random initial parameters
+  c.init_from = config_dict.placeholder(str)  # run folder to start from, or None
+  c.model = common.model("tiny")  # decoder shape, see models/config.py
+  c.tokenizer = "bytes"  # bytes, a Hugging Face name, or a local folder
+  c.head_chunk = config_dict.placeholder(int)  # scored positions per head chunk
+  c.optim = common.optim("rmsprop")  # the optimiser and its own fields
+  c.precision = "highest"  # of f32 matmuls: highest, high or default
+
+  c.data = d = config_dict.ConfigDict()
+  d.train = config_dict.placeholder(str)  # file or generated source
+  d.eval = config_dict.placeholder(str)  # held-out comparisons, or None
+  d.batch_size = 64  # examples per step
+  d.max_prompt_length = 256  # tokens, BOS included
+  d.max_completion_length = 256  # tokens, EOS included; longer ones are cut
+  d.long_prompt = "error"  # error, keep_end or keep_start
+  d.bad_records = "error"  # error at the first, or skip and count
+  d.packed = True  # several examples share a row
+  d.shared = True  # completions share one copy of the prompt
+  d.max_row_length = config_dict.placeholder(int)  # tokens in a packed row
+  d.max_shapes = 3  # compilations that batch shapes may cost
+  d.shape_multiple = 32  # T, S and E are multiples of this
+  d.seed = 0  # of the order of the data
+
+  c.train = t = config_dict.ConfigDict()
+  t.steps = config_dict.placeholder(int)  # updates, or None for train.epochs
+  t.epochs = 1.0  # passes over the data when train.steps is None
+  t.accumulation = 1  # microbatches per update
+  t.max_skipped = 10  # stop after so many non-finite updates in a row
+
+  c.mesh = m = config_dict.ConfigDict()
+  m.mode = "jit"  # jit over the mesh, or pmap (data parallelism only)
+  m.data = config_dict.placeholder(int)  # None: the devices the others leave
+  m.fsdp = 1  # splits parameters, and rows
+  m.tensor = 1  # splits heads, mlp and vocabulary
+  m.context = 1  # splits sequences; not built
+
+  c.checkpoint = config_dict.ConfigDict()
+  c.checkpoint.every = 500  # steps; the last is always saved
+  c.checkpoint.keep = 2  # newest ones kept
+  c.eval = config_dict.ConfigDict()
+  c.eval.every = 100  # steps; the last is always evaluated
+  c.log = config_dict.ConfigDict()
+  c.log.every = 10  # steps
+  return c

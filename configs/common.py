@@ -1,0 +1,91 @@
+"""Tables that configs select from. Imports no jax."""
+
+import dataclasses
+
+from ml_collections import config_dict
+
+from dpo_jax import lookup
+from dpo_jax.models import config as model_config
+
+# Each loss's own fields with its paper's defaults.
+LOSSES = {
+  "dpo": {"beta": 0.1, "label_smoothing": 0.0},
+  "ipo": {"beta": 0.1, "dialect": "paper"},
+  "hinge": {"beta": 0.1},
+  "sft": {},
+}
+
+# The constants of the DPO paper's appendix B, and of AdamW.
+OPTIMIZERS = {
+  "rmsprop": {"learning_rate": 1e-6, "decay": 0.99, "eps": 1e-8},
+  "adamw": {
+    "learning_rate": 1e-6,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+  },
+  "sgd": {"learning_rate": 1e-2},
+}
+
+
+def loss(name):
+  """config.loss for a loss."""
+  fields = lookup.lookup(LOSSES, name, "loss")
+  return config_dict.ConfigDict({"name": name, **fields})
+
+
+def optim(name):
+  """config.optim for an optimiser: the common fields and its own."""
+  fields = lookup.lookup(OPTIMIZERS, name, "optim")
+  o = config_dict.ConfigDict({"name": name, **fields})
+  o.warmup = 150  # steps of linear warm-up
+  o.schedule = "constant"  # after warm-up: constant, linear or cosine
+  o.clip_norm = config_dict.placeholder(float)  # global norm, None: no clipping
+  o.clip_norm = 10.0
+  o.freeze = ()  # path regexes of parameters that are not trained
+  return o
+
+
+def model(name):
+  """config.model for a preset of models/config.py."""
+  preset = lookup.lookup(model_config.PRESETS, name, "model")
+  fields = dataclasses.asdict(preset)
+  window = fields.pop("window")
+  m = config_dict.ConfigDict(fields)
+  m.window = config_dict.placeholder(int)
+  m.window = window
+  return m
+
+
+def parse_arg(arg, **defaults):
+  """Reads a config's argument, `smoke,loss=ipo`, over its defaults.
+
+  Args:
+    arg: what follows the colon in `--config file.py:arg`, or None.
+    **defaults: {name: default}; a bool may be given by its name alone.
+  Returns: ConfigDict of the defaults, overridden.
+  Raises: ValueError for an unknown name.
+  """
+  values = dict(defaults)
+  for part in filter(None, (arg or "").split(",")):
+    name, given, text = part.partition("=")
+    default = lookup.lookup(values, name, "argument of the config").__class__
+    lookup.lookup(defaults, name, "argument of the config")
+    if default is bool:
+      values[name] = not given or text.lower() in ("1", "true")
+    elif not given:
+      raise ValueError(f"argument {name!r} of the config needs a value: {name}=…")
+    else:
+      values[name] = default(text)
+  return config_dict.ConfigDict(values)
+
+
+def smoke(c):
+  """Shrinks a config to two steps of a micro model: seconds on one core."""
+  c.model = model("micro")
+  c.data.batch_size = 8
+  c.train.steps = 2
+  c.optim.warmup = 0
+  c.optim.learning_rate = 1e-3
+  return c

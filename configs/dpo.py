@@ -1,0 +1,28 @@
+"""DPO and its family on pairs of text.
+
+    python -m dpo_jax.cli train --config configs/dpo.py \\
+      --config.data.train=my.jsonl --workdir runs/mine
+
+`configs/dpo.py:loss=ipo` selects another loss with its own defaults,
+`:model=pythia-70m` another shape, `:smoke` two steps of a micro model on
+generated pairs. The optimiser's constants are the paper's (arXiv:2305.18290
+appendix B) but for the learning rate: the model here is small and starts from
+random parameters unless `--config.init_from` names a run folder, so the
+paper's 1e-6 would not move it. For a pre-trained model set
+`--config.optim.learning_rate=1e-6`.
+"""
+
+from configs import base, common
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, loss="dpo", model="tiny", smoke=False)
+  c = base.get_config()
+  c.loss = common.loss(arg.loss)
+  c.model = common.model(arg.model)
+  c.optim.learning_rate = 3e-4
+  c.optim.warmup = 10
+  if arg.smoke:
+    c = common.smoke(c)
+    c.data.train = c.data.eval = "toy"
+  return c

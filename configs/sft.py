@@ -1,0 +1,25 @@
+"""Supervised fine-tuning on the chosen completions, or on plain text.
+
+    python -m dpo_jax.cli train --config configs/sft.py \\
+      --config.data.train=my.jsonl --workdir runs/sft
+
+Its run folder is what `--config.init_from` of a DPO run takes. `:smoke` is two
+steps of a micro model on generated text.
+"""
+
+from configs import base, common
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, model="tiny", smoke=False)
+  c = base.get_config()
+  c.algo = "sft"
+  c.loss = common.loss("sft")
+  c.ref = "none"
+  c.model = common.model(arg.model)
+  c.optim.learning_rate = 1e-3
+  c.optim.warmup = 10
+  if arg.smoke:
+    c = common.smoke(c)
+    c.data.train = c.data.eval = "toy"
+  return c

@@ -1,0 +1,45 @@
+"""Every difference between JAX versions, in one place.
+
+Supported: Python 3.11 with jax 0.10, Python 3.12+ with jax 0.11 and 0.12. What
+differs between them, or has changed its default before, is spelled out here
+and nowhere else.
+"""
+
+import jax
+import numpy as np
+
+AxisType = jax.sharding.AxisType
+
+
+def make_mesh(devices, axis_sizes, axis_names):
+  """A mesh whose axes are all Auto.
+
+  `jax.make_mesh` defaults to Explicit axes and `jax.sharding.Mesh` to Auto, so
+  the type is always said.
+  """
+  devices = np.asarray(devices).reshape(axis_sizes)
+  auto = (AxisType.Auto,) * len(axis_names)
+  return jax.sharding.Mesh(devices, axis_names, axis_types=auto)
+
+
+def ambient_mesh():
+  """The mesh of `jax.set_mesh` if code here may still be partitioned.
+
+  Returns: an `AbstractMesh`, or None on one device, without a mesh, or inside
+    pmap and shard_map, where the axes are already manual.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    return None
+  return mesh
+
+
+def shard_map(fn, mesh, in_specs, out_specs):
+  """`jax.shard_map` without the check that outputs vary as they are declared.
+
+  The functions wrapped here are hand-differentiated: their collectives are
+  written out, so the check has nothing to add and would insert casts.
+  """
+  return jax.shard_map(
+    fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )

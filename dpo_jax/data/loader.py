@@ -1,0 +1,193 @@
+"""Batches by number: the whole state of the loader is one counter.
+
+Batch n holds examples n·B … (n+1)·B − 1 of the endless stream
+permutation(seed, 0), permutation(seed, 1), …; a batch may straddle two epochs.
+`Loader.batch(n)` is a pure function of n, so resuming is exact on any number
+of hosts.
+"""
+
+import functools
+import queue
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax.data import rows as rows_lib
+
+_SAMPLED_BATCHES = 1024  # batches whose sizes the planner looks at
+
+
+class Stats(NamedTuple):
+  """Host-side counts of one global batch.
+
+  Attributes:
+    examples, comparisons: weights above 0.
+    tokens: positions that hold a token.
+    scored: tokens with a log-prob.
+    visible: (query, key) pairs that causal attention needs.
+    fill: tokens / (R·T).
+  """
+
+  examples: int
+  comparisons: int
+  tokens: int
+  scored: int
+  visible: int
+  fill: float
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(size, seed, epoch):
+  if seed is None:
+    return np.arange(size)
+  return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def stream(start, count, size, seed):
+  """Example indices start … start + count − 1 of the endless stream.
+
+  Args:
+    start: global example counter.
+    count: how many.
+    size: examples per epoch.
+    seed: of the order; None keeps the order of the file.
+  Returns: i64[count].
+  """
+  counter = np.arange(start, start + count)
+  epochs = counter // size
+  return np.concatenate(
+    [
+      _permutation(size, seed, int(epoch))[counter[epochs == epoch] % size]
+      for epoch in np.unique(epochs)
+    ]
+  )
+
+
+class Loader:
+  """Examples in order, cut into batches of planned shapes.
+
+  Attributes:
+    size: examples per epoch.
+    steps: batches per epoch, the last one rounded up.
+    shapes: the planned shapes.
+    fill: expected tokens / positions over the sampled batches.
+  """
+
+  def __init__(self, examples, layout, *, batch_size, seed, budget, multiple):
+    """See `rows.Layout` and `rows.plan_shapes`.
+
+    Args:
+      examples: list of tokenize.Example.
+      layout: rows.Layout.
+      batch_size: examples per batch.
+      seed: of the order; None is one pass in file order, whose last batch may
+        hold fewer examples (evaluation).
+      budget, multiple: of the planner.
+    """
+    self._examples, self._layout = examples, layout
+    self._batch_size, self._seed, self._multiple = batch_size, seed, multiple
+    self.size = len(examples)
+    self.steps = -(-self.size // batch_size)
+    self._need = rows_lib.needs(examples, layout)
+    work = np.asarray([_work(e, layout) for e in examples])
+    self._tokens, self._visible = work[:, 0], work[:, 1]
+    sampled = range(min(self.steps, _SAMPLED_BATCHES))
+    assigned = [self._assign(n) for n in sampled]
+    needed = [rows_lib.needed_shape(self._need, rows) for rows in assigned]
+    self.shapes = rows_lib.plan_shapes(
+      list(needed), layout, budget=budget, multiple=multiple
+    )
+    used = [self._shape(shape) for shape in needed]
+    tokens = sum(int(self._tokens[sum(rows, [])].sum()) for rows in assigned)
+    self.fill = tokens / sum(s.rows * s.length for s in used)
+
+  def indices(self, number):
+    """Example indices of batch `number`."""
+    start, count = number * self._batch_size, self._batch_size
+    if self._seed is None:
+      count = min(count, self.size - start)
+    return stream(start, count, self.size, self._seed)
+
+  def batch(self, number, row_slice=None):
+    """Batch `number` as (dict of numpy arrays, Stats).
+
+    Args:
+      number: from 0.
+      row_slice: function R -> slice of the rows this process builds; None
+        builds all.
+    """
+    rows = self._assign(number)
+    shape = self._shape(rows_lib.needed_shape(self._need, rows))
+    everything = np.asarray(sum(rows, []))
+    tokens = int(self._tokens[everything].sum())
+    stats = Stats(
+      examples=len(everything),
+      comparisons=int(self._need.pairs[everything].sum()),
+      tokens=tokens,
+      scored=int(self._need.scored[everything].sum()),
+      visible=int(self._visible[everything].sum()),
+      fill=tokens / (shape.rows * shape.length),
+    )
+    if row_slice is not None:
+      rows = rows[row_slice(len(rows))]
+    rows = [[self._examples[i] for i in row] for row in rows]
+    return rows_lib.build(rows, shape, self._layout), stats
+
+  def _assign(self, number):
+    """Rows of batch `number`, each a list of example indices."""
+    indices = self.indices(number)
+    rows = rows_lib.assign(self._need.length[indices], self._layout)
+    return [[int(indices[i]) for i in row] for row in rows]
+
+  def _shape(self, needed):
+    shape = rows_lib.fit_shape(
+      needed, self.shapes, self._layout, self._multiple
+    )
+    if shape not in self.shapes:
+      self.shapes.append(shape)
+    return shape
+
+
+def _work(example, layout):
+  """Tokens of an example, and (query, key) pairs of its causal attention."""
+  n = len(example.prompt)
+  lengths = [len(c) for c in example.completions]
+  prompts = 1 if layout.shared else len(lengths)
+  inside = sum(m * (m + 1) // 2 + m * n for m in lengths)
+  return prompts * n + sum(lengths), prompts * (n * (n + 1) // 2) + inside
+
+
+def prefetch(fn, numbers, depth=2):
+  """Yields fn(n) for n in `numbers`, prepared by a background thread."""
+  results = queue.Queue(maxsize=depth)
+  stopped = threading.Event()
+
+  def put(item):
+    while not stopped.is_set():
+      try:
+        return results.put(item, timeout=0.1)
+      except queue.Full:
+        continue
+
+  def work():
+    try:
+      for number in numbers:
+        put((fn(number), None))
+        if stopped.is_set():
+          return
+      put((None, StopIteration()))
+    except Exception as error:  # noqa: BLE001 - raised again by the consumer
+      put((None, error))
+
+  threading.Thread(target=work, daemon=True).start()
+  try:
+    while True:
+      value, error = results.get()
+      if isinstance(error, StopIteration):
+        return
+      if error is not None:
+        raise error
+      yield value
+  finally:
+    stopped.set()

@@ -1,0 +1,313 @@
+"""Rows of prompt trees: the one batch layout, its planner and its builder.
+
+An example is a prompt with up to C completions; a row has T positions and
+holds up to P examples. Inside an example: prompt, completion 1, completion 2,
+… Pair data: completion 1 is chosen, 2 rejected, always.
+
+    tokens              i32[R, T]     token ids
+    positions           i32[R, T]     restart at each example; every completion
+                                      continues from the prompt's end
+    segment_ids         i32[R, T]     1..P example in this row, 0 padding
+    branch_ids          i32[R, T]     0 prompt, 1..C completion
+    example_index       i32[R, P, E]  row positions of example p; T = padding
+    target_index        i32[R, S]     position of a scored token
+    source_index        i32[R, S]     position that predicts it: its predecessor
+                                      in the branch, or the prompt's last token
+    target_slot         i32[R, S]     p·C + c; P·C = padding
+    pairs               i32[R, Q, 2]  slots (winner, loser) of each comparison
+    weights             f32[R, Q]     1 for a comparison, 0 for padding
+    completion_weights  f32[R, P, C]  1 for a completion, 0 for padding
+    example_id, source  i32[R, P]     identity; which data set
+
+Without prompt sharing the layout is the same with no branch 0: each branch
+repeats the prompt. The shift by one lives in `source_index` and nowhere else.
+"""
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Shape(NamedTuple):
+  """The static sizes of a batch; one compilation each.
+
+  Attributes:
+    rows, length, scored: R, T, S.
+    per_row, completions, tile, pairs: P, C, E, Q.
+  """
+
+  rows: int
+  length: int
+  scored: int
+  per_row: int
+  completions: int
+  tile: int
+  pairs: int
+
+  def fits(self, other):
+    """Whether a batch that needs `other` fits into this shape."""
+    return all(a >= b for a, b in zip(self, other, strict=True))
+
+
+class Layout(NamedTuple):
+  """How examples become rows.
+
+  Attributes:
+    packed: several examples share a row; else each has its own.
+    shared: completions share one copy of the prompt; else each repeats it.
+    row_multiple: R is a multiple of this (data × fsdp × accumulation).
+    max_row_length: packed rows are not made longer than this, unless one
+      example is; None packs into the fewest rows.
+  """
+
+  packed: bool
+  shared: bool
+  row_multiple: int
+  max_row_length: int | None
+
+
+class Need(NamedTuple):
+  """What each of N examples occupies, as i64[N]."""
+
+  length: np.ndarray
+  scored: np.ndarray
+  completions: np.ndarray
+  pairs: np.ndarray
+
+
+def needs(examples, layout):
+  """The Need of examples under a layout."""
+  length = []
+  for e in examples:
+    sizes = [len(c) for c in e.completions]
+    if layout.shared:
+      length.append(len(e.prompt) + sum(sizes))
+    elif layout.packed:
+      length.append(len(e.prompt) * len(sizes) + sum(sizes))
+    else:  # equal branches, so that a row reshapes to [C, T / C]
+      length.append(len(sizes) * (len(e.prompt) + max(sizes)))
+  scored = [sum(map(len, e.completions)) for e in examples]
+  completions = [len(e.completions) for e in examples]
+  pairs = [len(e.pairs) for e in examples]
+  return Need(*(np.asarray(x) for x in (length, scored, completions, pairs)))
+
+
+def assign(lengths, layout):
+  """Spreads the examples of one batch over rows.
+
+  Longest first, each to the row that is emptiest so far. A pure function of
+  the lengths, so every process finds the same rows.
+
+  Args:
+    lengths: positions each example needs.
+    layout: Layout.
+  Returns: list of R lists of indices into `lengths`, each in rising order.
+  """
+  multiple = layout.row_multiple
+  if not layout.packed:
+    rows = -(-len(lengths) // multiple) * multiple
+    return [[i] if i < len(lengths) else [] for i in range(rows)]
+  count = multiple
+  while True:
+    heap = [(0, row) for row in range(count)]
+    rows = [[] for _ in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+      load, row = heap[0]
+      heapq.heapreplace(heap, (load + int(lengths[i]), row))
+      rows[row].append(i)
+    limit = layout.max_row_length
+    if limit is None or max(heap)[0] <= max(limit, int(max(lengths))):
+      return [sorted(row) for row in rows]
+    count += multiple
+
+
+def needed_shape(need, rows):
+  """The smallest Shape that holds these rows."""
+
+  def largest(values):
+    return max((int(values[row].sum()) for row in rows if row), default=0)
+
+  everything = [i for row in rows for i in row]
+  completions = int(need.completions[everything].max())
+  per_row = max(map(len, rows))
+  most_pairs = int(need.pairs[everything].max())
+  return Shape(
+    rows=len(rows),
+    length=largest(need.length),
+    scored=largest(need.scored),
+    per_row=per_row,
+    completions=completions,
+    tile=int(need.length[everything].max()),
+    pairs=per_row * most_pairs,
+  )
+
+
+def round_up(x, multiple):
+  return -(-x // multiple) * multiple
+
+
+def _rounded(shape, multiple, packed, shared):
+  """Sizes up to a multiple, so that near-equal batches share a shape."""
+  parts = shape.completions if not (packed or shared) else 1
+  return shape._replace(
+    length=round_up(shape.length, multiple * parts),
+    scored=round_up(shape.scored, multiple),
+    tile=min(
+      round_up(shape.tile, multiple), round_up(shape.length, multiple * parts)
+    ),
+  )
+
+
+def plan_shapes(needed, layout, *, budget, multiple):
+  """Chooses at most `budget` shapes for batches that need these.
+
+  Sorts by R·T and cuts the order into groups, each with the largest sizes of
+  its members, so that the padded positions Σ R·T are fewest (exact, by dynamic
+  programming over the distinct sizes).
+
+  Args:
+    needed: Shape of each sampled batch.
+    layout: Layout.
+    budget: compilations allowed, ≥ 1.
+    multiple: T, S and E are multiples of this.
+  Returns: list of Shape, smallest first.
+  """
+  needed = [_rounded(s, multiple, layout.packed, layout.shared) for s in needed]
+  needed.sort(key=lambda s: (s.rows * s.length, s))
+  sizes, counts = np.unique(
+    [s.rows * s.length for s in needed], return_counts=True
+  )
+  if len(sizes) > 256:  # keep the search small: quantiles of the sizes
+    sizes = np.unique(np.quantile(sizes, np.linspace(0, 1, 256), method="higher"))
+    edges = np.searchsorted(sizes, [s.rows * s.length for s in needed])
+    counts = np.bincount(edges, minlength=len(sizes))
+  before = np.concatenate([[0], np.cumsum(counts)])
+  cost = np.full((budget + 1, len(sizes) + 1), np.inf)
+  cut = np.zeros((budget + 1, len(sizes) + 1), int)
+  cost[:, 0] = 0
+  for k in range(1, budget + 1):
+    for end in range(1, len(sizes) + 1):
+      group = (before[end] - before[:end]) * sizes[end - 1]
+      total = cost[k - 1, :end] + group
+      cut[k, end] = int(np.argmin(total))
+      cost[k, end] = total[cut[k, end]]
+  tops, end, k = [], len(sizes), budget
+  while end > 0:
+    tops.append(sizes[end - 1])
+    end, k = cut[k, end], k - 1
+  shapes, start = [], 0
+  for top in reversed(tops):
+    stop = start
+    while stop < len(needed) and needed[stop].rows * needed[stop].length <= top:
+      stop += 1
+    group = needed[start:stop]
+    shapes.append(Shape(*(max(values) for values in zip(*group, strict=True))))
+    start = stop
+  return shapes
+
+
+def fit_shape(needed, shapes, layout, multiple):
+  """The smallest planned shape that holds `needed`, or a new one."""
+  for shape in shapes:
+    if shape.fits(needed) and shape.rows == needed.rows:
+      return shape
+  rounded = _rounded(needed, multiple, layout.packed, layout.shared)
+  same = [s for s in shapes if s.rows == needed.rows]
+  return Shape(*(max(v) for v in zip(rounded, *same, strict=True)))
+
+
+def _branches(example, shared, stride):
+  """An example as arrays of its own positions, from 0.
+
+  Args:
+    example: tokenize.Example.
+    shared: one prompt for all branches, or one each.
+    stride: start of branch c is c · stride; None places them end to end.
+  Returns: (offset, tokens, positions, branch) per position, and
+    (target, source, completion) per scored token, as arrays.
+  """
+  at, tokens, positions, branch = [], [], [], []
+  target, source, completion = [], [], []
+  prompt = example.prompt
+  cursor = 0
+
+  def place(ids, first_position, branch_id):
+    nonlocal cursor
+    at.extend(range(cursor, cursor + len(ids)))
+    tokens.extend(ids)
+    positions.extend(range(first_position, first_position + len(ids)))
+    branch.extend([branch_id] * len(ids))
+    cursor += len(ids)
+
+  if shared:
+    place(prompt, 0, 0)
+  for c, ids in enumerate(example.completions):
+    if not shared:
+      cursor = cursor if stride is None else c * stride
+      place(prompt, 0, c + 1)
+    last = len(prompt) - 1 if shared else cursor - 1
+    target.extend(range(cursor, cursor + len(ids)))
+    source.extend([last, *range(cursor, cursor + len(ids) - 1)])
+    completion.extend([c] * len(ids))
+    place(ids, len(prompt), c + 1)
+  per_position = (at, tokens, positions, branch)
+  per_target = (target, source, completion)
+  return [np.asarray(x) for x in per_position + per_target]
+
+
+def build(rows, shape, layout):
+  """The batch of rows of examples, as a dict of numpy arrays.
+
+  Args:
+    rows: list of lists of tokenize.Example; may be a slice of all R rows.
+    shape: Shape.
+    layout: Layout.
+  Returns: the arrays of the module docstring, with len(rows) for R.
+  """
+  R, T, S, P = len(rows), shape.length, shape.scored, shape.per_row
+  C, E, Q = shape.completions, shape.tile, shape.pairs
+  batch = {
+    "tokens": np.zeros((R, T), np.int32),
+    "positions": np.zeros((R, T), np.int32),
+    "segment_ids": np.zeros((R, T), np.int32),
+    "branch_ids": np.zeros((R, T), np.int32),
+    "example_index": np.full((R, P, E), T, np.int32),
+    "target_index": np.zeros((R, S), np.int32),
+    "source_index": np.zeros((R, S), np.int32),
+    "target_slot": np.full((R, S), P * C, np.int32),
+    "pairs": np.zeros((R, Q, 2), np.int32),
+    "weights": np.zeros((R, Q), np.float32),
+    "completion_weights": np.zeros((R, P, C), np.float32),
+    "example_id": np.zeros((R, P), np.int32),
+    "source": np.zeros((R, P), np.int32),
+  }
+  stride = None
+  if not (layout.packed or layout.shared):
+    stride = T // C
+  for r, row in enumerate(rows):
+    start = scored = compared = 0
+    for p, example in enumerate(row):
+      at, tokens, positions, branch, target, source, completion = _branches(
+        example, layout.shared, stride
+      )
+      at = at + start
+      batch["tokens"][r, at] = tokens
+      batch["positions"][r, at] = positions
+      batch["segment_ids"][r, at] = p + 1
+      batch["branch_ids"][r, at] = branch
+      batch["example_index"][r, p, : len(at)] = at
+      here = slice(scored, scored + len(target))
+      batch["target_index"][r, here] = target + start
+      batch["source_index"][r, here] = source + start
+      batch["target_slot"][r, here] = p * C + completion
+      for winner, loser, weight in example.pairs:
+        batch["pairs"][r, compared] = p * C + winner, p * C + loser
+        batch["weights"][r, compared] = weight
+        compared += 1
+      batch["completion_weights"][r, p, : len(example.completions)] = 1
+      batch["example_id"][r, p] = example.example_id
+      batch["source"][r, p] = example.source
+      start = int(at[-1]) + 1
+      scored += len(target)
+  return batch

@@ -1,0 +1,186 @@
+"""Text to token ids: one BOS, one scored EOS, a boundary that never merges.
+
+The prompt is encoded alone, so every completion shares its ids. Prompt and
+completion are also encoded as one text; where that begins with the prompt's
+ids, the rest is the completion, else a token straddles the boundary and the
+completion is encoded alone (counted as "boundary merge").
+"""
+
+import collections
+from collections.abc import Callable
+from typing import NamedTuple
+
+from etils import epath
+
+from dpo_jax import lookup
+from dpo_jax.data import sources
+
+
+class Tokenizer(NamedTuple):
+  """What the project needs of a tokenizer.
+
+  Attributes:
+    encode: list[str] -> list[list[int]], without special tokens.
+    decode: list[int] -> str, special tokens left out.
+    vocab_size: ids are below this.
+    bos_id: put at position 0, or None.
+    eos_id: ends every completion that was not cut.
+  """
+
+  encode: Callable
+  decode: Callable
+  vocab_size: int
+  bos_id: int | None
+  eos_id: int
+
+
+class Example(NamedTuple):
+  """A prompt with completions, in token ids.
+
+  Attributes:
+    example_id: identity for randomness and logs: the record's number.
+    source: which data set of a mixture.
+    prompt: ids, never empty.
+    completions: ids of each, never empty; all are scored.
+    pairs: (winner, loser, weight).
+  """
+
+  example_id: int
+  source: int
+  prompt: list[int]
+  completions: tuple[list[int], ...]
+  pairs: tuple[tuple[int, int, float], ...]
+
+
+def load(name):
+  """The tokenizer `bytes`, or a Hugging Face one by hub name or local folder.
+
+  Raises: ValueError saying what was tried.
+  """
+  if name == "bytes":
+    return Tokenizer(
+      encode=lambda texts: [list(text.encode("utf-8")) for text in texts],
+      decode=lambda ids: bytes(i for i in ids if i < 256).decode(
+        "utf-8", errors="replace"
+      ),
+      vocab_size=257,
+      bos_id=None,
+      eos_id=256,
+    )
+  import transformers  # noqa: PLC0415 - takes seconds, and only this needs it
+
+  try:
+    hf = transformers.AutoTokenizer.from_pretrained(name)
+  except (OSError, ValueError) as error:
+    where = "folder" if epath.Path(name).exists() else "hub name"
+    raise ValueError(
+      f"tokenizer = {name!r} cannot be loaded as a {where}: {error}. Use "
+      "'bytes', a Hugging Face name, or a folder with tokenizer.json and "
+      "tokenizer_config.json"
+    ) from error
+  if hf.eos_token_id is None:
+    raise ValueError(
+      f"tokenizer = {name!r} names no eos_token; add it to the folder's "
+      "tokenizer_config.json"
+    )
+  return Tokenizer(
+    encode=lambda texts: (
+      hf(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ),
+    decode=lambda ids: hf.decode(ids, skip_special_tokens=True),
+    vocab_size=len(hf),
+    bos_id=hf.bos_token_id,
+    eos_id=hf.eos_token_id,
+  )
+
+
+_ANCHOR = "\n"
+
+
+def _encode_alone(tokenizer, text):
+  """Ids of a text that continues another: no prefix space is invented."""
+  anchor, anchored = tokenizer.encode([_ANCHOR, _ANCHOR + text])
+  if anchored[: len(anchor)] == anchor:
+    return anchored[len(anchor) :]
+  return tokenizer.encode([text])[0]
+
+
+def encode(records, tokenizer, options, policy):
+  """Encodes records, dropping or refusing what cannot be used.
+
+  Args:
+    records: list of sources.Record.
+    tokenizer: Tokenizer.
+    options: config.data; reads max_prompt_length, max_completion_length (both
+      in tokens, BOS and EOS counted) and long_prompt.
+    policy: sources.Policy for bad records.
+  Returns: (list of Example, Counter of what was changed on the way).
+  """
+  lookup.lookup(
+    ("error", "keep_end", "keep_start"), options.long_prompt, "data.long_prompt"
+  )
+  prompts = tokenizer.encode([r.prompt for r in records])
+  joined = iter(
+    tokenizer.encode([r.prompt + c for r in records for c in r.completions])
+  )
+  examples, changed = [], collections.Counter()
+  for number, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
+    completions = []
+    for text in record.completions:
+      ids = next(joined)
+      if ids[: len(prompt)] == prompt:
+        ids = ids[len(prompt) :]
+      else:
+        ids = _encode_alone(tokenizer, text)
+        changed["boundary merge"] += 1
+      completions.append(_end(ids, tokenizer.eos_id, options, changed))
+    try:
+      prompt = _begin(prompt, tokenizer, options, record.origin, changed)
+      _check_pairs(completions, record)
+    except sources.BadRecord as error:
+      policy.bad(error)
+      continue
+    pairs = tuple((w, l, 1.0) for w, l in record.pairs)
+    examples.append(Example(number, 0, prompt, tuple(completions), pairs))
+  if not examples:
+    raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
+  return examples, changed
+
+
+def _begin(prompt, tokenizer, options, origin, changed):
+  """The prompt with its BOS, within data.max_prompt_length."""
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  room = options.max_prompt_length - len(bos)
+  if len(prompt) > room:
+    if options.long_prompt == "error":
+      raise sources.BadRecord(
+        "long prompt",
+        f"{origin}: field 'prompt' has {len(prompt) + len(bos)} tokens, more "
+        f"than data.max_prompt_length = {options.max_prompt_length}; raise it, "
+        "or set data.long_prompt to 'keep_end' or 'keep_start'",
+      )
+    changed["prompt cut"] += 1
+    end = options.long_prompt == "keep_end"
+    prompt = prompt[len(prompt) - room :] if end else prompt[:room]
+  return bos + prompt or [tokenizer.eos_id]
+
+
+def _end(ids, eos_id, options, changed):
+  """The completion with exactly one EOS, or cut and without one."""
+  while ids and ids[-1] == eos_id:
+    ids = ids[:-1]
+  ids = [*ids, eos_id]
+  if len(ids) > options.max_completion_length:
+    changed["completion cut"] += 1
+    ids = ids[: options.max_completion_length]
+  return ids
+
+
+def _check_pairs(completions, record):
+  for winner, loser in record.pairs:
+    if completions[winner] == completions[loser]:
+      raise sources.BadRecord(
+        "identical pair",
+        f"{record.origin}: completions {winner} and {loser} have the same "
+        "tokens once cut to data.max_completion_length; raise it",
+      )

@@ -1,0 +1,127 @@
+"""Sampling with a key-value cache: temperature, top-p, stop at EOS.
+
+Jitted by the caller once per (batch size, prompt length, new tokens); the
+temperature and top-p are traced.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_HIDDEN = -1e30
+
+
+class Samples(NamedTuple):
+  """Continuations.
+
+  Attributes:
+    tokens: i32[B, N]; after the end, `eos_id`.
+    lengths: i32[B], tokens drawn including the EOS.
+    finished: bool[B], whether EOS was drawn.
+    logps: f32[B, N] nats of each token under the model at temperature 1; 0
+      after the end.
+  """
+
+  tokens: jax.Array
+  lengths: jax.Array
+  finished: jax.Array
+  logps: jax.Array
+
+
+def nucleus(logits, top_p):
+  """Hides all but the smallest set of tokens whose probability reaches top_p.
+
+  The most likely token always stays. `top_p` may be traced; 1 keeps all.
+  """
+  order = jnp.argsort(-logits, axis=-1)
+  ranked = jnp.take_along_axis(logits, order, axis=-1)
+  probs = jax.nn.softmax(ranked, axis=-1)
+  before = jnp.cumsum(probs, axis=-1) - probs
+  ranked = jnp.where((before < top_p) | (top_p >= 1), ranked, _HIDDEN)
+  back = jnp.argsort(order, axis=-1)
+  return jnp.take_along_axis(ranked, back, axis=-1)
+
+
+def _draw(logits, rngs, step, temperature, top_p):
+  """(token, its log-prob at temperature 1); temperature 0 is greedy."""
+  scaled = logits / jnp.maximum(temperature, 1e-6)
+  keys = jax.vmap(jax.random.fold_in, (0, None))(rngs, step)
+  drawn = jax.vmap(jax.random.categorical)(keys, nucleus(scaled, top_p))
+  greedy = jnp.argmax(logits, axis=-1)
+  token = jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+  logps = jax.nn.log_softmax(logits, axis=-1)
+  return token, jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]
+
+
+def sample(
+  model,
+  params,
+  prompts,
+  prompt_lengths,
+  example_ids,
+  rng,
+  *,
+  max_new_tokens,
+  temperature,
+  top_p,
+  eos_id,
+):
+  """Draws one continuation per prompt.
+
+  A continuation depends on its prompt, its example id and `rng`, not on the
+  batch it is drawn in.
+
+  Args:
+    model: transformer.Model.
+    params: its parameters.
+    prompts: i32[B, T], padded on the right.
+    prompt_lengths: i32[B], at least 1.
+    example_ids: i32[B], folded into `rng`.
+    rng: typed PRNG key.
+    max_new_tokens: N, static.
+    temperature: ≥ 0; 0 takes the most likely token.
+    top_p: in (0, 1].
+    eos_id: i32, or None to never stop; static.
+  Returns: Samples.
+  """
+  batch, length = prompts.shape
+  rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, example_ids)
+  cache = model.init_cache(batch, length + max_new_tokens)
+  positions = jnp.broadcast_to(jnp.arange(length), prompts.shape)
+  inside = positions < prompt_lengths[:, None]
+  logits, cache = model.decode(
+    params, jnp.where(inside, prompts, 0), positions, cache
+  )
+  last = jnp.take_along_axis(
+    logits, (prompt_lengths - 1)[:, None, None], axis=1
+  )[:, 0]
+  fill = 0 if eos_id is None else eos_id
+  out = Samples(
+    jnp.full((batch, max_new_tokens), fill, jnp.int32),
+    jnp.zeros(batch, jnp.int32),
+    jnp.zeros(batch, bool),
+    jnp.zeros((batch, max_new_tokens), jnp.float32),
+  )
+
+  def going(carry):
+    step, _, _, out = carry
+    return (step < max_new_tokens) & ~jnp.all(out.finished)
+
+  def body(carry):
+    step, logits, cache, out = carry
+    token, logp = _draw(logits, rngs, step, temperature, top_p)
+    live = ~out.finished
+    token = jnp.where(live, token, fill)
+    ended = jnp.zeros(batch, bool) if eos_id is None else token == eos_id
+    out = Samples(
+      out.tokens.at[:, step].set(token),
+      out.lengths + live,
+      out.finished | (live & ended),
+      out.logps.at[:, step].set(jnp.where(live, logp, 0.0)),
+    )
+    positions = (prompt_lengths + step)[:, None]
+    logits, cache = model.decode(params, token[:, None], positions, cache)
+    return step + 1, logits[:, 0], cache, out
+
+  return jax.lax.while_loop(going, body, (0, last, cache, out))[3]

@@ -1,0 +1,266 @@
+"""Log-probabilities of the scored tokens, and their sums per completion.
+
+The head runs on scored positions only, in chunks along S per row, so no array
+of size T·V exists. With a mesh the whole op is one shard_map: rows over
+("data", "fsdp"), vocabulary over "tensor", the head gathered once before the
+loop, its gradient accumulated locally and summed once after it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax import compat
+from dpo_jax.ops import attention, reduce
+
+_HIDDEN = -1e30  # logit of a column that pads the vocabulary
+
+
+@flax.struct.dataclass
+class Head:
+  """The output layer: logits = softcap(scale · (h @ kernel + bias)).
+
+  Attributes:
+    kernel: [D, V].
+    bias: [V] or None.
+    vocab_size: real tokens; columns from here on only pad V.
+    softcap: c in c·tanh(logits / c), or None.
+    scale: factor on the logits, or None.
+  """
+
+  kernel: jax.Array
+  bias: jax.Array | None
+  vocab_size: int = flax.struct.field(pytree_node=False)
+  softcap: float | None = flax.struct.field(pytree_node=False, default=None)
+  scale: float | None = flax.struct.field(pytree_node=False, default=None)
+
+
+class _Static(NamedTuple):
+  chunk: int | None
+  vocab_size: int
+  softcap: float | None
+  scale: float | None
+
+
+def logits(hidden, head):
+  """f32[..., V] logits of hidden [..., D]; padded columns are −1e30."""
+  static = _Static(None, head.vocab_size, head.softcap, head.scale)
+  return _logits(static, None, hidden, head.kernel, head.bias)
+
+
+def token_logps(hidden, head, source_index, targets, mask, *, chunk):
+  """log p(target) from the hidden state that predicts it.
+
+      logps[r, s] = log softmax(logits(hidden[r, source_index[r, s]]))[target]
+
+  Args:
+    hidden: [R, T, D] final hidden states, f32 or bf16.
+    head: the output layer.
+    source_index: i32[R, S] row positions.
+    targets: i32[R, S] token ids.
+    mask: bool[R, S]; where False the result is 0 and nothing is differentiated.
+    chunk: scored positions of a row per step of the loop, whose logits are
+      recomputed in the backward pass; None does all at once and stores them.
+  Returns: f32[R, S] in nats.
+  """
+  static = _Static(chunk, head.vocab_size, head.softcap, head.scale)
+  logps = _token_logps(
+    static,
+    hidden,
+    head.kernel,
+    head.bias,
+    jnp.where(mask, source_index, 0),
+    jnp.where(mask, targets, 0),
+  )
+  return jnp.where(mask, logps, 0.0)
+
+
+def completion_logps(token_logps, target_slot, slots):
+  """Sums token log-probs by completion.
+
+  A compare-and-sum rather than a scatter: deterministic on every platform.
+
+  Args:
+    token_logps: f32[R, S] in nats.
+    target_slot: i32[R, S], p·C + c; out of range for padding.
+    slots: P·C.
+  Returns: f32[R, slots].
+  """
+  member = target_slot[..., None] == jnp.arange(slots)
+  return jnp.sum(jnp.where(member, token_logps[..., None], 0.0), axis=1)
+
+
+def select(values, index):
+  """values[r, index[r, ...]] of f32[R, N] by compare-and-sum."""
+  member = index[..., None] == jnp.arange(values.shape[1])
+  values = values.reshape(
+    values.shape[0], *(1,) * (index.ndim - 1), values.shape[1]
+  )
+  return jnp.sum(jnp.where(member, values, 0.0), axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logps(static, hidden, kernel, bias, source, targets):
+  return _fwd(static, hidden, kernel, bias, source, targets)[0]
+
+
+def _fwd(static, hidden, kernel, bias, source, targets):
+  forward = _sharded(
+    functools.partial(_forward, static),
+    (P(reduce.ROWS), P(None, reduce.TENSOR), P(reduce.TENSOR))
+    + (P(reduce.ROWS),) * 2,
+    (P(reduce.ROWS), P(reduce.ROWS), P(reduce.ROWS, None, reduce.TENSOR)),
+  )
+  logps, lse, stored = forward(hidden, kernel, bias, source, targets)
+  return logps, (hidden, kernel, bias, source, targets, lse, stored)
+
+
+def _bwd(static, residual, grad):
+  rows, vocab = P(reduce.ROWS), P(None, reduce.TENSOR)
+  backward = _sharded(
+    functools.partial(_backward, static),
+    (rows, vocab, P(reduce.TENSOR), rows, rows, rows)
+    + (P(reduce.ROWS, None, reduce.TENSOR), rows),
+    (rows, vocab, P(reduce.TENSOR)),
+  )
+  hidden, kernel, bias = backward(*residual, grad)
+  return hidden, kernel, bias, None, None
+
+
+_token_logps.defvjp(_fwd, _bwd)
+
+
+def _sharded(fn, in_specs, out_specs):
+  """`fn(on_mesh, ...)` under shard_map, or plain where there is no mesh."""
+  mesh = compat.ambient_mesh()
+  if mesh is None:
+    return functools.partial(fn, False)
+  return compat.shard_map(
+    functools.partial(fn, True), mesh, in_specs, out_specs
+  )
+
+
+def _columns(on_mesh, width):
+  """Vocabulary ids of the local columns."""
+  start = jax.lax.axis_index(reduce.TENSOR) * width if on_mesh else 0
+  return start + jnp.arange(width)
+
+
+def _logits(static, columns, hidden, kernel, bias):
+  out = jnp.einsum(
+    "...d,dv->...v",
+    hidden,
+    kernel.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  if bias is not None:
+    out += bias.astype(jnp.float32)
+  if static.scale is not None:
+    out *= static.scale
+  if static.softcap is not None:
+    out = static.softcap * jnp.tanh(out / static.softcap)
+  if columns is None:
+    columns = jnp.arange(kernel.shape[1])
+  return jnp.where(columns < static.vocab_size, out, _HIDDEN)
+
+
+def _chunks(chunk, *arrays):
+  """[R, S] arrays as [n, R, chunk], padded with 0; n = 1 without a chunk."""
+  length = arrays[0].shape[1]
+  chunk = length if chunk is None else min(chunk, length)
+  count = -(-length // chunk)
+  pad = ((0, 0), (0, count * chunk - length))
+  return tuple(
+    jnp.pad(x, pad).reshape(x.shape[0], count, chunk).swapaxes(0, 1)
+    for x in arrays
+  )
+
+
+def _unchunk(x, length):
+  """[n, R, chunk, ...] back to [R, S, ...]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _forward(static, on_mesh, hidden, kernel, bias, source, targets):
+  """Local rows and columns: (logps [R, S], log Σ exp [R, S], logits | None)."""
+  columns = _columns(on_mesh, kernel.shape[1])
+
+  def body(_, xs):
+    source, targets = xs
+    h = attention.take_rows(hidden, source)
+    out = _logits(static, columns, h, kernel, bias)
+    top = jnp.max(out, axis=-1)
+    total = jnp.sum(jnp.exp(out - top[..., None]), axis=-1)
+    hit = columns == targets[..., None]
+    target = jnp.sum(jnp.where(hit, out, 0.0), axis=-1)
+    stored = out if static.chunk is None else None
+    return None, (top, total, target, stored)
+
+  chunks = _chunks(static.chunk, source, targets)
+  _, (top, total, target, stored) = jax.lax.scan(body, None, chunks)
+  length = source.shape[1]
+  top, total, target = (_unchunk(x, length) for x in (top, total, target))
+  if on_mesh:
+    highest = jax.lax.pmax(top, reduce.TENSOR)
+    total *= jnp.exp(top - highest)
+    total, target = jax.lax.psum((total, target), reduce.TENSOR)
+    top = highest
+  lse = top + jnp.log(total)
+  if stored is not None:
+    stored = _unchunk(stored, length)
+  return target - lse, lse, stored
+
+
+def _backward(
+  static, on_mesh, hidden, kernel, bias, source, targets, lse, stored, grad
+):
+  """Gradients of Σ grad · logps for hidden, kernel and bias."""
+  columns = _columns(on_mesh, kernel.shape[1])
+  weights = kernel.astype(hidden.dtype)
+
+  def body(carry, xs):
+    d_kernel, d_bias = carry
+    source, targets, lse, grad = xs
+    h = attention.take_rows(hidden, source)
+    if stored is None:
+      out = _logits(static, columns, h, kernel, bias)
+    else:
+      out = stored
+    hit = columns == targets[..., None]
+    d_out = grad[..., None] * (hit - jnp.exp(out - lse[..., None]))
+    if static.softcap is not None:
+      inside = jnp.where(columns < static.vocab_size, out / static.softcap, 1.0)
+      d_out *= 1 - jnp.square(inside)
+    if static.scale is not None:
+      d_out *= static.scale
+    if bias is not None:
+      d_bias += jnp.sum(d_out, axis=(0, 1))
+    d_out = d_out.astype(hidden.dtype)
+    d_kernel += jnp.einsum(
+      "rsd,rsv->dv", h, d_out, preferred_element_type=jnp.float32
+    )
+    d_h = jnp.einsum(
+      "rsv,dv->rsd", d_out, weights, preferred_element_type=jnp.float32
+    )
+    return (d_kernel, d_bias), d_h
+
+  carry = (
+    jnp.zeros(kernel.shape, jnp.float32),
+    None if bias is None else jnp.zeros(bias.shape, jnp.float32),
+  )
+  chunks = _chunks(static.chunk, source, targets, lse, grad)
+  (d_kernel, d_bias), d_h = jax.lax.scan(body, carry, chunks)
+  d_h = _unchunk(d_h, source.shape[1])
+  d_hidden = jax.vmap(lambda i, d: jnp.zeros(hidden.shape[1:]).at[i].add(d))(
+    source, d_h
+  )
+  if on_mesh:
+    d_hidden = jax.lax.psum(d_hidden, reduce.TENSOR)
+    d_kernel, d_bias = jax.lax.psum((d_kernel, d_bias), reduce.ROWS)
+  d_bias = None if bias is None else d_bias.astype(bias.dtype)
+  return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype), d_bias

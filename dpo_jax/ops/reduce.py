@@ -1,0 +1,50 @@
+"""Means over the global batch: weighted sums, the psum hook, the division.
+
+A term is (values, weights). Its mean is Σ w·v / Σ w with both sums taken over
+the whole global batch before the one division, so the result does not depend
+on how the batch is cut into rows, microbatches or devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Mesh axes the rows of a batch are spread over, and the one that splits heads,
+# mlp and vocabulary.
+ROWS = ("data", "fsdp")
+TENSOR = "tensor"
+
+
+def weighted_sum(values, weights):
+  """Σ w·v in f32; a weight of 0 hides its value, even a NaN."""
+  values = jnp.where(weights != 0, values.astype(jnp.float32), 0.0)
+  return jnp.sum(values * weights.astype(jnp.float32))
+
+
+def numerators(terms):
+  """{name: Σ w·v} of {name: (values, weights)}."""
+  return {name: weighted_sum(v, w) for name, (v, w) in terms.items()}
+
+
+def denominators(terms):
+  """{name: Σ w} of {name: (values, weights)}."""
+  return {
+    name: jnp.sum(w.astype(jnp.float32)) for name, (_, w) in terms.items()
+  }
+
+
+def divide(nums, dens):
+  """{name: num / den}, and 0 where nothing has weight."""
+  return {
+    name: jnp.where(dens[name] > 0, num / jnp.maximum(dens[name], 1e-30), 0.0)
+    for name, num in nums.items()
+  }
+
+
+def means(terms):
+  """{name: Σ w·v / Σ w} of {name: (values, weights)}."""
+  return divide(numerators(terms), denominators(terms))
+
+
+def psum(tree, axis_name):
+  """Sum over a pmap axis; the identity where `axis_name` is None."""
+  return tree if axis_name is None else jax.lax.psum(tree, axis_name)

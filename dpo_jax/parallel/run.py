@@ -1,0 +1,108 @@
+"""Runs one step body over devices: jit over a mesh, or pmap.
+
+The only file that names jit or pmap of a step. Both take and return global
+arrays without a device axis, so both share one checkpoint layout.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.ops import reduce
+
+PMAP_AXIS = "data"
+MODES = ("jit", "pmap")
+
+
+def axis_name(mode):
+  """The axis a step sums over by hand: pmap's, or None under jit."""
+  return PMAP_AXIS if mode == "pmap" else None
+
+
+def parallelize(step, mesh, mode, state):
+  """Compiles `step(state, batch, hparams) -> (state, metrics)`.
+
+  Args:
+    step: the step body, built with `axis_name(mode)`.
+    mesh: the mesh; its data axis is all there is under pmap.
+    mode: "jit" or "pmap".
+    state: the placed state, for its shardings. It is donated by every call.
+  Returns: function of (state, batch placed by `place_batch`, hparams).
+  """
+  if mode == "jit":
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    out = (shardings, NamedSharding(mesh, P()))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
+  else:
+    compiled = jax.pmap(
+      step,
+      axis_name=PMAP_AXIS,
+      in_axes=(None, 0, None),
+      out_axes=None,
+      devices=list(mesh.devices.flat),
+      donate_argnums=0,
+    )
+  return _on_mesh(compiled, mesh, mode)
+
+
+def evaluator(fn, mesh, mode):
+  """Compiles `fn(state, batch, hparams) -> sums` without donating."""
+  if mode == "jit":
+    out = NamedSharding(mesh, P())
+    return _on_mesh(jax.jit(fn, out_shardings=out), mesh, mode)
+  compiled = jax.pmap(
+    fn,
+    axis_name=PMAP_AXIS,
+    in_axes=(None, 0, None),
+    out_axes=None,
+    devices=list(mesh.devices.flat),
+  )
+  return _on_mesh(compiled, mesh, mode)
+
+
+def _on_mesh(compiled, mesh, mode):
+  def call(state, batch, hparams):
+    if mode == "pmap":
+      return compiled(state, batch, hparams)
+    with jax.set_mesh(mesh):
+      return compiled(state, batch, hparams)
+
+  call.compiled = compiled
+  return call
+
+
+def place(values, shardings):
+  """Puts a tree on the mesh as copies that may be donated."""
+  return jax.jit(
+    lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings
+  )(values)
+
+
+def create(fn, shardings, *args):
+  """Runs `fn` so that its result is born sharded."""
+  return jax.jit(fn, out_shardings=shardings)(*args)
+
+
+def place_batch(batch, mesh, mode):
+  """This process's rows (numpy) as global arrays, ready for the step.
+
+  Under pmap a leading device axis is added: [R, …] -> [devices, R/devices, …].
+  """
+  if mode == "pmap":
+    devices = mesh.local_mesh.devices.size
+    split = functools.partial(_split_rows, devices)
+    batch = jax.tree.map(split, batch)
+    spec = P(mesh.axis_names)
+  else:
+    spec = P(reduce.ROWS)
+  sharding = NamedSharding(mesh, spec)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )
+
+
+def _split_rows(devices, x):
+  return x.reshape(devices, x.shape[0] // devices, *x.shape[1:])

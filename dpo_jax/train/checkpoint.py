@@ -1,0 +1,196 @@
+"""Checkpoints with exact resume: Orbax, checksums and the run's config."""
+
+import json
+import warnings
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dpo_jax import lookup, tree
+from dpo_jax.train import state as state_lib
+
+# A resumed run may differ from the saved one in these fields only.
+FREE_FIELDS = ("train.steps", "checkpoint.", "eval.", "log.", "data.eval")
+
+
+class Checkpointer:
+  """Saves and restores the train state under `workdir/checkpoints`."""
+
+  def __init__(self, workdir, *, keep):
+    """Args:
+    workdir: run folder, local or gs://….
+    keep: checkpoints kept, at least 2 (a failed save must not cost the last).
+    """
+    if keep < 2:
+      raise ValueError(f"checkpoint.keep = {keep} must be at least 2")
+    self._path = epath.Path(workdir).absolute() / "checkpoints"
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=True, enable_async_checkpointing=True
+    )
+    self._manager = ocp.CheckpointManager(self._path, options=options)
+
+  def steps(self):
+    """Steps on disk, newest first."""
+    return sorted(self._manager.all_steps(), reverse=True)
+
+  def save(self, state, config, *, wait=False):
+    """Saves a state; returns at once unless `wait`.
+
+    Args:
+      state: TrainState.
+      config: plain dict, the resolved config.
+      wait: block until it is durable.
+    """
+    values = state_lib.saved(state)
+    meta = {
+      "config": config,
+      "checksums": state_lib.fingerprint(values),
+      "frozen": state_lib.fingerprint(state.frozen),
+      "dtypes": {path: str(x.dtype) for path, x in tree.named(values)},
+    }
+    step = int(state.step)
+    if step not in self._manager.all_steps():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave(meta)
+        ),
+      )
+    if wait:
+      self._manager.wait_until_finished()
+
+  def restore(self, state, config):
+    """The newest intact checkpoint in the shape of `state`.
+
+    A checkpoint that cannot be read or fails its checksums is passed over with
+    a warning; if none is left, that is an error, not a fresh start.
+
+    Args:
+      state: placed TrainState; its frozen part is kept.
+      config: plain dict; must equal the saved one outside FREE_FIELDS.
+    Returns: TrainState, or None if nothing was ever saved here.
+    Raises: ValueError naming the differing field or leaf.
+    """
+    steps = self.steps()
+    for step in steps:
+      try:
+        values, meta = self._read(step, state_lib.saved(state), config)
+      except _Damaged as error:
+        warnings.warn(f"checkpoint {step}: {error}; trying an older one",
+                      stacklevel=2)
+        continue
+      if meta["frozen"] != state_lib.fingerprint(state.frozen):
+        raise ValueError(
+          f"{self._path}: the reference of this run is not the one it was "
+          "started with; restore what init_from named, or use a new --workdir"
+        )
+      return state.replace(**values)
+    if steps:
+      raise ValueError(
+        f"{self._path}: no checkpoint of {steps} is intact; move the folder "
+        "away to start afresh"
+      )
+    return None
+
+  def _read(self, step, target, config):
+    try:
+      read = self._manager.restore(
+        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+      )
+      meta = read["meta"]
+    except Exception as error:  # noqa: BLE001 - any failure to read is damage
+      raise _Damaged(f"unreadable ({error})") from error
+    check_config(meta["config"], config, self._path)
+    dtypes = {path: str(x.dtype) for path, x in tree.named(target)}
+    if meta["dtypes"] != dtypes:
+      different = sorted(set(meta["dtypes"].items()) ^ set(dtypes.items()))
+      raise ValueError(
+        f"{self._path}: parameters differ from the config's: {different[:4]}"
+      )
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+    try:
+      values = self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+      )["state"]
+    except Exception as error:  # noqa: BLE001
+      raise _Damaged(f"unreadable ({error})") from error
+    if state_lib.fingerprint(values) != meta["checksums"]:
+      raise _Damaged("checksums do not match")
+    return values, meta
+
+  def close(self):
+    """Waits for the last save."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+class _Damaged(Exception):
+  """A checkpoint that must be passed over."""
+
+
+def flatten(config, prefix=""):
+  """{"loss.beta": 0.1, …} of a nested dict."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def check_config(saved, current, where):
+  """Raises ValueError if a field that shapes the result was changed."""
+  saved = flatten(json.loads(json.dumps(saved)))
+  current = flatten(json.loads(json.dumps(current)))
+  changed = [
+    f"{key} (saved {saved.get(key)!r}, now {current.get(key)!r})"
+    for key in sorted(saved.keys() | current.keys())
+    if saved.get(key) != current.get(key) and not key.startswith(FREE_FIELDS)
+  ]
+  if changed:
+    raise ValueError(
+      f"{where} belongs to a run with another config: {'; '.join(changed)}. "
+      "Use a new --workdir, or set these fields back"
+    )
+
+
+def load_params(workdir, target):
+  """The policy saved last in another run's folder.
+
+  Args:
+    workdir: that run's folder.
+    target: tree of arrays giving shapes, dtypes and shardings.
+  Raises: ValueError if there is none, or its parameters do not fit.
+  """
+  path = epath.Path(workdir).absolute() / "checkpoints"
+  if not path.exists():
+    raise ValueError(f"init_from = {workdir!r} holds no checkpoints/ folder")
+  manager = ocp.CheckpointManager(path)
+  step = manager.latest_step()
+  if step is None:
+    raise ValueError(f"init_from = {workdir!r} holds no finished checkpoint")
+  metadata = manager.item_metadata(step)["state"].tree["params"]
+  have = {path: tuple(x.shape) for path, x in tree.named(metadata)}
+  want = {path: tuple(x.shape) for path, x in tree.named(target)}
+  if have != want:
+    path = sorted(k for k in have.keys() | want.keys()
+                  if have.get(k) != want.get(k))[0]
+    raise ValueError(
+      f"init_from = {workdir!r}: {path} has shape {have.get(path)}, the config "
+      f"asks for {want.get(path)}{lookup.nearest(path, have)}"
+    )
+  abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, target)}
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.PyTreeRestore(
+        abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+      )
+    ),
+  )
+  manager.close()
+  return restored["state"]["params"]

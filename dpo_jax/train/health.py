@@ -1,0 +1,83 @@
+"""One writer per run folder, and a stop that loses nothing."""
+
+import contextlib
+import fcntl
+import signal
+import threading
+
+from etils import epath
+
+EXIT_INTERRUPTED = 130  # Ctrl-C; everything is saved
+EXIT_REQUEUE = 42  # SIGTERM or SIGUSR2; everything is saved, run it again
+
+
+@contextlib.contextmanager
+def lock(workdir):
+  """Holds the run folder for this process; the system frees it on any exit.
+
+  A folder on an object store (gs://…) cannot be locked and is not.
+
+  Raises: ValueError if another process holds it.
+  """
+  workdir = epath.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  if "://" in str(workdir):
+    yield
+    return
+  with open(workdir / ".lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise ValueError(
+        f"--workdir {workdir} is in use by another running process; wait for "
+        "it, stop it, or choose another folder"
+      ) from error
+    yield
+
+
+class Stop:
+  """Set by a signal; the loop saves and leaves at the next step."""
+
+  def __init__(self):
+    self.signal = None
+
+  def __bool__(self):
+    return self.signal is not None
+
+  @property
+  def exit_code(self):
+    interrupted = self.signal == signal.SIGINT
+    return EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+  """Yields a Stop raised by SIGINT, SIGTERM or SIGUSR2.
+
+  A second signal takes its usual effect at once. Outside the main thread
+  (where Python has no signals) the Stop is never raised.
+  """
+  stop = Stop()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop
+    return
+  signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+  before = {s: signal.getsignal(s) for s in signals}
+
+  def restore():
+    for s, handler in before.items():
+      signal.signal(s, handler)
+
+  def handle(number, frame):
+    del frame
+    stop.signal = number
+    restore()
+    name = signal.Signals(number).name
+    print(f"\n{name}: saving after this step (again: stop at once)", flush=True)
+
+  for s in signals:
+    signal.signal(s, handle)
+  try:
+    yield stop
+  finally:
+    restore()

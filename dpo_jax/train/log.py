@@ -1,0 +1,185 @@
+"""Metrics as JSON lines and on the console: progress, ETA, tokens/s, MFU."""
+
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+# Peak bf16 matmul FLOP/s of one device, by a part of its device_kind.
+PEAK_FLOPS = (
+  ("H200", 989e12),
+  ("H100", 989e12),
+  ("A100", 312e12),
+  ("TPU v6 lite", 918e12),
+  ("TPU v5p", 459e12),
+  ("TPU v5 lite", 197e12),
+  ("TPU v4", 275e12),
+)
+
+
+def peak_flops():
+  """FLOP/s of all devices: the maker's figure, or a measured matmul on a CPU.
+
+  Fake CPU devices share one processor, so the measurement counts once.
+  """
+  devices = jax.devices()
+  for part, peak in PEAK_FLOPS:
+    if part in devices[0].device_kind:
+      return peak * len(devices), "of the maker's bf16 peak"
+  size, repeats = 1024, 4
+  x = jnp.ones((size, size), jnp.float32)
+  matmul = jax.jit(jnp.dot)
+  matmul(x, x).block_until_ready()
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    matmul(x, x).block_until_ready()
+    times.append(time.perf_counter() - start)
+  return 2 * size**3 / min(times), "of this machine's f32 matmul"
+
+
+def duration(seconds):
+  """`1:02:03` or `2:03`."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return (
+    f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+  )
+
+
+class Logger:
+  """Writes metrics.jsonl and the console.
+
+  A step's metrics stay on the device until the next logged step, so logging
+  never waits for the step that was just dispatched.
+  """
+
+  def __init__(self, workdir, *, every, total, start, loud=True):
+    """Args:
+    workdir: run folder; metrics.jsonl is appended to.
+    every: steps between log lines.
+    total, start: last step and the step to start from.
+    loud: whether to print; one process does.
+    """
+    self._path = epath.Path(workdir) / "metrics.jsonl"
+    self._every, self._total, self._start = every, total, start
+    self._loud = loud
+    self._live = loud and sys.stdout.isatty()
+    self._peak = None
+    self._pending = None  # (number, metrics, stats) of a step to be logged
+    self._clock = None  # (time, tokens, flops) when the last one was logged
+    self._begin = None  # (time, number) after the first step
+    self._tokens = self._flops = 0
+    if loud:
+      self._drop_later_than(start)
+
+  def say(self, text):
+    """A line on the console."""
+    if self._loud:
+      print(f"\r\x1b[K{text}" if self._live else text, flush=True)
+
+  def step(self, number, metrics, stats, flops):
+    """Takes the (device) metrics of step `number`, counted from 1.
+
+    Args:
+      number: steps done.
+      metrics: dict of scalar arrays.
+      stats: data.loader.Stats of the batch.
+      flops: needed FLOPs of the step.
+    Returns: what `flush` does, for a step before this one.
+    """
+    logged = self.flush()
+    if self._begin is None:
+      # The first step compiles: the clock starts after it.
+      jax.block_until_ready(metrics)
+      self._begin = time.perf_counter(), number
+      self._clock = self._begin[0], 0, 0
+    else:
+      self._tokens += stats.tokens
+      self._flops += flops
+    if self._live:
+      text = f"{self._bar(number)} {number}/{self._total}"
+      print(f"\r\x1b[K{text}  ETA {self._eta(number)}", end="", flush=True)
+    if number % self._every == 0 or number in (self._start + 1, self._total):
+      counts = self._tokens, self._flops
+      self._pending = number, metrics, stats, counts
+    return logged
+
+  def flush(self):
+    """Logs the step that is waiting, if one is; returns its values."""
+    if self._pending is None:
+      return None
+    number, metrics, stats, counts = self._pending
+    self._pending = None
+    values = {k: float(np.asarray(v)) for k, v in metrics.items()}
+    values["fill"] = stats.fill
+    before, tokens, flops = self._clock
+    now = time.perf_counter()
+    if counts[0] > tokens:
+      if self._peak is None:
+        self._peak, meaning = peak_flops()
+        self.say(f"mfu: needed FLOP/s as a share {meaning}")
+      values["tokens_per_second"] = (counts[0] - tokens) / (now - before)
+      values["mfu"] = (counts[1] - flops) / (now - before) / self._peak
+    self._clock = (time.perf_counter(), *counts)
+    self.write("train", number, values)
+    self.say(self._line(number, values))
+    return values
+
+  def write(self, kind, number, values):
+    """Appends one JSON line."""
+    if self._loud:
+      row = {"step": number, "kind": kind, **values}
+      with self._path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+  def _bar(self, number):
+    done = round(20 * number / max(1, self._total))
+    return "█" * done + "·" * (20 - done)
+
+  def _eta(self, number):
+    begin, first = self._begin
+    if number <= first:
+      return "?"
+    rate = (time.perf_counter() - begin) / (number - first)
+    return duration(rate * (self._total - number))
+
+  def _line(self, number, values):
+    parts = [f"{self._bar(number)} {number}/{self._total}"]
+    names = {
+      "loss": "loss",
+      "rewards/margins": "margin",
+      "rewards/accuracies": "accuracy",
+      "logps/chosen": "chosen",
+      "logps/rejected": "rejected",
+      "grad_norm": "grad",
+    }
+    parts += [
+      f"{short} {values[key]:.4g}"
+      for key, short in names.items()
+      if key in values
+    ]
+    if values.get("skipped"):
+      parts.append(f"SKIPPED {values['skipped']:.0f} (not finite)")
+    if "tokens_per_second" in values:
+      parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
+      parts.append(f"mfu {100 * values['mfu']:.0f}%")
+    parts.append(f"ETA {self._eta(number)}")
+    return "  ".join(parts)
+
+  def _drop_later_than(self, step):
+    """After a resume, lines beyond the checkpoint are written anew."""
+    if not self._path.exists():
+      return
+    kept = []
+    for line in self._path.read_text().splitlines():
+      try:
+        if json.loads(line)["step"] <= step:
+          kept.append(line)
+      except (json.JSONDecodeError, KeyError):
+        continue  # cut short by a kill
+    self._path.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,70 @@
+"""The train state, and a fingerprint of any tree of arrays."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import tree
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a step reads and writes.
+
+  Attributes:
+    step: i32, updates attempted.
+    params: the policy.
+    opt_state: of the trained part of params.
+    frozen: {"ref": params}; never differentiated, never saved.
+    extra: what an algorithm keeps between steps.
+    skipped: i32, updates in a row refused for not being finite.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  frozen: Any
+  extra: Any
+  skipped: jax.Array
+
+
+def create(params, optimizer, frozen):
+  """A state at step 0."""
+  trained, _ = tree.split(params, optimizer.trains)
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(
+    zero, params, optimizer.tx.init(trained), frozen, {}, zero.copy()
+  )
+
+
+def saved(state):
+  """The part of a state that a checkpoint holds, as a dict."""
+  return {
+    "step": state.step,
+    "params": state.params,
+    "opt_state": state.opt_state,
+    "extra": state.extra,
+    "skipped": state.skipped,
+  }
+
+
+@jax.jit
+def _checksums(leaves):
+  def checksum(x):
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32).ravel()
+    # Odd weights: a flip of any one bit, the sign's included, changes the sum.
+    weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    return jnp.sum(words * weights, dtype=jnp.uint32)
+
+  return [checksum(x) for x in leaves]
+
+
+def fingerprint(values):
+  """{path: checksum} of a tree of arrays, whatever their sharding."""
+  paths = [path for path, _ in tree.named(values)]
+  sums = _checksums(jax.tree.leaves(values))
+  return {p: int(np.asarray(s)) for p, s in zip(paths, sums, strict=True)}

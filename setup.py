@@ -1,0 +1,39 @@
+"""dpo_jax: Direct Preference Optimization in JAX/Flax."""
+
+import setuptools
+
+setuptools.setup(
+  name="dpo_jax",
+  version="0.1.0",
+  description="Direct Preference Optimization in JAX/Flax",
+  license="MIT",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
+  entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},
+  install_requires=[
+    "absl-py",
+    "datasets",
+    "etils[epath]",
+    "flax>=0.12",
+    # 0.10 is the newest JAX for Python 3.11; 0.11 and 0.12 need 3.12.
+    "jax>=0.10,<0.13",
+    "matplotlib",
+    "ml_collections",
+    "numpy",
+    "optax",
+    "orbax-checkpoint>=0.11",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+  ],
+  extras_require={
+    "test": ["pytest", "pytest-xdist", "ruff"],
+    "parity": ["torch==2.13.0", "peft"],
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "plan": ["libtpu"],
+    "log": ["tensorboard", "wandb"],
+    "launch": ["submitit"],
+    "examples": ["scikit-learn"],
+  },
+)
