@@ -3,11 +3,11 @@
     train   --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
 """
 
+import ast
+import functools
 import importlib.util
 import pathlib
 import sys
-
-from absl import flags
 
 from dpo_jax import lookup
 
@@ -23,25 +23,40 @@ def load_config(spec, overrides=()):
   Raises: ValueError for an unknown file, argument or key, nearest spelling
     shown.
   """
-  from ml_collections import config_flags  # noqa: PLC0415
-
   path, _, arg = spec.partition(":")
   module = _import_file(path)
   config = module.get_config(arg) if arg else module.get_config()
   config.lock()
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_dict("config", config, flag_values=values)
-  known = set(_paths(config))
+  known = list(_paths(config))
   for override in overrides:
-    key, given, _ = override.partition("=")
-    if key not in known or not given:
-      what = "is not a field of the config" if given else "needs =VALUE"
-      raise ValueError(f"--config.{key} {what}{lookup.nearest(key, known)}")
-  try:
-    values(["config", *(f"--config.{override}" for override in overrides)])
-  except (flags.Error, ValueError, TypeError) as error:
-    raise ValueError(str(error)) from error
+    key, given, text = override.partition("=")
+    if key not in known:
+      raise ValueError(
+        f"--config.{key} is not a field of {path}{lookup.nearest(key, known)}"
+      )
+    *parents, name = key.split(".")
+    node = functools.reduce(lambda node, part: node[part], parents, config)
+    node[name] = _parse_value(key, text, node.get_type(name))
   return config
+
+
+def _parse_value(key, text, kind):
+  """The text of an override as a value of the field's type."""
+  if text == "None":
+    return None
+  try:
+    if kind is str:
+      return text
+    value = ast.literal_eval(text.capitalize() if kind is bool else text)
+    if kind is tuple and isinstance(value, str | list):
+      value = (value,) if isinstance(value, str) else tuple(value)
+    if kind is float and type(value) is int:
+      value = float(value)
+    if type(value) is kind:
+      return value
+  except (ValueError, SyntaxError):
+    pass
+  raise ValueError(f"--config.{key}={text} must be of type {kind.__name__}")
 
 
 def _import_file(path):

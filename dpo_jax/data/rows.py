@@ -79,18 +79,19 @@ class Need(NamedTuple):
 def needs(examples, layout):
   """The Need of examples under a layout."""
   length = []
+  branches = max(len(e.completions) for e in examples)
   for e in examples:
     sizes = [len(c) for c in e.completions]
     if layout.shared:
       length.append(len(e.prompt) + sum(sizes))
     elif layout.packed:
       length.append(len(e.prompt) * len(sizes) + sum(sizes))
-    else:  # equal branches, so that a row reshapes to [C, T / C]
-      length.append(len(sizes) * (len(e.prompt) + max(sizes)))
+    else:  # C equal branches, so that a row reshapes to [C, T / C]
+      length.append(branches * (len(e.prompt) + max(sizes)))
   scored = [sum(map(len, e.completions)) for e in examples]
   completions = [len(e.completions) for e in examples]
   pairs = [len(e.pairs) for e in examples]
-  return Need(*(np.asarray(x) for x in (length, scored, completions, pairs)))
+  return Need(*map(np.asarray, (length, scored, completions, pairs)))
 
 
 def assign(lengths, layout):
@@ -129,7 +130,7 @@ def needed_shape(need, rows):
     return max((int(values[row].sum()) for row in rows if row), default=0)
 
   everything = [i for row in rows for i in row]
-  completions = int(need.completions[everything].max())
+  completions = int(need.completions.max())
   per_row = max(map(len, rows))
   most_pairs = int(need.pairs[everything].max())
   return Shape(

@@ -69,12 +69,11 @@ def spec(path, shape, axis_sizes):
 
 
 def constrain(x, *logical):
-  """Pins the sharding of an activation; the identity without a mesh."""
+  """Pins the sharding of an array by logical axes; the identity without a mesh.
+
+  On a table it says what is gathered: None in place of "embed" gathers "fsdp".
+  """
   if compat.ambient_mesh() is None:
     return x
   return jax.lax.with_sharding_constraint(x, P(*(RULES[n] for n in logical)))
 
-
-def gathered(table):
-  """An embedding table with "fsdp" gathered, the vocabulary still split."""
-  return constrain(table, "vocab", None)

@@ -181,10 +181,10 @@ class Embed(nn.Module):
     c = self.config
     init = nn.initializers.normal(0.02)
     table = self.param("tokens", init, (self.vocab, c.embed))
-    x = axes.gathered(table.astype(c.dtype))[tokens]
+    x = axes.constrain(table.astype(c.dtype), "vocab", None)[tokens]
     if c.position == "learned":
       table = self.param("positions", init, (c.max_positions, c.embed))
-      x += table.astype(c.dtype)[positions]
+      x += axes.constrain(table.astype(c.dtype), None, None)[positions]
     return axes.constrain(x, "rows", None, None)
 
 
@@ -230,7 +230,7 @@ def build(config, vocab_size):
 
   def head_of(params):
     if config.tied:
-      kernel = axes.gathered(params["embed"]["tokens"]).T
+      kernel = axes.constrain(params["embed"]["tokens"], "vocab", None).T
       return logprobs.Head(kernel, None, vocab_size)
     head = params["head"]
     return logprobs.Head(head["kernel"], head.get("bias"), vocab_size)

@@ -1,0 +1,370 @@
+"""Batches by number: order, resuming, slices, counts and the worker thread."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dpo_jax.data import loader, rows, tokenize
+from dpo_jax.ops import attention
+from tests import worlds
+
+LAYOUTS = pytest.mark.parametrize(
+  ("packed", "shared"), list(itertools.product((True, False), repeat=2))
+)
+
+
+def make(
+  items,
+  *,
+  packed=True,
+  shared=True,
+  row_multiple=1,
+  max_row=None,
+  batch_size=4,
+  seed=0,
+  budget=3,
+  multiple=8,
+):
+  layout = rows.Layout(packed, shared, row_multiple, max_row)
+  return loader.Loader(
+    items,
+    layout,
+    batch_size=batch_size,
+    seed=seed,
+    budget=budget,
+    multiple=multiple,
+  )
+
+
+def of_lengths(lengths):
+  """Examples whose two completions have these lengths."""
+  return [
+    tokenize.Example(n, 0, [1], ([2] * k, [3] * k), ((0, 1, 1.0),))
+    for n, k in enumerate(lengths)
+  ]
+
+
+def ids_of(batch):
+  """The sorted example ids of a batch; ids of padding left out."""
+  real = batch["completion_weights"].any(axis=2)
+  return sorted(batch["example_id"][real].tolist())
+
+
+def assert_same(one, other):
+  assert one.keys() == other.keys()
+  for name, array in one.items():
+    assert array.dtype == other[name].dtype
+    np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("seed", [0, 7, None])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_the_stream_is_one_permutation_after_another(size, seed):
+  epochs = [loader.stream(e * size, size, size, seed) for e in range(9)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(size))
+  whole = np.concatenate(epochs)
+  for start, count in itertools.product(range(3 * size), range(1, 5 * size)):
+    part = loader.stream(start, count, size, seed)
+    np.testing.assert_array_equal(part, whole[start : start + count])
+
+
+def test_the_stream_of_no_examples_is_empty():
+  assert loader.stream(5, 0, 3, 0).shape == (0,)
+
+
+def test_the_order_changes_with_the_epoch_and_with_the_seed():
+  orders = {
+    tuple(loader.stream(epoch * 50, 50, 50, seed))
+    for epoch, seed in itertools.product(range(3), range(3))
+  }
+  assert len(orders) == 9
+
+
+def test_the_stream_far_from_its_start_costs_no_more():
+  start = 10**12 + 3  # would not fit in memory if it were walked to
+  got = loader.stream(start, 6, 4, 0)
+  epochs = [loader.stream((start // 4 + k) * 4, 4, 4, 0) for k in range(3)]
+  np.testing.assert_array_equal(got, np.concatenate(epochs)[3:9])
+
+
+def test_batches_straddle_epochs_and_hold_each_example_once_an_epoch():
+  batches = make(worlds.examples(10), batch_size=4)
+  assert batches.steps == 3
+  indices = [batches.indices(n) for n in range(15)]
+  assert {len(i) for i in indices} == {4}
+  epochs = np.concatenate(indices).reshape(6, 10)
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(10))
+  for number, want in enumerate(indices):
+    batch, _ = batches.batch(number)
+    assert ids_of(batch) == sorted(want.tolist())
+
+
+def test_a_batch_may_be_larger_than_the_epoch():
+  batch, stats = make(worlds.examples(3), batch_size=7).batch(0)
+  assert stats.examples == 7
+  assert set(ids_of(batch)) == {0, 1, 2}
+
+
+@LAYOUTS
+def test_a_fresh_loader_gives_bit_equal_batches(packed, shared):
+  items = worlds.examples(24, completions=4)
+  walked = make(items, packed=packed, shared=shared)
+  for number in range(walked.steps):
+    batch, stats = walked.batch(number)
+    fresh = make(items, packed=packed, shared=shared)
+    again, same = fresh.batch(number)
+    assert_same(batch, again)
+    assert stats == same
+
+
+# The first epoch, which the planner samples, spreads these lengths over its
+# batches in one way; later ones bring the longest together.
+UNEVEN = of_lengths([2, 3, 40, 2, 5, 29, 17, 2, 3, 5, 31, 4, 8])
+
+
+def test_a_batch_that_fits_no_planned_shape_is_still_built():
+  batches = make(UNEVEN, batch_size=4, budget=1, multiple=1)
+  planned = list(batches.shapes)
+  for number in range(40):
+    before = len(batches.shapes)
+    batch, stats = batches.batch(number)
+    assert len(batches.shapes) - before in (0, 1)
+    assert ids_of(batch) == sorted(batches.indices(number).tolist())
+    assert stats.tokens == np.sum(batch["segment_ids"] > 0)
+    if len(batches.shapes) > before:
+      return
+  pytest.fail(f"all 40 batches fit into {planned}")
+
+
+def test_a_fresh_loader_agrees_after_batches_that_fit_no_planned_shape():
+  walked = make(UNEVEN, batch_size=4, budget=1, multiple=1)
+  planned = len(walked.shapes)
+  history = [walked.batch(number) for number in range(40)]
+  assert len(walked.shapes) > planned
+  for number, (batch, stats) in enumerate(history):
+    fresh = make(UNEVEN, batch_size=4, budget=1, multiple=1)
+    again, same = fresh.batch(number)
+    assert_same(batch, again)
+    assert stats == same
+
+
+@LAYOUTS
+def test_evaluation_keeps_file_order_and_its_last_batch_is_smaller(
+  packed, shared
+):
+  items = worlds.examples(10, completions=4)
+  batches = make(items, packed=packed, shared=shared, seed=None)
+  assert batches.steps == 3
+  seen = []
+  for number, want in enumerate(([0, 1, 2, 3], [4, 5, 6, 7], [8, 9])):
+    batch, stats = batches.batch(number)
+    assert batches.indices(number).tolist() == ids_of(batch) == want
+    assert stats.examples == len(want)
+    assert stats.comparisons == sum(len(items[i].pairs) for i in want)
+    seen += ids_of(batch)
+  assert seen == list(range(10))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("row_multiple", [1, 2])
+def test_evaluation_needs_no_shape_beyond_its_plan(
+  packed, shared, row_multiple
+):
+  # Nine batches of 8 and one of 4, which unpacked has half the rows; as the
+  # file grows longer line by line, its R·T lies among those of the others.
+  batches = make(
+    of_lengths(range(2, 78)),
+    packed=packed,
+    shared=shared,
+    row_multiple=row_multiple,
+    batch_size=8,
+    seed=None,
+    multiple=1,
+  )
+  for number in range(batches.steps):
+    batches.batch(number)
+  assert len(batches.shapes) <= 3
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_a_limit_on_row_length_needs_no_shape_beyond_the_plan(seed):
+  lengths = np.ceil(np.exp(np.random.default_rng(0).normal(2, 1, 160)))
+  batches = make(
+    of_lengths(lengths.astype(int)), max_row=64, batch_size=16, seed=seed
+  )
+  for number in range(batches.steps):
+    batches.batch(number)
+  assert len(batches.shapes) <= 3
+
+
+@LAYOUTS
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_rows_of_all_processes_are_the_whole_batch(
+  packed, shared, processes
+):
+  items = worlds.examples(10, completions=4)
+  layout = {"packed": packed, "shared": shared, "row_multiple": 4}
+
+  def rows_of(process):
+    return lambda count: slice(
+      count // processes * process, count // processes * (process + 1)
+    )
+
+  # The last batch has two examples: some processes hold only padding.
+  for number in range(3):
+    whole, stats = make(items, seed=None, **layout).batch(number)
+    parts = []
+    for process in range(processes):
+      own = make(items, seed=None, **layout)  # each process has its loader
+      part, same = own.batch(number, rows_of(process))
+      assert same == stats
+      parts.append(part)
+    joined = {k: np.concatenate([p[k] for p in parts]) for k in whole}
+    assert_same(joined, whole)
+
+
+@LAYOUTS
+def test_stats_count_what_the_batch_holds(packed, shared):
+  items = worlds.examples(18, seed=1, completions=4)
+  batches = make(items, packed=packed, shared=shared, row_multiple=2)
+  for number in range(batches.steps):
+    batch, stats = batches.batch(number)
+    slots = batch["completion_weights"][0].size
+    mask = attention.visible(
+      batch["positions"], batch["segment_ids"], batch["branch_ids"], None
+    )
+    tokens = int(np.sum(batch["segment_ids"] > 0))
+    assert stats == loader.Stats(
+      examples=int(np.sum(batch["segment_ids"].max(axis=1))),
+      comparisons=int(np.sum(batch["weights"] > 0)),
+      tokens=tokens,
+      scored=int(np.sum(batch["target_slot"] < slots)),
+      visible=int(np.sum(mask)),
+      fill=tokens / batch["tokens"].size,
+    )
+
+
+def test_the_promised_fill_is_that_of_the_first_epoch():
+  batches = make(worlds.examples(24), row_multiple=2)
+  built = [batches.batch(n)[0] for n in range(batches.steps)]
+  tokens = sum(np.sum(b["segment_ids"] > 0) for b in built)
+  # A ratio of two whole numbers, both exact: one division on each side.
+  assert batches.fill == tokens / sum(b["tokens"].size for b in built)
+
+
+@pytest.fixture
+def ended():
+  """A function that waits for every thread the test started to end."""
+  before = set(threading.enumerate())
+
+  def wait():
+    # The worker looks at its stop flag every 0.1 s.
+    stop = time.monotonic() + 5
+    while set(threading.enumerate()) - before:
+      assert time.monotonic() < stop, "the worker is still there"
+      time.sleep(0.01)
+
+  return wait
+
+
+def test_prefetch_yields_every_result_in_order(ended):
+  def slow_when_even(number):
+    time.sleep(0.002 * (number % 2 == 0))
+    return number * number
+
+  got = list(loader.prefetch(slow_when_even, range(30)))
+  assert got == [n * n for n in range(30)]
+  ended()
+
+
+def test_prefetch_of_nothing_yields_nothing(ended):
+  assert list(loader.prefetch(int, [])) == []
+  ended()
+
+
+def test_prefetch_may_yield_none(ended):
+  assert list(loader.prefetch(lambda n: None, range(3))) == [None] * 3
+  ended()
+
+
+def test_prefetch_works_ahead_by_its_depth_and_no_more(ended):
+  started = []
+  results = loader.prefetch(started.append, itertools.count(), depth=3)
+  next(results)
+  time.sleep(0.3)
+  # Yielded: 1; waiting in the queue: 3; prepared and waiting to enter it: 1.
+  assert len(started) == 5
+  results.close()
+  ended()
+
+
+def test_prefetch_raises_the_error_of_its_worker_in_its_place(ended):
+  error = ValueError("my.jsonl:4: bad")
+
+  def fails_at_3(number):
+    if number == 3:
+      raise error
+    return number
+
+  results = loader.prefetch(fails_at_3, itertools.count())
+  assert [next(results) for _ in range(3)] == [0, 1, 2]
+  with pytest.raises(ValueError) as caught:
+    next(results)
+  assert caught.value is error
+  ended()
+
+
+def test_prefetch_raises_the_error_of_its_numbers(ended):
+  def numbers():
+    yield 0
+    raise OSError("gone")
+
+  results = loader.prefetch(int, numbers())
+  assert next(results) == 0
+  with pytest.raises(OSError, match="gone"):
+    next(results)
+  ended()
+
+
+def test_prefetch_does_not_take_an_exhausted_iterator_for_its_end(ended):
+  """A StopIteration of the worker must not end training in silence."""
+  source = iter([0, 1])
+  # Python itself turns a StopIteration raised by a generator into this.
+  with pytest.raises(RuntimeError):
+    list(loader.prefetch(lambda n: next(source), range(3)))
+  ended()
+
+
+@pytest.mark.parametrize("taken", [1, 5])
+def test_the_worker_ends_when_the_consumer_stops_early(ended, taken):
+  results = loader.prefetch(int, itertools.count())
+  assert list(itertools.islice(results, taken)) == list(range(taken))
+  results.close()
+  ended()
+
+
+def test_the_worker_ends_when_the_consumer_fails(ended):
+  def consume():
+    for number in loader.prefetch(int, itertools.count()):
+      if number == 2:
+        raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    consume()
+  ended()
+
+
+def test_prefetched_batches_equal_those_asked_for_directly(ended):
+  items = worlds.examples(10)
+  batches = make(items)
+  results = loader.prefetch(make(items).batch, range(batches.steps))
+  for number, (batch, stats) in enumerate(results):
+    again, same = batches.batch(number)
+    assert_same(batch, again)
+    assert stats == same
+  ended()

@@ -1,0 +1,117 @@
+"""The attention rule against a loop, and every implementation against it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.ops import attention
+from tests import worlds
+
+ITEMS = worlds.examples(6, seed=3, completions=4)
+LAYOUTS = [(p, s) for p in (True, False) for s in (True, False)]
+
+
+def layout_of(batch):
+  fields = attention.Layout._fields
+  return attention.Layout(*(jnp.asarray(batch[name]) for name in fields))
+
+
+def rule_by_loop(batch, row, window):
+  segment, branch = batch["segment_ids"][row], batch["branch_ids"][row]
+  position = batch["positions"][row]
+  length = len(segment)
+  seen = np.zeros((length, length), bool)
+  for i in range(length):
+    for j in range(i + 1):
+      same = segment[i] == segment[j] != 0
+      branch_ok = branch[j] in (0, branch[i])
+      near = window is None or position[i] - position[j] < window
+      seen[i, j] = same and branch_ok and near
+  return seen
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("packed", "shared"), LAYOUTS)
+def test_the_mask_is_the_rule_of_the_design(packed, shared, window):
+  batch = worlds.batch(ITEMS, packed=packed, shared=shared, extra=3)
+  layout = layout_of(batch)
+  mask = attention.visible(*layout[:3], window)
+  for row in range(mask.shape[0]):
+    np.testing.assert_array_equal(mask[row], rule_by_loop(batch, row, window))
+
+
+def random_qkv(batch, seed=0):
+  shape = (*batch["tokens"].shape, 4, 8)
+  keys = jax.random.split(jax.random.key(seed), 4)
+  q = jax.random.normal(keys[0], shape)
+  k = jax.random.normal(keys[1], (*shape[:2], 2, 8))
+  v = jax.random.normal(keys[2], (*shape[:2], 2, 8))
+  real = jnp.asarray(batch["segment_ids"] > 0)[..., None, None]
+  weight = jnp.where(real, jax.random.normal(keys[3], shape), 0.0)
+  return (q, k, v), weight
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("packed", "shared"), LAYOUTS)
+@pytest.mark.parametrize("name", sorted(set(attention.ATTENTION) - {"xla"}))
+def test_implementation_equals_the_dense_oracle(name, packed, shared, window):
+  batch = worlds.batch(ITEMS, packed=packed, shared=shared, extra=3)
+  layout = layout_of(batch)
+  qkv, weight = random_qkv(batch)
+
+  def total(fn, qkv):
+    out = fn(*qkv, layout, window=window, scale=0.3)
+    return jnp.sum(jnp.where(weight != 0, out * weight, 0.0))
+
+  got = jax.value_and_grad(
+    lambda x: total(attention.ATTENTION[name], x)
+  )(qkv)
+  want = jax.value_and_grad(lambda x: total(attention.xla, x))(qkv)
+  # f32 sums of at most 40 terms of order 1, in another order.
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_by_row_index_would_be_seen():
+  """Planted bug: in a shared row the second completion's row indices run on
+  past the first, so a window over them hides what the rule shows."""
+  batch = worlds.batch(ITEMS, packed=True, shared=True)
+  layout = layout_of(batch)
+  rows = jnp.broadcast_to(
+    jnp.arange(layout.positions.shape[1]), layout.positions.shape
+  )
+  right = attention.visible(*layout[:3], 4)
+  planted = attention.visible(
+    rows, layout.segment_ids, layout.branch_ids, 4
+  )
+  assert bool(jnp.any(right & ~planted))
+
+
+def test_attention_is_causal_inside_a_branch_and_blind_across_branches():
+  """Changing the values of completion 2 leaves completion 1 as it was."""
+  batch = worlds.batch(ITEMS[1:2])
+  layout = layout_of(batch)
+  (q, k, v), _ = random_qkv(batch)
+  second = (layout.branch_ids == 2)[..., None, None]
+  changed = jnp.where(second, v + 1.0, v)
+  kwargs = {"window": None, "scale": 0.3}
+  before = attention.tiled(q, k, v, layout, **kwargs)
+  after = attention.tiled(q, k, changed, layout, **kwargs)
+  moved = jnp.any(before != after, axis=(-1, -2))
+  np.testing.assert_array_equal(moved, layout.branch_ids == 2)
+
+
+def test_the_gradient_of_tiling_is_a_gather():
+  batch = worlds.batch(ITEMS)
+  layout = layout_of(batch)
+  qkv, weight = random_qkv(batch)
+
+  def total(qkv):
+    out = attention.tiled(*qkv, layout, window=None, scale=0.3)
+    return jnp.sum(out * weight)
+
+  text = jax.jit(jax.grad(total)).lower(qkv).as_text()
+  scatters = [line for line in text.splitlines() if "scatter" in line]
+  # The one scatter left builds the inverse index, in integers.
+  assert not [line for line in scatters if "xf32" in line]

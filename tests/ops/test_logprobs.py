@@ -1,0 +1,157 @@
+"""The log-prob op against log_softmax, in every form it takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import compat
+from dpo_jax.ops import logprobs
+from dpo_jax.parallel import mesh as mesh_lib
+
+R, T, S, D, V, REAL = 4, 12, 10, 16, 128, 61
+
+
+def problem(seed=0, bias=True, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(seed), 5)
+  hidden = jax.random.normal(keys[0], (R, T, D)).astype(dtype)
+  kernel = jax.random.normal(keys[1], (D, V))
+  b = jax.random.normal(keys[2], (V,)) if bias else None
+  source = jax.random.randint(keys[3], (R, S), 0, T)
+  targets = jax.random.randint(keys[4], (R, S), 0, REAL)
+  mask = jnp.arange(S)[None] < jnp.array([S, 7, 1, 0])[:, None]
+  return hidden, kernel, b, source, targets, mask
+
+
+def plain(hidden, kernel, bias, source, targets, mask, *, softcap, scale):
+  """Straight from the definition, all logits at once, real columns only."""
+  out = hidden.astype(jnp.float32) @ kernel
+  out = out if bias is None else out + bias
+  out = out if scale is None else out * scale
+  out = out if softcap is None else softcap * jnp.tanh(out / softcap)
+  logps = jax.nn.log_softmax(out[..., :REAL], axis=-1)
+  rows = jnp.arange(R)[:, None]
+  return jnp.where(mask, logps[rows, source, targets], 0.0)
+
+
+def ours(hidden, kernel, bias, source, targets, mask, *, chunk, **head):
+  return logprobs.token_logps(
+    hidden,
+    logprobs.Head(kernel, bias, REAL, **head),
+    source,
+    targets,
+    mask,
+    chunk=chunk,
+  )
+
+
+def value_and_grads(fn, hidden, kernel, bias, *rest):
+  weight = jax.random.normal(jax.random.key(9), (R, S))
+
+  def total(wrt):
+    return jnp.sum(weight * fn(*wrt, *rest))
+
+  value = fn(hidden, kernel, bias, *rest)
+  return value, jax.grad(total)((hidden, kernel, bias))
+
+
+def assert_same(got, want, value=1e-5, gradient=1e-4):
+  np.testing.assert_allclose(got[0], want[0], rtol=value, atol=value)
+  for a, b in zip(
+    jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True
+  ):
+    difference = jnp.linalg.norm((a - b).astype(jnp.float32))
+    assert difference <= gradient * jnp.linalg.norm(b.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 10, 64])
+@pytest.mark.parametrize(
+  ("bias", "softcap", "scale"),
+  [(True, None, None), (False, None, 0.5), (True, 3.0, 0.5)],
+)
+def test_value_and_gradient_equal_log_softmax(chunk, bias, softcap, scale):
+  args = problem(bias=bias)
+  head = {"softcap": softcap, "scale": scale}
+  got = value_and_grads(functools.partial(ours, chunk=chunk, **head), *args)
+  want = value_and_grads(functools.partial(plain, **head), *args)
+  assert_same(got, want)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (4, 1, 2, 1), (1, 1, 8, 1)])
+def test_rows_and_vocabulary_may_be_spread_over_a_mesh(sizes, chunk):
+  args = problem()
+  fn = functools.partial(ours, chunk=chunk, softcap=3.0)
+  want = value_and_grads(fn, *args)
+  mesh = compat.make_mesh(jax.devices(), sizes, mesh_lib.AXES)
+  with jax.set_mesh(mesh):
+    got = jax.jit(functools.partial(value_and_grads, fn))(*args)
+  assert_same(got, want, value=1e-6, gradient=1e-6)
+
+
+def test_bf16_hidden_states_lose_no_more_than_their_rounding():
+  """Logits and log-sum-exp stay f32: only the inputs are rounded."""
+  args = problem(dtype=jnp.bfloat16)
+  rounded = args[1].astype(jnp.bfloat16).astype(jnp.float32)
+  want = plain(args[0], rounded, *args[2:], softcap=None, scale=None)
+  got = ours(*args, chunk=4)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_masked_positions_change_nothing(chunk):
+  """Not even ids outside the vocabulary, or NaN at positions nobody reads."""
+  hidden, kernel, bias, source, targets, mask = problem()
+  fn = functools.partial(ours, chunk=chunk)
+  want = value_and_grads(fn, hidden, kernel, bias, source, targets, mask)
+  targets = jnp.where(mask, targets, 10**6)
+  source = jnp.where(mask, source, -(10**6))
+  got = value_and_grads(fn, hidden, kernel, bias, source, targets, mask)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert not np.any(got[0][3])
+
+
+def test_chunked_memory_does_not_grow_with_scored_positions_times_vocabulary():
+  def temporary_bytes(scored, chunk, vocab=4096):
+    shapes = (1, scored, D), (D, vocab), (1, scored), (1, scored)
+    hidden, kernel, source, targets = (
+      jax.ShapeDtypeStruct(s, t)
+      for s, t in zip(shapes, [jnp.float32] * 2 + [jnp.int32] * 2, strict=True)
+    )
+
+    def total(hidden, kernel, source, targets):
+      head = logprobs.Head(kernel, None, vocab)
+      mask = source >= 0
+      return jnp.sum(
+        logprobs.token_logps(hidden, head, source, targets, mask, chunk=chunk)
+      )
+
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(
+      hidden, kernel, source, targets
+    )
+    return compiled.compile().memory_analysis().temp_size_in_bytes
+
+  logits = 4 * 4096 * 4096  # f32[S, V] at the larger S
+  growth = temporary_bytes(4096, 64) - temporary_bytes(1024, 64)
+  assert growth < 0.05 * logits
+  assert temporary_bytes(4096, None) > logits  # the test can see such an array
+
+
+def test_completion_sums_and_selection_equal_a_loop():
+  rng = np.random.default_rng(0)
+  values = rng.normal(size=(3, 7)).astype(np.float32)
+  slot = rng.integers(0, 6, (3, 7))  # 5 is padding
+  index = rng.integers(0, 5, (3, 4, 2))
+  sums = np.zeros((3, 5), np.float32)
+  for r in range(3):
+    for s in range(7):
+      if slot[r, s] < 5:
+        sums[r, slot[r, s]] += values[r, s]
+  got = logprobs.completion_logps(jnp.asarray(values), jnp.asarray(slot), 5)
+  np.testing.assert_allclose(got, sums, rtol=1e-6)
+  chosen = logprobs.select(jnp.asarray(sums), jnp.asarray(index))
+  want = np.stack([sums[r][index[r]] for r in range(3)])
+  np.testing.assert_array_equal(chosen, want)

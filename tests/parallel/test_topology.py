@@ -1,0 +1,274 @@
+"""One batch, one gradient: whatever the layout, the devices, the cut.
+
+The truth is the plainest computation there is: one device, every example in
+its own row, the prompt repeated for every completion, dense attention, all
+logits at once. Everything else must give its loss, metrics and gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import config_dict
+
+from configs import common
+from dpo_jax import tree
+from dpo_jax.algos import preference, sft
+from dpo_jax.models import axes
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import run
+from dpo_jax.train import optim
+from dpo_jax.train import state as state_lib
+from dpo_jax.train import step as step_lib
+from tests import worlds
+
+ITEMS = worlds.examples(16, seed=1, completions=4)
+HPARAMS = {
+  name: jnp.float32(value)
+  for name, value in {
+    "beta": 0.3,
+    "label_smoothing": 0.1,
+    "learning_rate": 0.1,
+  }.items()
+}
+
+
+def config_of(algo="preference", loss="dpo", chunk=None):
+  return config_dict.ConfigDict(
+    {
+      "loss": common.loss(loss).to_dict(),
+      "ref": "none" if algo == "sft" else "frozen",
+      "head_chunk": chunk,
+    }
+  )
+
+
+def recording_sgd():
+  """SGD whose state is the gradient it was given."""
+  record = optax.GradientTransformation(
+    lambda params: params, lambda grads, _, params=None: (grads, grads)
+  )
+  return optim.Optimizer(record, lambda step: 1.0, lambda path: True)
+
+
+def make_state(params):
+  frozen = {"ref": worlds.noisy(params, 7, 0.05)}
+  return state_lib.create(params, recording_sgd(), frozen)
+
+
+def gradient_and_step(algorithm, accumulation, axis_name):
+  """f(state, batch, hparams) -> (gradient, metrics, params after one step)."""
+  step = step_lib.make(
+    algorithm, recording_sgd(), accumulation=accumulation, axis_name=axis_name
+  )
+
+  def fn(state, batch, hparams):
+    state, metrics = step(state, batch, hparams)
+    return state.opt_state, metrics, state.params
+
+  return fn
+
+
+def compute(
+  name,
+  *,
+  config=None,
+  algo=preference,
+  attention="tiled",
+  accumulation=1,
+  mesh=None,
+  mode="jit",
+  **layout,
+):
+  """Runs gradient_and_step in one topology and layout."""
+  model, params = worlds.model(name, attention=attention)
+  algorithm = algo.make(config or config_of(), model.apply)
+  state = make_state(params)
+  batch = worlds.batch(ITEMS, **layout)
+  fn = gradient_and_step(algorithm, accumulation, run.axis_name(mode))
+  if mesh is None:
+    return jax.jit(fn)(state, batch, HPARAMS)
+  mesh = mesh_lib.make(config_dict.ConfigDict({**mesh, "context": 1}))
+  if mode == "jit":
+    shardings = mesh_lib.shardings(mesh, state, axes.spec)
+    state = run.place(state, shardings)
+  batch = run.place_batch(batch, mesh, mode)
+  return run.evaluator(fn, mesh, mode)(state, batch, HPARAMS)
+
+
+@functools.cache
+def truth(name, algo="preference"):
+  algorithm = {"preference": preference, "sft": sft}[algo]
+  loss = {"preference": "dpo", "sft": "sft"}[algo]
+  return compute(
+    name,
+    algo=algorithm,
+    config=config_of(algo, loss),
+    attention="xla",
+    packed=False,
+    shared=False,
+  )
+
+
+def assert_equal_up_to_rounding(got, want):
+  """Gradients to 1e-5 of each leaf's norm, the rest to f32 rounding."""
+  whole = float(tree.norm(want[0]))
+  pairs = zip(tree.named(got[0]), tree.named(want[0]), strict=True)
+  for (path, a), (_, b) in pairs:
+    a, b = np.asarray(a), np.asarray(b)
+    size = np.linalg.norm(b)
+    if path == "layers/attn/k/bias" and size < 1e-6 * whole:
+      # Without RoPE a constant added to all keys cancels in the softmax: the
+      # true gradient is 0, and what is left is rounding.
+      size = 1e5 * 1e-6 * whole
+    assert np.linalg.norm(a - b) <= 1e-5 * size, path
+  for key in want[1]:
+    np.testing.assert_allclose(got[1][key], want[1][key], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got[1]["loss"], want[1]["loss"], rtol=1e-5)
+  for a, b in zip(
+    jax.tree.leaves(got[2]), jax.tree.leaves(want[2]), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+LAYOUTS = {
+  "packed, shared": {"extra": 3},
+  "packed, shared, chunked head": {"config": config_of(chunk=7)},
+  "packed, shared, dense": {"attention": "xla"},
+  "packed, repeated": {"shared": False},
+  "unpacked, shared": {"packed": False},
+  "unpacked, repeated, tiled": {"packed": False, "shared": False},
+  "several rows": {"row_multiple": 3, "extra": 5},
+  "accumulation": {"row_multiple": 4, "accumulation": 4},
+}
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+ONLY_DATA = {"data": 8, "fsdp": 1, "tensor": 1}
+DEVICES = {
+  "mesh 2x2x2": {"mesh": MESH, "row_multiple": 4},
+  "mesh 2x2x2, chunked head": {
+    "mesh": MESH,
+    "row_multiple": 4,
+    "config": config_of(chunk=7),
+  },
+  "mesh 2x2x2, accumulation": {
+    "mesh": MESH,
+    "row_multiple": 8,
+    "accumulation": 2,
+  },
+  "mesh 2x2x2, unpacked, repeated": {
+    "mesh": MESH,
+    "packed": False,
+    "shared": False,
+  },
+  "pmap over 8": {"mesh": ONLY_DATA, "mode": "pmap", "row_multiple": 8},
+  "pmap over 8, accumulation": {
+    "mesh": ONLY_DATA,
+    "mode": "pmap",
+    "row_multiple": 16,
+    "accumulation": 2,
+  },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", worlds.MODELS)
+def test_layout_changes_nothing(name, layout):
+  assert_equal_up_to_rounding(compute(name, **LAYOUTS[layout]), truth(name))
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("name", worlds.MODELS)
+def test_devices_change_nothing(name, devices):
+  assert_equal_up_to_rounding(compute(name, **DEVICES[devices]), truth(name))
+
+
+@pytest.mark.parametrize(
+  "how", [LAYOUTS["accumulation"], DEVICES["mesh 2x2x2"], DEVICES["pmap over 8"]]
+)
+def test_sft_is_a_mean_over_the_tokens_of_the_global_batch(how):
+  got = compute("llama", algo=sft, **{**how, "config": config_of("sft", "sft")})
+  assert_equal_up_to_rounding(got, truth("llama", "sft"))
+
+
+def test_vmap_over_beta_equals_one_run_for_each():
+  model, params = worlds.model("llama")
+  algorithm = preference.make(config_of(), model.apply)
+  state, batch = make_state(params), worlds.batch(ITEMS)
+  fn = gradient_and_step(algorithm, 1, None)
+  betas = jnp.float32([0.05, 0.3, 5.0])
+  axes_of = {"beta": 0, "label_smoothing": None, "learning_rate": None}
+  points = jax.jit(jax.vmap(fn, in_axes=(None, None, axes_of)))(
+    state, batch, {**HPARAMS, "beta": betas}
+  )
+  single = jax.jit(fn)
+  for i, beta in enumerate(betas):
+    want = single(state, batch, {**HPARAMS, "beta": beta})
+    got = jax.tree.map(lambda x, i=i: x[i], points)
+    assert_equal_up_to_rounding(got, want)
+
+
+def test_four_completions_serving_six_pairs_equal_six_separate_pairs():
+  together, apart = [], []
+  for e in worlds.examples(6, seed=5, completions=4):
+    together.append(e)
+    for w, l, weight in e.pairs:
+      two = (e.completions[w], e.completions[l])
+      apart.append(e._replace(completions=two, pairs=((0, 1, weight),)))
+  model, params = worlds.model("neox")
+  algorithm = preference.make(config_of(), model.apply)
+  fn = jax.jit(gradient_and_step(algorithm, 1, None))
+  state = make_state(params)
+  got = fn(state, worlds.batch(together), HPARAMS)
+  want = fn(state, worlds.batch(apart), HPARAMS)
+  assert_equal_up_to_rounding(got, want)
+
+
+def test_a_planted_window_by_row_index_fails(monkeypatch):
+  """The same comparison, with the bug it is there to catch."""
+  from dpo_jax.ops import attention
+
+  right = attention.visible
+
+  def wrong(positions, segment_ids, branch_ids, window):
+    rows = jnp.broadcast_to(
+      jnp.arange(positions.shape[-1]), positions.shape
+    )
+    return right(rows, segment_ids, branch_ids, window)
+
+  want = truth("window")
+  monkeypatch.setattr(attention, "visible", wrong)
+  with pytest.raises(AssertionError):
+    assert_equal_up_to_rounding(compute("window"), want)
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "adamw"])
+def test_optimizers_agree_across_devices_given_one_gradient(name):
+  """End to end their first step is ±lr·sign(g): noise in g would decide it."""
+  model, params = worlds.model("llama")
+  del model
+  options = common.optim(name)
+  options.learning_rate = 1e-2
+  optimizer = optim.make(options, 10)
+  grads = worlds.noisy(jax.tree.map(jnp.zeros_like, params), 3)
+
+  def three_steps(params, grads):
+    opt_state = optimizer.tx.init(params)
+    for _ in range(3):
+      updates, opt_state = optimizer.tx.update(grads, opt_state, params)
+      params = optax.apply_updates(
+        params, jax.tree.map(lambda u: -1e-2 * u, updates)
+      )
+    return params
+
+  want = jax.jit(three_steps)(params, grads)
+  mesh = mesh_lib.make(config_dict.ConfigDict({**MESH, "context": 1}))
+  shardings = mesh_lib.shardings(mesh, params, axes.spec)
+  placed = run.place((params, grads), (shardings, shardings))
+  with jax.set_mesh(mesh):
+    got = jax.jit(three_steps)(*placed)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    # The clip's global norm sums in another order.
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,97 @@
+"""Small models, random examples and batches that many tests share."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from dpo_jax.data import rows, tokenize
+from dpo_jax.models import config as model_config
+from dpo_jax.models import transformer
+
+VOCAB = 61  # not a multiple of 128: the padded columns are always in play
+
+_MICRO = model_config.PRESETS["micro"]
+
+# One of each: RoPE with GQA, learned positions, parallel residual with partial
+# rotary and biases and an untied head, and a window shorter than the examples.
+MODELS = {
+  "llama": _MICRO,
+  "gpt2": dataclasses.replace(
+    model_config.PRESETS["gpt2"],
+    **{k: getattr(_MICRO, k) for k in ("layers", "embed", "heads", "head_dim")},
+    kv_heads=4,
+    mlp=64,
+    max_positions=64,
+  ),
+  "neox": dataclasses.replace(
+    model_config.PRESETS["pythia-70m"],
+    **{k: getattr(_MICRO, k) for k in ("layers", "embed", "heads", "head_dim")},
+    kv_heads=4,
+    mlp=64,
+    rotary_dim=4,
+    head_bias=True,
+  ),
+  "window": dataclasses.replace(_MICRO, window=5),
+}
+
+
+def model(name, **changes):
+  """(transformer.Model, params with no zero leaf)."""
+  config = dataclasses.replace(MODELS[name], **changes)
+  return transformer.build(config, VOCAB), _params(name)
+
+
+@functools.cache
+def _params(name):
+  init = jax.jit(transformer.build(MODELS[name], VOCAB).init)
+  return noisy(init(jax.random.key(0)), 1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def noisy(params, seed, scale=0.1):
+  """Params plus noise, so that biases and norms matter too."""
+  leaves, treedef = jax.tree.flatten(params)
+  rngs = jax.random.split(jax.random.key(seed), len(leaves))
+  noise = [
+    x + scale * jax.random.normal(r, x.shape)
+    for x, r in zip(leaves, rngs, strict=True)
+  ]
+  return jax.tree.unflatten(treedef, noise)
+
+
+def examples(count, seed=0, completions=2, longest=9):
+  """Random examples; every third has four completions and six pairs."""
+  rng = np.random.default_rng(seed)
+
+  def ids(low=1):
+    return rng.integers(0, VOCAB, rng.integers(low, longest)).tolist()
+
+  out = []
+  for number in range(count):
+    many = 4 if completions == 4 and number % 3 == 0 else 2
+    pairs = [(w, l, 1.0) for w in range(many) for l in range(w + 1, many)]
+    texts = tuple(ids() for _ in range(many))
+    out.append(tokenize.Example(number, 0, ids(), texts, tuple(pairs)))
+  return out
+
+
+def batch(
+  items, *, packed=True, shared=True, row_multiple=1, extra=0, max_row=None
+):
+  """The batch of some examples; `extra` adds padding to T, S, E and P."""
+  layout = rows.Layout(packed, shared, row_multiple, max_row)
+  need = rows.needs(items, layout)
+  assigned = rows.assign(need.length, layout)
+  shape = rows.needed_shape(need, assigned)
+  parts = 1 if packed or shared else shape.completions
+  shape = shape._replace(
+    length=shape.length + extra * parts,
+    scored=shape.scored + extra,
+    tile=shape.tile + extra,
+    per_row=shape.per_row + (1 if extra and packed else 0),
+  )
+  shape = shape._replace(tile=min(shape.tile, shape.length))
+  chosen = [[items[i] for i in row] for row in assigned]
+  return rows.build(chosen, shape, layout)
