@@ -15,7 +15,9 @@ def get_config():
   c.loss = common.loss("dpo")  # the loss and its own fields
   c.ref = "frozen"  # frozen: a copy of the initial policy; none: no reference
   c.init_seed = 0  # of the random initial parameters
-  c.init_from = config_dict.placeholder(str)  # run folder to start from, or None
+  c.init_from = config_dict.placeholder(
+    str
+  )  # run folder to start from, or None
   c.model = common.model("tiny")  # decoder shape, see models/config.py
   c.tokenizer = "bytes"  # bytes, a Hugging Face name, or a local folder
   c.head_chunk = config_dict.placeholder(int)  # scored positions per head chunk

@@ -75,7 +75,9 @@ def parse_arg(arg, **defaults):
     if default is bool:
       values[name] = not given or text.lower() in ("1", "true")
     elif not given:
-      raise ValueError(f"argument {name!r} of the config needs a value: {name}=…")
+      raise ValueError(
+        f"argument {name!r} of the config needs a value: {name}=…"
+      )
     else:
       values[name] = default(text)
   return config_dict.ConfigDict(values)

@@ -1,6 +1,6 @@
 """The command line: `python -m dpo_jax.cli VERB --config FILE.py[:ARG] …`.
 
-    train   --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
+train   --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
 """
 
 import ast

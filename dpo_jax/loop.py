@@ -54,7 +54,8 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
   """A Loader of one data set and a line that describes it."""
   policy = sources.Policy(config.data.bad_records)
   form = "sft" if config.algo == "sft" else "preference"
-  records = sources.load(spec, form, policy)
+  field = "data.train" if training else "data.eval"
+  records = sources.load(spec, form, policy, field)
   examples, changed = tokenize.encode(records, tokenizer, config.data, policy)
   layout = rows.Layout(
     config.data.packed,

@@ -15,14 +15,17 @@ import numpy as np
 
 from dpo_jax.data import rows as rows_lib
 
-_SAMPLED_BATCHES = 1024  # batches whose sizes the planner looks at
+# The planner looks at the batches of this many epochs, but at no more than so
+# many batches. Both do not depend on the length of the run, so that one which
+# is resumed to go on for longer pads as before.
+_PLANNED_EPOCHS, _PLANNED_BATCHES = 8, 4096
 
 
 class Stats(NamedTuple):
   """Host-side counts of one global batch.
 
   Attributes:
-    examples, comparisons: weights above 0.
+    examples, comparisons: how many.
     tokens: positions that hold a token.
     scored: tokens with a log-prob.
     visible: (query, key) pairs that causal attention needs.
@@ -56,12 +59,11 @@ def stream(start, count, size, seed):
   """
   counter = np.arange(start, start + count)
   epochs = counter // size
-  return np.concatenate(
-    [
-      _permutation(size, seed, int(epoch))[counter[epochs == epoch] % size]
-      for epoch in np.unique(epochs)
-    ]
-  )
+  out = np.zeros(count, int)
+  for epoch in np.unique(epochs):
+    here = epochs == epoch
+    out[here] = _permutation(size, seed, int(epoch))[counter[here] % size]
+  return out
 
 
 class Loader:
@@ -92,11 +94,15 @@ class Loader:
     self._need = rows_lib.needs(examples, layout)
     work = np.asarray([_work(e, layout) for e in examples])
     self._tokens, self._visible = work[:, 0], work[:, 1]
-    sampled = range(min(self.steps, _SAMPLED_BATCHES))
+    epochs = 1 if seed is None else _PLANNED_EPOCHS
+    sampled = range(min(epochs * self.steps, _PLANNED_BATCHES))
+    self._rows = None
+    if layout.max_row_length is not None or seed is None:
+      self._rows = max(len(self._assign(n)) for n in sampled)
     assigned = [self._assign(n) for n in sampled]
     needed = [rows_lib.needed_shape(self._need, rows) for rows in assigned]
     self.shapes = rows_lib.plan_shapes(
-      list(needed), layout, budget=budget, multiple=multiple
+      needed, layout, budget=budget, multiple=multiple
     )
     used = [self._shape(shape) for shape in needed]
     tokens = sum(int(self._tokens[sum(rows, [])].sum()) for rows in assigned)
@@ -137,16 +143,12 @@ class Loader:
   def _assign(self, number):
     """Rows of batch `number`, each a list of example indices."""
     indices = self.indices(number)
-    rows = rows_lib.assign(self._need.length[indices], self._layout)
+    lengths = self._need.length[indices]
+    rows = rows_lib.assign(lengths, self._layout, self._rows)
     return [[int(indices[i]) for i in row] for row in rows]
 
   def _shape(self, needed):
-    shape = rows_lib.fit_shape(
-      needed, self.shapes, self._layout, self._multiple
-    )
-    if shape not in self.shapes:
-      self.shapes.append(shape)
-    return shape
+    return rows_lib.fit_shape(needed, self.shapes, self._layout, self._multiple)
 
 
 def _work(example, layout):
@@ -156,6 +158,9 @@ def _work(example, layout):
   prompts = 1 if layout.shared else len(lengths)
   inside = sum(m * (m + 1) // 2 + m * n for m in lengths)
   return prompts * n + sum(lengths), prompts * (n * (n + 1) // 2) + inside
+
+
+_END = object()
 
 
 def prefetch(fn, numbers, depth=2):
@@ -176,7 +181,7 @@ def prefetch(fn, numbers, depth=2):
         put((fn(number), None))
         if stopped.is_set():
           return
-      put((None, StopIteration()))
+      put((_END, None))
     except Exception as error:  # noqa: BLE001 - raised again by the consumer
       put((None, error))
 
@@ -184,8 +189,10 @@ def prefetch(fn, numbers, depth=2):
   try:
     while True:
       value, error = results.get()
-      if isinstance(error, StopIteration):
+      if value is _END:
         return
+      if isinstance(error, StopIteration):
+        raise RuntimeError("the batch function ran out of items") from error
       if error is not None:
         raise error
       yield value

@@ -94,7 +94,7 @@ def needs(examples, layout):
   return Need(*map(np.asarray, (length, scored, completions, pairs)))
 
 
-def assign(lengths, layout):
+def assign(lengths, layout, count=None):
   """Spreads the examples of one batch over rows.
 
   Longest first, each to the row that is emptiest so far. A pure function of
@@ -103,24 +103,28 @@ def assign(lengths, layout):
   Args:
     lengths: positions each example needs.
     layout: Layout.
+    count: R; None takes the fewest rows that respect the layout.
   Returns: list of R lists of indices into `lengths`, each in rising order.
   """
-  multiple = layout.row_multiple
   if not layout.packed:
-    rows = -(-len(lengths) // multiple) * multiple
-    return [[i] if i < len(lengths) else [] for i in range(rows)]
-  count = multiple
+    fewest = round_up(len(lengths), layout.row_multiple)
+    return [
+      [i] if i < len(lengths) else [] for i in range(max(fewest, count or 0))
+    ]
+  longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+  limit = layout.max_row_length
+  limit = None if limit is None else max(limit, int(max(lengths)))
+  fixed, count = count is not None, count or layout.row_multiple
   while True:
     heap = [(0, row) for row in range(count)]
     rows = [[] for _ in range(count)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for i in longest_first:
       load, row = heap[0]
       heapq.heapreplace(heap, (load + int(lengths[i]), row))
       rows[row].append(i)
-    limit = layout.max_row_length
-    if limit is None or max(heap)[0] <= max(limit, int(max(lengths))):
+    if fixed or limit is None or max(heap)[0] <= limit:
       return [sorted(row) for row in rows]
-    count += multiple
+    count += layout.row_multiple
 
 
 def needed_shape(need, rows):
@@ -144,78 +148,87 @@ def needed_shape(need, rows):
   )
 
 
-def round_up(x, multiple):
-  return -(-x // multiple) * multiple
-
-
-def _rounded(shape, multiple, packed, shared):
-  """Sizes up to a multiple, so that near-equal batches share a shape."""
-  parts = shape.completions if not (packed or shared) else 1
-  return shape._replace(
-    length=round_up(shape.length, multiple * parts),
-    scored=round_up(shape.scored, multiple),
-    tile=min(
-      round_up(shape.tile, multiple), round_up(shape.length, multiple * parts)
-    ),
-  )
-
-
 def plan_shapes(needed, layout, *, budget, multiple):
   """Chooses at most `budget` shapes for batches that need these.
 
-  Sorts by R·T and cuts the order into groups, each with the largest sizes of
-  its members, so that the padded positions Σ R·T are fewest (exact, by dynamic
-  programming over the distinct sizes).
+  Sorts by T and cuts the order into groups, each with the largest sizes of its
+  members, so that the padded positions Σ T are fewest (by dynamic programming;
+  exact up to 256 distinct T, over their quantiles beyond).
 
   Args:
-    needed: Shape of each sampled batch.
+    needed: Shape of each sampled batch, all with the same R.
     layout: Layout.
     budget: compilations allowed, ≥ 1.
     multiple: T, S and E are multiples of this.
   Returns: list of Shape, smallest first.
   """
-  needed = [_rounded(s, multiple, layout.packed, layout.shared) for s in needed]
-  needed.sort(key=lambda s: (s.rows * s.length, s))
-  sizes, counts = np.unique(
-    [s.rows * s.length for s in needed], return_counts=True
+  assert len({s.rows for s in needed}) == 1, "one R a run"
+  needed = sorted(
+    (_rounded(s, multiple, layout) for s in needed), key=lambda s: s.length
   )
-  if len(sizes) > 256:  # keep the search small: quantiles of the sizes
-    sizes = np.unique(np.quantile(sizes, np.linspace(0, 1, 256), method="higher"))
-    edges = np.searchsorted(sizes, [s.rows * s.length for s in needed])
-    counts = np.bincount(edges, minlength=len(sizes))
-  before = np.concatenate([[0], np.cumsum(counts)])
-  cost = np.full((budget + 1, len(sizes) + 1), np.inf)
-  cut = np.zeros((budget + 1, len(sizes) + 1), int)
+  lengths = np.asarray([s.length for s in needed])
+  tops = np.unique(lengths)
+  if len(tops) > 256:
+    quantiles = np.linspace(0, 1, 256)
+    tops = np.unique(np.quantile(tops, quantiles, method="higher"))
+  ends = np.searchsorted(lengths, tops, side="right")  # batches of T <= top
+  before = np.concatenate([[0], ends])
+  cost = np.full((budget + 1, len(tops) + 1), np.inf)
+  cut = np.zeros((budget + 1, len(tops) + 1), int)
   cost[:, 0] = 0
   for k in range(1, budget + 1):
-    for end in range(1, len(sizes) + 1):
-      group = (before[end] - before[:end]) * sizes[end - 1]
+    for end in range(1, len(tops) + 1):
+      group = (before[end] - before[:end]) * tops[end - 1]
       total = cost[k - 1, :end] + group
       cut[k, end] = int(np.argmin(total))
       cost[k, end] = total[cut[k, end]]
-  tops, end, k = [], len(sizes), budget
+  shapes, end, k = [], len(tops), budget
   while end > 0:
-    tops.append(sizes[end - 1])
-    end, k = cut[k, end], k - 1
-  shapes, start = [], 0
-  for top in reversed(tops):
-    stop = start
-    while stop < len(needed) and needed[stop].rows * needed[stop].length <= top:
-      stop += 1
-    group = needed[start:stop]
-    shapes.append(Shape(*(max(values) for values in zip(*group, strict=True))))
-    start = stop
-  return shapes
+    start = cut[k, end]
+    group = needed[before[start] : before[end]]
+    shapes.append(_largest(group))
+    end, k = start, k - 1
+  return shapes[::-1]
 
 
-def fit_shape(needed, shapes, layout, multiple):
-  """The smallest planned shape that holds `needed`, or a new one."""
-  for shape in shapes:
-    if shape.fits(needed) and shape.rows == needed.rows:
+def fit_shape(needed, planned, layout, multiple):
+  """The smallest planned shape that holds `needed`, or one beyond the plan.
+
+  A pure function of the batch and the plan, so that a resumed run pads as the
+  first one did. Shapes beyond the plan grow in steps of an eighth of the
+  largest planned sizes, so that they are few.
+  """
+  for shape in planned:
+    if shape.fits(needed):
       return shape
-  rounded = _rounded(needed, multiple, layout.packed, layout.shared)
-  same = [s for s in shapes if s.rows == needed.rows]
-  return Shape(*(max(v) for v in zip(rounded, *same, strict=True)))
+  largest = _largest([s for s in planned if s.rows == needed.rows] or [needed])
+  grown = [
+    have if have >= need else round_up(need, max(1, have // 8))
+    for need, have in zip(needed, largest, strict=True)
+  ]
+  return _rounded(Shape(*grown)._replace(rows=needed.rows), multiple, layout)
+
+
+def _largest(shapes):
+  return Shape(*(max(sizes) for sizes in zip(*shapes, strict=True)))
+
+
+def round_up(x, multiple):
+  """The smallest multiple of `multiple` that is at least x."""
+  return -(-x // multiple) * multiple
+
+
+def _rounded(shape, multiple, layout):
+  """Sizes up to a multiple, so that near-equal batches share a shape."""
+  apart = not (layout.packed or layout.shared)
+  length = round_up(
+    shape.length, multiple * (shape.completions if apart else 1)
+  )
+  return shape._replace(
+    length=length,
+    scored=round_up(shape.scored, multiple),
+    tile=min(round_up(shape.tile, multiple), length),
+  )
 
 
 def _branches(example, shared, stride):

@@ -7,6 +7,7 @@ generated source:
     my.jsonl    one JSON object a line, in any of the forms
                 {"prompt", "chosen", "rejected"}
                 {"prompt", "completions": [...], "pairs": [[winner, loser], …]}
+                (SFT takes the first: put the preferred completion there)
                 {"prompt", "completion"}  or  {"text"}    (SFT only)
     toy         generated film remarks: kind ones chosen, unkind ones rejected
 """
@@ -62,27 +63,28 @@ class Policy:
     self.skipped[error.reason] += 1
 
 
-def load(spec, form, policy):
+def load(spec, form, policy, field="data.train"):
   """Reads all records of a source.
 
   Args:
     spec: path or name, see the module docstring.
     form: "preference" or "sft"; SFT takes the first (chosen) completion.
     policy: Policy for bad records; counts what it skips.
+    field: the config field that names the source, for messages.
   Returns: list of Record, never empty.
   Raises: ValueError naming file, line and field.
   """
   if spec is None:
     raise ValueError(
-      "data.train is not set; give a file of preference pairs, for example "
-      "--config.data.train=my.jsonl, or the generated source 'toy'"
+      f"{field} is not set; give a file of preference pairs, for example "
+      f"--config.{field}=my.jsonl, or the generated source 'toy'"
     )
   suffix = epath.Path(spec).suffix
   if suffix:
-    reader = lookup.lookup(FILES, suffix, "the suffix of data.train")
+    reader = lookup.lookup(FILES, suffix, f"the suffix of {field}")
     rows = reader(spec, policy)
   else:
-    rows = lookup.lookup(GENERATED, spec, "data.train")()
+    rows = lookup.lookup(GENERATED, spec, field)()
   records = []
   for origin, row in rows:
     try:
@@ -111,7 +113,7 @@ def _jsonl(path, policy):
       yield origin, json.loads(line)
     except UnicodeDecodeError as error:
       policy.bad(BadRecord("invalid UTF-8", f"{origin}: not UTF-8: {error}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
       hint = "; the last line is cut short" if number == len(lines) else ""
       policy.bad(
         BadRecord("invalid JSON", f"{origin}: not JSON: {error}{hint}")
@@ -154,7 +156,16 @@ def _field(row, name, kind, origin):
       f"{origin}: field {name!r} must be {kind.__name__}, not "
       f"{type(row[name]).__name__}",
     )
+  if kind is str:
+    _check_text(row[name], f"{origin}: field {name!r}")
   return row[name]
+
+
+def _check_text(text, where):
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise BadRecord("invalid UTF-8", f"{where} is not text: {error}") from error
 
 
 def _record(row, form, origin):
@@ -189,21 +200,19 @@ def _ranked(row, form, origin):
   prompt = _field(row, "prompt", str, origin)
   texts = _field(row, "completions", list, origin)
   for k, text in enumerate(texts):
+    where = f"{origin}: 'completions'[{k}]"
     if not isinstance(text, str) or not text:
       raise BadRecord(
-        "wrong type" if text else "empty",
-        f"{origin}: 'completions'[{k}] must be a non-empty string",
+        "empty" if text == "" else "wrong type",
+        f"{where} must be a non-empty string, not {text!r:.40}",
       )
-  if form == "sft":
-    texts = texts[:1]
-  pairs = () if form == "sft" else _field(row, "pairs", list, origin)
+    _check_text(text, where)
+  pairs = [] if form == "sft" else _field(row, "pairs", list, origin)
   if not texts or (form != "sft" and not pairs):
     raise BadRecord("empty", f"{origin}: 'completions' or 'pairs' is empty")
   for pair in pairs:
     good = isinstance(pair, list) and len(pair) == 2
-    good = good and all(
-      type(k) is int and 0 <= k < len(texts) for k in pair
-    )
+    good = good and all(type(k) is int and 0 <= k < len(texts) for k in pair)
     if not good or pair[0] == pair[1]:
       raise BadRecord(
         "bad pair",
@@ -214,6 +223,6 @@ def _ranked(row, form, origin):
       raise BadRecord(
         "identical pair", f"{origin}: completions of {pair} are the same text"
       )
-  return Record(
-    prompt, tuple(texts), tuple((w, l) for w, l in pairs), origin
-  )
+  if form == "sft":
+    texts = texts[:1]
+  return Record(prompt, tuple(texts), tuple(map(tuple, pairs)), origin)

@@ -2,8 +2,9 @@
 
 The prompt is encoded alone, so every completion shares its ids. Prompt and
 completion are also encoded as one text; where that begins with the prompt's
-ids, the rest is the completion, else a token straddles the boundary and the
-completion is encoded alone (counted as "boundary merge").
+ids, the rest is the completion, else the two would merge (as a rule because a
+token straddles the boundary) and the completion is encoded alone, counted as
+"boundary merge".
 """
 
 import collections
@@ -71,7 +72,7 @@ def load(name):
 
   try:
     hf = transformers.AutoTokenizer.from_pretrained(name)
-  except (OSError, ValueError) as error:
+  except Exception as error:  # a damaged file raises anything
     where = "folder" if epath.Path(name).exists() else "hub name"
     raise ValueError(
       f"tokenizer = {name!r} cannot be loaded as a {where}: {error}. Use "
@@ -94,14 +95,18 @@ def load(name):
   )
 
 
-_ANCHOR = "\n"
+_ANCHORS = ("\n", "a", ".", "0")
 
 
 def _encode_alone(tokenizer, text):
-  """Ids of a text that continues another: no prefix space is invented."""
-  anchor, anchored = tokenizer.encode([_ANCHOR, _ANCHOR + text])
-  if anchored[: len(anchor)] == anchor:
-    return anchored[len(anchor) :]
+  """Ids of a text that continues another: no prefix space is invented.
+
+  Encodes it behind an anchor that does not merge with it.
+  """
+  for anchor in _ANCHORS:
+    head, both = tokenizer.encode([anchor, anchor + text])
+    if both[: len(head)] == head:
+      return both[len(head) :]
   return tokenizer.encode([text])[0]
 
 
@@ -148,8 +153,10 @@ def encode(records, tokenizer, options, policy):
 
 
 def _begin(prompt, tokenizer, options, origin, changed):
-  """The prompt with its BOS, within data.max_prompt_length."""
+  """The prompt with one BOS, within data.max_prompt_length."""
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  if bos and prompt[:1] == bos:  # the text brought its own
+    prompt = prompt[1:]
   room = options.max_prompt_length - len(bos)
   if len(prompt) > room:
     if options.long_prompt == "error":

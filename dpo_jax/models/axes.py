@@ -76,4 +76,3 @@ def constrain(x, *logical):
   if compat.ambient_mesh() is None:
     return x
   return jax.lax.with_sharding_constraint(x, P(*(RULES[n] for n in logical)))
-

@@ -237,9 +237,7 @@ def build(config, vocab_size):
 
   def init(rng):
     tokens = jnp.zeros((1, 1), jnp.int32)
-    layout = attention.Layout(
-      tokens, tokens + 1, tokens, tokens[:, :, None]
-    )
+    layout = attention.Layout(tokens, tokens + 1, tokens, tokens[:, :, None])
     variables = module.init(rng, tokens, tokens, layout, None)
     return variables["params"]
 

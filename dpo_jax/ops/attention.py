@@ -115,9 +115,11 @@ def tiled(q, k, v, layout, *, window, scale):
   per_row, tile = layout.example_index.shape[1:]
   index = layout.example_index.reshape(rows, per_row * tile)
   inverse = jax.vmap(
-    lambda i: jnp.full(length, per_row * tile, jnp.int32)
-    .at[i]
-    .set(jnp.arange(per_row * tile, dtype=jnp.int32), mode="drop")
+    lambda i: (
+      jnp.full(length, per_row * tile, jnp.int32)
+      .at[i]
+      .set(jnp.arange(per_row * tile, dtype=jnp.int32), mode="drop")
+    )
   )(index)
 
   def to_tiles(x):

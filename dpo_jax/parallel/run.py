@@ -76,9 +76,9 @@ def _on_mesh(compiled, mesh, mode):
 
 def place(values, shardings):
   """Puts a tree on the mesh as copies that may be donated."""
-  return jax.jit(
-    lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings
-  )(values)
+  return jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings)(
+    values
+  )
 
 
 def create(fn, shardings, *args):

@@ -77,8 +77,9 @@ class Checkpointer:
       try:
         values, meta = self._read(step, state_lib.saved(state), config)
       except _Damaged as error:
-        warnings.warn(f"checkpoint {step}: {error}; trying an older one",
-                      stacklevel=2)
+        warnings.warn(
+          f"checkpoint {step}: {error}; trying an older one", stacklevel=2
+        )
         continue
       if meta["frozen"] != state_lib.fingerprint(state.frozen):
         raise ValueError(
@@ -175,8 +176,9 @@ def load_params(workdir, target):
   have = {path: tuple(x.shape) for path, x in tree.named(metadata)}
   want = {path: tuple(x.shape) for path, x in tree.named(target)}
   if have != want:
-    path = sorted(k for k in have.keys() | want.keys()
-                  if have.get(k) != want.get(k))[0]
+    path = sorted(
+      k for k in have.keys() | want.keys() if have.get(k) != want.get(k)
+    )[0]
     raise ValueError(
       f"init_from = {workdir!r}: {path} has shape {have.get(path)}, the config "
       f"asks for {want.get(path)}{lookup.nearest(path, have)}"

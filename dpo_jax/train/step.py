@@ -1,9 +1,9 @@
 """One train step, the same body for jit over a mesh and for pmap.
 
-    denominators   Σ weights of every term, over the global batch
-    gradient       of Σ_terms Σ w·v / denominator, summed over microbatches
-                   and devices
-    update         optimiser, learning rate, and a guard against non-finite
+denominators   Σ weights of every term, over the global batch
+gradient       of Σ_terms Σ w·v / denominator, summed over microbatches
+               and devices
+update         optimiser, learning rate, and a guard against non-finite
 """
 
 import jax

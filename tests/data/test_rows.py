@@ -380,12 +380,9 @@ PLANS = pytest.mark.parametrize(
 
 
 @PLANS
-@pytest.mark.parametrize("row_counts", [(4,), (4, 8)], ids=["one R", "two R"])
-def test_each_sampled_batch_fits_one_of_the_planned_shapes(
-  row_counts, budget, multiple
-):
+def test_each_sampled_batch_fits_one_of_the_planned_shapes(budget, multiple):
   for seed in range(5):
-    needed = random_shapes(np.random.default_rng(seed), 30, row_counts)
+    needed = random_shapes(np.random.default_rng(seed), 30, (4,))
     shapes = rows.plan_shapes(needed, PLAN, budget=budget, multiple=multiple)
     assert len(shapes) <= budget
     planned_cost(needed, shapes, multiple)
@@ -402,15 +399,6 @@ def test_the_plan_is_the_cheapest_of_all_plans(budget, multiple):
     shapes = rows.plan_shapes(needed, PLAN, budget=budget, multiple=multiple)
     planned = planned_cost(needed, shapes, multiple)
     assert planned == cheapest(needed, budget, multiple)
-
-
-@PLANS
-def test_the_plan_of_two_row_counts_costs_no_more_than_apart(budget, multiple):
-  for seed in range(5):
-    needed = random_shapes(np.random.default_rng(seed), 6, (4, 8))
-    shapes = rows.plan_shapes(needed, PLAN, budget=budget, multiple=multiple)
-    planned = planned_cost(needed, shapes, multiple)
-    assert planned <= cheapest(needed, budget, multiple)
 
 
 def test_equal_batches_need_one_shape_whatever_the_budget():
@@ -434,11 +422,15 @@ def test_the_plan_of_many_different_sizes_wastes_little():
 
 
 def test_a_batch_too_large_for_every_shape_gets_one_that_holds_it():
-  small = random_shapes(np.random.default_rng(0), 1, (4,))[0]
-  large = small._replace(length=999, scored=99)
-  shape = rows.fit_shape(large, [small], PLAN, 8)
+  """Beyond the plan sizes grow in eighths of the largest planned ones."""
+  planned = random_shapes(np.random.default_rng(0), 1, (4,))[0]
+  planned = planned._replace(length=800, scored=80)
+  large = planned._replace(length=999, scored=10)
+  shape = rows.fit_shape(large, [planned], PLAN, 8)
   assert shape.fits(large)
-  assert (shape.length, shape.scored) == (1000, 104)
+  assert (shape.length, shape.scored) == (1000, 80)
+  again = rows.fit_shape(large._replace(length=905), [planned], PLAN, 8)
+  assert again == shape
 
 
 def lognormal(median, sigma, low, high):
@@ -490,15 +482,15 @@ def test_packed_rows_are_full_with_three_shapes(mix, multiple, goal, shared):
     row_multiple=multiple,
     max_row_length=None,
   )
-  fills = []
-  for n in range(batches.steps):
+  tokens = positions = 0
+  seen = set()
+  for n in range(4 * batches.steps):
     batch, stats = batches.batch(n)
+    seen.add(tuple(x.shape for x in batch.values()))
     real = np.mean(batch["segment_ids"] > 0)
     # Both are ratios of whole numbers below 2^53; one division each.
     assert stats.fill == pytest.approx(real, rel=1e-12)
-    fills.append(real * batch["tokens"].size)
-    fills.append(batch["tokens"].size)
-  measured = sum(fills[::2]) / sum(fills[1::2])
-  assert measured == pytest.approx(batches.fill, rel=1e-12)
-  assert len(batches.shapes) <= 3
-  assert measured >= goal
+    tokens += real * batch["tokens"].size
+    positions += batch["tokens"].size
+  assert len(seen) <= 3  # over four epochs, not only the first
+  assert tokens / positions >= goal

@@ -64,9 +64,7 @@ def test_implementation_equals_the_dense_oracle(name, packed, shared, window):
     out = fn(*qkv, layout, window=window, scale=0.3)
     return jnp.sum(jnp.where(weight != 0, out * weight, 0.0))
 
-  got = jax.value_and_grad(
-    lambda x: total(attention.ATTENTION[name], x)
-  )(qkv)
+  got = jax.value_and_grad(lambda x: total(attention.ATTENTION[name], x))(qkv)
   want = jax.value_and_grad(lambda x: total(attention.xla, x))(qkv)
   # f32 sums of at most 40 terms of order 1, in another order.
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -82,9 +80,7 @@ def test_a_window_by_row_index_would_be_seen():
     jnp.arange(layout.positions.shape[1]), layout.positions.shape
   )
   right = attention.visible(*layout[:3], 4)
-  planted = attention.visible(
-    rows, layout.segment_ids, layout.branch_ids, 4
-  )
+  planted = attention.visible(rows, layout.segment_ids, layout.branch_ids, 4)
   assert bool(jnp.any(right & ~planted))
 
 

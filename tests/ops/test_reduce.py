@@ -13,7 +13,9 @@ def test_the_mean_of_a_cut_batch_is_the_mean_of_the_batch():
     terms = {"x": (values[part], weights[part])}
     nums += reduce.numerators(terms)["x"]
     dens += reduce.denominators(terms)["x"]
-  np.testing.assert_allclose(reduce.divide({"x": nums}, {"x": dens})["x"], whole)
+  np.testing.assert_allclose(
+    reduce.divide({"x": nums}, {"x": dens})["x"], whole
+  )
 
 
 def test_a_weight_of_zero_hides_a_nan():

@@ -186,7 +186,8 @@ def test_devices_change_nothing(name, devices):
 
 
 @pytest.mark.parametrize(
-  "how", [LAYOUTS["accumulation"], DEVICES["mesh 2x2x2"], DEVICES["pmap over 8"]]
+  "how",
+  [LAYOUTS["accumulation"], DEVICES["mesh 2x2x2"], DEVICES["pmap over 8"]],
 )
 def test_sft_is_a_mean_over_the_tokens_of_the_global_batch(how):
   got = compute("llama", algo=sft, **{**how, "config": config_of("sft", "sft")})
@@ -233,9 +234,7 @@ def test_a_planted_window_by_row_index_fails(monkeypatch):
   right = attention.visible
 
   def wrong(positions, segment_ids, branch_ids, window):
-    rows = jnp.broadcast_to(
-      jnp.arange(positions.shape[-1]), positions.shape
-    )
+    rows = jnp.broadcast_to(jnp.arange(positions.shape[-1]), positions.shape)
     return right(rows, segment_ids, branch_ids, window)
 
   want = truth("window")
