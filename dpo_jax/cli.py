@@ -29,7 +29,7 @@ def load_config(spec, overrides=()):
   config.lock()
   known = list(_paths(config))
   for override in overrides:
-    key, given, text = override.partition("=")
+    key, _, text = override.partition("=")
     if key not in known:
       raise ValueError(
         f"--config.{key} is not a field of {path}{lookup.nearest(key, known)}"
@@ -89,7 +89,7 @@ def _paths(config, prefix=""):
 
 def train(config, options):
   """Trains; see loop.fit."""
-  from dpo_jax import loop  # noqa: PLC0415 - after flags are checked: slow
+  from dpo_jax import loop
 
   return loop.fit(config, options["workdir"]).exit_code
 

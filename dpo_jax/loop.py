@@ -70,6 +70,7 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
     seed=config.data.seed if training else None,
     budget=config.data.max_shapes,
     multiple=config.data.shape_multiple,
+    steps=total_steps(config, len(examples)) if training else None,
   )
   notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
   shapes = ", ".join(
@@ -86,11 +87,11 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
   return loader, about
 
 
-def total_steps(config, loader):
-  """Updates of the run, from train.steps or train.epochs."""
+def total_steps(config, size):
+  """Updates of the run on `size` examples, from train.steps or train.epochs."""
   if config.train.steps is not None:
     return config.train.steps
-  examples = round(config.train.epochs * loader.size)
+  examples = round(config.train.epochs * size)
   return max(1, -(-examples // config.data.batch_size))
 
 
@@ -168,7 +169,7 @@ def _fit(config, workdir, stop):
     training=True,
     row_multiple=devices * accumulation,
   )
-  total = total_steps(config, loader)
+  total = total_steps(config, loader.size)
   algorithm = lookup.lookup(algos.ALGOS, config.algo, "algo")(
     config, model.apply
   )

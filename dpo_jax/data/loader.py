@@ -15,10 +15,7 @@ import numpy as np
 
 from dpo_jax.data import rows as rows_lib
 
-# The planner looks at the batches of this many epochs, but at no more than so
-# many batches. Both do not depend on the length of the run, so that one which
-# is resumed to go on for longer pads as before.
-_PLANNED_EPOCHS, _PLANNED_BATCHES = 8, 4096
+_PLANNED_BATCHES = 4096  # whose sizes the planner looks at, at most
 
 
 class Stats(NamedTuple):
@@ -71,12 +68,14 @@ class Loader:
 
   Attributes:
     size: examples per epoch.
-    steps: batches per epoch, the last one rounded up.
+    steps: batches per epoch, rounded up.
     shapes: the planned shapes.
     fill: expected tokens / positions over the sampled batches.
   """
 
-  def __init__(self, examples, layout, *, batch_size, seed, budget, multiple):
+  def __init__(
+    self, examples, layout, *, batch_size, seed, budget, multiple, steps=None
+  ):
     """See `rows.Layout` and `rows.plan_shapes`.
 
     Args:
@@ -86,6 +85,7 @@ class Loader:
       seed: of the order; None is one pass in file order, whose last batch may
         hold fewer examples (evaluation).
       budget, multiple: of the planner.
+      steps: batches that will be asked for, for the planner; None is one epoch.
     """
     self._examples, self._layout = examples, layout
     self._batch_size, self._seed, self._multiple = batch_size, seed, multiple
@@ -94,8 +94,7 @@ class Loader:
     self._need = rows_lib.needs(examples, layout)
     work = np.asarray([_work(e, layout) for e in examples])
     self._tokens, self._visible = work[:, 0], work[:, 1]
-    epochs = 1 if seed is None else _PLANNED_EPOCHS
-    sampled = range(min(epochs * self.steps, _PLANNED_BATCHES))
+    sampled = range(min(steps or self.steps, _PLANNED_BATCHES))
     self._rows = None
     if layout.max_row_length is not None or seed is None:
       self._rows = max(len(self._assign(n)) for n in sampled)
@@ -105,7 +104,7 @@ class Loader:
       needed, layout, budget=budget, multiple=multiple
     )
     used = [self._shape(shape) for shape in needed]
-    tokens = sum(int(self._tokens[sum(rows, [])].sum()) for rows in assigned)
+    tokens = sum(int(self._tokens[_flat(rows)].sum()) for rows in assigned)
     self.fill = tokens / sum(s.rows * s.length for s in used)
 
   def indices(self, number):
@@ -125,7 +124,7 @@ class Loader:
     """
     rows = self._assign(number)
     shape = self._shape(rows_lib.needed_shape(self._need, rows))
-    everything = np.asarray(sum(rows, []))
+    everything = _flat(rows)
     tokens = int(self._tokens[everything].sum())
     stats = Stats(
       examples=len(everything),
@@ -151,6 +150,10 @@ class Loader:
     return rows_lib.fit_shape(needed, self.shapes, self._layout, self._multiple)
 
 
+def _flat(rows):
+  return np.asarray([i for row in rows for i in row])
+
+
 def _work(example, layout):
   """Tokens of an example, and (query, key) pairs of its causal attention."""
   n = len(example.prompt)
@@ -171,7 +174,8 @@ def prefetch(fn, numbers, depth=2):
   def put(item):
     while not stopped.is_set():
       try:
-        return results.put(item, timeout=0.1)
+        results.put(item, timeout=0.1)
+        return
       except queue.Full:
         continue
 
@@ -182,7 +186,7 @@ def prefetch(fn, numbers, depth=2):
         if stopped.is_set():
           return
       put((_END, None))
-    except Exception as error:  # noqa: BLE001 - raised again by the consumer
+    except Exception as error:
       put((None, error))
 
   threading.Thread(target=work, daemon=True).start()

@@ -68,7 +68,7 @@ def load(name):
       bos_id=None,
       eos_id=256,
     )
-  import transformers  # noqa: PLC0415 - takes seconds, and only this needs it
+  import transformers
 
   try:
     hf = transformers.AutoTokenizer.from_pretrained(name)

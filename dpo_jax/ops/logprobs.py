@@ -19,6 +19,12 @@ from dpo_jax.ops import attention, reduce
 
 _HIDDEN = -1e30  # logit of a column that pads the vocabulary
 
+# How the arrays of the op lie on a mesh.
+_ROWS = P(reduce.ROWS)
+_KERNEL = P(None, reduce.TENSOR)
+_COLUMNS = P(reduce.TENSOR)
+_LOGITS = P(reduce.ROWS, None, reduce.TENSOR)
+
 
 @flax.struct.dataclass
 class Head:
@@ -111,21 +117,18 @@ def _token_logps(static, hidden, kernel, bias, source, targets):
 def _fwd(static, hidden, kernel, bias, source, targets):
   forward = _sharded(
     functools.partial(_forward, static),
-    (P(reduce.ROWS), P(None, reduce.TENSOR), P(reduce.TENSOR))
-    + (P(reduce.ROWS),) * 2,
-    (P(reduce.ROWS), P(reduce.ROWS), P(reduce.ROWS, None, reduce.TENSOR)),
+    (_ROWS, _KERNEL, _COLUMNS, _ROWS, _ROWS),
+    (_ROWS, _ROWS, _LOGITS),
   )
   logps, lse, stored = forward(hidden, kernel, bias, source, targets)
   return logps, (hidden, kernel, bias, source, targets, lse, stored)
 
 
 def _bwd(static, residual, grad):
-  rows, vocab = P(reduce.ROWS), P(None, reduce.TENSOR)
   backward = _sharded(
     functools.partial(_backward, static),
-    (rows, vocab, P(reduce.TENSOR), rows, rows, rows)
-    + (P(reduce.ROWS, None, reduce.TENSOR), rows),
-    (rows, vocab, P(reduce.TENSOR)),
+    (_ROWS, _KERNEL, _COLUMNS, _ROWS, _ROWS, _ROWS, _LOGITS, _ROWS),
+    (_ROWS, _KERNEL, _COLUMNS),
   )
   hidden, kernel, bias = backward(*residual, grad)
   return hidden, kernel, bias, None, None

@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dpo_jax import lookup, tree
+from dpo_jax import tree
 from dpo_jax.train import state as state_lib
 
 # A resumed run may differ from the saved one in these fields only.
@@ -47,7 +47,7 @@ class Checkpointer:
       "config": config,
       "checksums": state_lib.fingerprint(values),
       "frozen": state_lib.fingerprint(state.frozen),
-      "dtypes": {path: str(x.dtype) for path, x in tree.named(values)},
+      "leaves": _leaves(values),
     }
     step = int(state.step)
     if step not in self._manager.all_steps():
@@ -95,26 +95,15 @@ class Checkpointer:
     return None
 
   def _read(self, step, target, config):
-    try:
-      read = self._manager.restore(
-        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-      )
-      meta = read["meta"]
-    except Exception as error:  # noqa: BLE001 - any failure to read is damage
-      raise _Damaged(f"unreadable ({error})") from error
+    meta = _read_meta(self._manager, step)
     check_config(meta["config"], config, self._path)
-    dtypes = {path: str(x.dtype) for path, x in tree.named(target)}
-    if meta["dtypes"] != dtypes:
-      different = sorted(set(meta["dtypes"].items()) ^ set(dtypes.items()))
-      raise ValueError(
-        f"{self._path}: parameters differ from the config's: {different[:4]}"
-      )
+    _check_leaves(meta["leaves"], _leaves(target), self._path)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
     try:
       values = self._manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
       )["state"]
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # whatever it is: damage
       raise _Damaged(f"unreadable ({error})") from error
     if state_lib.fingerprint(values) != meta["checksums"]:
       raise _Damaged("checksums do not match")
@@ -128,6 +117,29 @@ class Checkpointer:
 
 class _Damaged(Exception):
   """A checkpoint that must be passed over."""
+
+
+def _read_meta(manager, step):
+  args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+  try:
+    return manager.restore(step, args=args)["meta"]
+  except Exception as error:  # whatever it is: damage
+    raise _Damaged(f"unreadable ({error})") from error
+
+
+def _leaves(values):
+  """{path: "float32[4, 8]"}."""
+  return {path: f"{x.dtype}{list(x.shape)}" for path, x in tree.named(values)}
+
+
+def _check_leaves(saved, wanted, where):
+  """Raises ValueError naming the first leaf that differs."""
+  for path in sorted(saved.keys() | wanted.keys()):
+    if saved.get(path) != wanted.get(path):
+      raise ValueError(
+        f"{where}: {path} is {saved.get(path, 'missing')} there, the config "
+        f"asks for {wanted.get(path, 'none of it')}"
+      )
 
 
 def flatten(config, prefix=""):
@@ -167,32 +179,35 @@ def load_params(workdir, target):
   """
   path = epath.Path(workdir).absolute() / "checkpoints"
   if not path.exists():
-    raise ValueError(f"init_from = {workdir!r} holds no checkpoints/ folder")
-  manager = ocp.CheckpointManager(path)
-  step = manager.latest_step()
-  if step is None:
-    raise ValueError(f"init_from = {workdir!r} holds no finished checkpoint")
-  metadata = manager.item_metadata(step)["state"].tree["params"]
-  have = {path: tuple(x.shape) for path, x in tree.named(metadata)}
-  want = {path: tuple(x.shape) for path, x in tree.named(target)}
-  if have != want:
-    path = sorted(
-      k for k in have.keys() | want.keys() if have.get(k) != want.get(k)
-    )[0]
-    raise ValueError(
-      f"init_from = {workdir!r}: {path} has shape {have.get(path)}, the config "
-      f"asks for {want.get(path)}{lookup.nearest(path, have)}"
-    )
-  abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, target)}
-  restored = manager.restore(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.PyTreeRestore(
+    raise ValueError(f"init_from = {workdir!s} holds no checkpoints/ folder")
+  with ocp.CheckpointManager(path) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise ValueError(f"init_from = {workdir!s} holds no finished checkpoint")
+    try:
+      meta = _read_meta(manager, step)
+      target = {"params": target}
+      saved = {
+        path: leaf
+        for path, leaf in meta["leaves"].items()
+        if path.startswith("params/")
+      }
+      _check_leaves(saved, _leaves(target), f"init_from = {workdir!s}")
+      abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+      restore = ocp.args.PyTreeRestore(
         abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
       )
-    ),
-  )
-  manager.close()
-  return restored["state"]["params"]
+      values = manager.restore(step, args=ocp.args.Composite(state=restore))
+    except _Damaged as error:
+      raise ValueError(
+        f"init_from = {workdir!s}: step {step}: {error}"
+      ) from error
+  params = values["state"]["params"]
+  sums = state_lib.fingerprint({"params": params})
+  if any(meta["checksums"][path] != value for path, value in sums.items()):
+    raise ValueError(
+      f"init_from = {workdir!s}: step {step}: checksums do not match"
+    )
+  return params

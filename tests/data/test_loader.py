@@ -27,6 +27,7 @@ def make(
   seed=0,
   budget=3,
   multiple=8,
+  steps=None,
 ):
   layout = rows.Layout(packed, shared, row_multiple, max_row)
   return loader.Loader(
@@ -36,6 +37,7 @@ def make(
     seed=seed,
     budget=budget,
     multiple=multiple,
+    steps=steps,
   )
 
 
@@ -127,14 +129,13 @@ def test_a_fresh_loader_gives_bit_equal_batches(packed, shared):
 UNEVEN = of_lengths([2, 3, 40, 2, 5, 29, 17, 2, 3, 5, 31, 4, 8])
 
 
-def unplanned(monkeypatch):
+def unplanned():
   """A loader whose planner saw one batch only."""
-  monkeypatch.setattr(loader, "_PLANNED_BATCHES", 1)
-  return make(UNEVEN, batch_size=4, budget=1, multiple=1)
+  return make(UNEVEN, batch_size=4, budget=1, multiple=1, steps=1)
 
 
-def test_a_batch_that_fits_no_planned_shape_is_still_built(monkeypatch):
-  batches = unplanned(monkeypatch)
+def test_a_batch_that_fits_no_planned_shape_is_still_built():
+  batches = unplanned()
   (planned,) = batches.shapes
   beyond = 0
   for number in range(40):
@@ -145,13 +146,11 @@ def test_a_batch_that_fits_no_planned_shape_is_still_built(monkeypatch):
   assert beyond
 
 
-def test_a_fresh_loader_agrees_after_batches_that_fit_no_planned_shape(
-  monkeypatch,
-):
-  walked = unplanned(monkeypatch)
+def test_a_fresh_loader_agrees_after_batches_that_fit_no_planned_shape():
+  walked = unplanned()
   history = [walked.batch(number) for number in range(40)]
   for number, (batch, stats) in enumerate(history):
-    again, same = unplanned(monkeypatch).batch(number)
+    again, same = unplanned().batch(number)
     assert_same(batch, again)
     assert stats == same
 
@@ -252,9 +251,8 @@ def test_stats_count_what_the_batch_holds(packed, shared):
     )
 
 
-def test_the_promised_fill_is_that_of_the_planned_batches(monkeypatch):
-  monkeypatch.setattr(loader, "_PLANNED_BATCHES", 12)
-  batches = make(worlds.examples(24), row_multiple=2)
+def test_the_promised_fill_is_that_of_the_planned_batches():
+  batches = make(worlds.examples(24), row_multiple=2, steps=12)
   built = [batches.batch(n)[0] for n in range(12)]
   tokens = sum(np.sum(b["segment_ids"] > 0) for b in built)
   # A ratio of two whole numbers, both exact: one division on each side.

@@ -237,7 +237,8 @@ def test_samples_stop_at_eos_and_report_their_log_probs():
   prompts = jax.random.randint(jax.random.key(5), (64, 3), 0, 7)
   draw = sampler(model, params, eos_id=4)
   out = draw(prompts, lengths, jnp.arange(64), jax.random.key(2))
-  assert out.finished.any() and not out.finished.all()
+  assert out.finished.any()
+  assert not out.finished.all()
   for i in range(64):
     n = int(out.lengths[i])
     drawn = out.tokens[i, :n].tolist()

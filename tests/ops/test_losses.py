@@ -143,7 +143,8 @@ def test_extreme_margins_stay_finite(name, oracle, kwargs, size):
     return jnp.sum(fn(policy, jnp.zeros_like(policy), **kwargs)["loss"])
 
   value, gradient = jax.value_and_grad(total)(policy)
-  assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(gradient)))
+  assert bool(jnp.isfinite(value))
+  assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
 def test_label_smoothing_is_stationary_where_it_should_be():

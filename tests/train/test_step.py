@@ -1,0 +1,275 @@
+"""The train step: optimiser, guard, reference, compilations, precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from dpo_jax import tree
+from dpo_jax.algos import preference
+from dpo_jax.ops import losses
+from dpo_jax.train import optim
+from dpo_jax.train import state as state_lib
+from dpo_jax.train import step as step_lib
+from tests import worlds
+from tests.parallel import test_topology as topology
+
+BATCH = worlds.batch(worlds.examples(8))
+
+
+def make(optim_name="sgd", loss="dpo", **changes):
+  """(step, state with an optimiser of its own, hparams) of a micro model."""
+  model, params = worlds.model("llama")
+  algorithm = preference.make(topology.config_of(loss=loss), model.apply)
+  options = common.optim(optim_name)
+  options.update({"warmup": 0, "learning_rate": 1e-2, **changes})
+  optimizer = optim.make(options, 100)
+  state = state_lib.create(params, optimizer, {"ref": params})
+  step = step_lib.make(algorithm, optimizer, accumulation=1, axis_name=None)
+  hparams = {
+    "beta": jnp.float32(0.1),
+    "label_smoothing": jnp.float32(0.0),
+    "learning_rate": jnp.float32(options.learning_rate),
+  }
+  return step, state, hparams
+
+
+def test_training_starts_at_log_two_and_the_loss_falls():
+  step, state, hparams = make("rmsprop")
+  step = jax.jit(step)
+  history = []
+  for _ in range(10):
+    state, metrics = step(state, BATCH, hparams)
+    history.append(metrics)
+  first, last = history[0], history[-1]
+  np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-6)
+  assert first["rewards/accuracies"] == 0.5
+  assert last["loss"] < 0.5 * first["loss"]
+  assert last["rewards/margins"] > 1
+
+
+def test_the_reference_is_bit_unchanged_after_ten_steps_and_gets_no_gradient():
+  step, state, hparams = make("rmsprop")
+  before = jax.tree.map(np.asarray, state.frozen)
+  step = jax.jit(step, donate_argnums=0)
+  state = jax.tree.map(jnp.copy, state)
+  for _ in range(10):
+    state, _ = step(state, BATCH, hparams)
+  jax.tree.map(np.testing.assert_array_equal, state.frozen, before)
+  moved = jax.tree.map(
+    lambda a, b: bool(jnp.any(a != b)), state.params, before["ref"]
+  )
+  assert all(jax.tree.leaves(moved))
+
+  model, params = worlds.model("llama")
+  algorithm = preference.make(topology.config_of(), model.apply)
+
+  def loss(ref):
+    batch = algorithm.prepare(BATCH, {"ref": ref}, {})
+    terms = algorithm.objective(params, {}, batch, hparams)
+    return jnp.sum(terms.losses["preference"][0])
+
+  for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
+    np.testing.assert_array_equal(leaf, 0.0)
+
+
+def test_at_the_reference_each_pair_pulls_with_half_beta():
+  """∂loss/∂log π is −β/2 for the chosen and +β/2 for the rejected completion,
+  through the model: the gradient is that of −β/2 · (log π_w − log π_l)."""
+  model, params = worlds.model("llama")
+  config = topology.config_of()
+  algorithm = preference.make(config, model.apply)
+  beta = 0.7
+  hparams = {"beta": beta, "label_smoothing": 0.0}
+
+  def through_the_loss(params, ref):
+    batch = algorithm.prepare(BATCH, {"ref": ref}, {})
+    values, weights = algorithm.objective(params, {}, batch, hparams).losses[
+      "preference"
+    ]
+    return jnp.sum(values * weights), (values, weights)
+
+  def by_hand(params):
+    terms = algorithm.objective(
+      params,
+      {},
+      algorithm.prepare(BATCH, {"ref": params}, {}),
+      {"beta": 1.0, "label_smoothing": 0.0},
+    )
+    chosen, weights = terms.metrics["logps/chosen"]
+    rejected, _ = terms.metrics["logps/rejected"]
+    return jnp.sum(weights * (chosen - rejected))
+
+  grad_fn = jax.jit(jax.grad(through_the_loss, has_aux=True))
+  gradient, (values, weights) = grad_fn(params, params)
+  np.testing.assert_allclose(values[weights > 0], np.log(2), rtol=1e-6)
+
+  # The metrics carry no gradient, so the slope is taken by differences along
+  # one direction, in the exact sum of log-ratios.
+  direction = worlds.noisy(jax.tree.map(jnp.zeros_like, params), 11, 1.0)
+  size = 1e-3
+
+  def along(t):
+    moved = jax.tree.map(lambda p, d: p + t * d, params, direction)
+    return float(by_hand(moved))
+
+  slope = (along(size) - along(-size)) / (2 * size)
+  dot = sum(
+    float(jnp.vdot(g, d))
+    for g, d in zip(
+      jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True
+    )
+  )
+  # Central differences in f32: 1e-6 of sums of order 100 over 2e-3.
+  np.testing.assert_allclose(dot, -beta / 2 * slope, rtol=0.02)
+
+
+@pytest.mark.parametrize("field", ["beta", "label_smoothing", "learning_rate"])
+def test_changing_a_hyper_parameter_does_not_recompile(field):
+  step, state, hparams = make("rmsprop")
+  compiled = jax.jit(step)
+  compiled(state, BATCH, hparams)
+  _, one = compiled(state, BATCH, hparams)
+  other_state, other = compiled(
+    state, BATCH, {**hparams, field: jnp.float32(0.3)}
+  )
+  assert compiled._cache_size() == 1
+  if field == "learning_rate":
+    changed = tree.norm(
+      jax.tree.map(jnp.subtract, other_state.params, state.params)
+    )
+    assert changed > 0
+    assert other["learning_rate"] != one["learning_rate"]
+  else:
+    _, later = compiled(other_state, BATCH, hparams)
+    _, later_other = compiled(
+      other_state, BATCH, {**hparams, field: jnp.float32(0.3)}
+    )
+    assert later["loss"] != later_other["loss"]
+  assert compiled._cache_size() == 1
+
+
+def test_rmsprop_is_torchs():
+  """v ← .99 v + .01 g², p ← p − lr · g / (√v + 1e-8): eps outside the root."""
+  options = common.optim("rmsprop")
+  options.clip_norm, options.warmup = None, 0
+  optimizer = optim.make(options, 10)
+  rng = np.random.default_rng(0)
+  params, v = rng.normal(size=5), np.zeros(5)
+  ours = {"x": jnp.float32(params)}
+  opt_state = optimizer.tx.init(ours)
+  for _ in range(4):
+    g = rng.normal(size=5) * 1e-4
+    v = 0.99 * v + 0.01 * g**2
+    params -= 0.01 * g / (np.sqrt(v) + 1e-8)
+    updates, opt_state = optimizer.tx.update(
+      {"x": jnp.float32(g)}, opt_state, ours
+    )
+    ours = {"x": ours["x"] - 0.01 * updates["x"]}
+  np.testing.assert_allclose(ours["x"], params, rtol=1e-5)
+
+
+def test_adamw_decays_matrices_only():
+  options = common.optim("adamw")
+  options.update({"weight_decay": 0.1, "clip_norm": None, "warmup": 0})
+  optimizer = optim.make(options, 10)
+  params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.tx.update(zeros, optimizer.tx.init(params), params)
+  np.testing.assert_allclose(updates["kernel"], 0.1, rtol=1e-6)
+  np.testing.assert_array_equal(updates["bias"], 0.0)
+
+
+def test_schedules_warm_up_and_decay():
+  options = common.optim("sgd")
+  options.warmup, options.schedule = 3, "linear"
+  factor = optim.make(options, 13).factor
+  values = [float(factor(s)) for s in range(14)]
+  np.testing.assert_allclose(values[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+  np.testing.assert_allclose(values[8], 0.5, rtol=1e-6)
+  assert values[13] == 0
+  options.schedule = "constant"
+  assert float(optim.make(options, 13).factor(12)) == 1.0
+
+
+def test_frozen_paths_do_not_move_and_have_no_optimizer_state():
+  freeze = ("embed/", "norm")
+  step, state, hparams = make("rmsprop", freeze=freeze)
+  new, _ = jax.jit(step)(state, BATCH, hparams)
+  for (path, a), (_, b) in zip(
+    tree.named(state.params), tree.named(new.params), strict=True
+  ):
+    same = bool(jnp.all(a == b))
+    assert same == tree.matches(freeze, path), path
+  paths = [path for path, _ in tree.named(state.opt_state)]
+  assert paths
+  assert not [path for path in paths if tree.matches(freeze, path)]
+
+
+def test_a_non_finite_update_changes_nothing_but_its_count():
+  step, state, hparams = make("rmsprop")
+  step = jax.jit(step)
+  state, _ = step(state, BATCH, hparams)
+  bad, metrics = step(state, BATCH, {**hparams, "beta": jnp.float32(jnp.nan)})
+  jax.tree.map(np.testing.assert_array_equal, bad.params, state.params)
+  jax.tree.map(np.testing.assert_array_equal, bad.opt_state, state.opt_state)
+  assert int(bad.skipped) == 1
+  assert metrics["skipped"] == 1
+  assert int(bad.step) == int(state.step) + 1
+  good, _ = step(bad, BATCH, hparams)
+  assert int(good.skipped) == 0
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+  step, state, hparams = make("sgd", clip_norm=1e-3)
+  new, metrics = jax.jit(step)(state, BATCH, hparams)
+  moved = jax.tree.map(jnp.subtract, new.params, state.params)
+  assert metrics["grad_norm"] > 1e-3
+  # Differences of parameters of order 1 lose digits of updates of order 1e-5.
+  np.testing.assert_allclose(tree.norm(moved), 1e-2 * 1e-3, rtol=0.05)
+
+
+def test_every_registered_loss_trains_a_step():
+  for name in losses.LOSSES:
+    step, state, hparams = make(loss=name)
+    new, metrics = jax.jit(step)(state, BATCH, hparams)
+    assert bool(jnp.isfinite(metrics["loss"])), name
+    assert not np.array_equal(
+      new.params["final_norm"]["scale"], state.params["final_norm"]["scale"]
+    ), name
+
+
+@pytest.mark.parametrize("how", [(2, None), (1, "data")])
+def test_a_batch_level_loss_is_refused_where_the_batch_is_cut(how, monkeypatch):
+  coupled = losses.Loss(losses.LOSSES["dpo"].fn, batch_level=True)
+  monkeypatch.setitem(losses.LOSSES, "coupled", coupled)
+  model, _ = worlds.model("llama")
+  config = topology.config_of()
+  config.loss.name = "coupled"
+  algorithm = preference.make(config, model.apply)
+  accumulation, axis_name = how
+  with pytest.raises(ValueError, match=r"train.accumulation = 1"):
+    step_lib.make(
+      algorithm,
+      topology.recording_sgd(),
+      accumulation=accumulation,
+      axis_name=axis_name,
+    )
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [("beta", 0.0), ("beta", -1.0), ("label_smoothing", 0.5)]
+)
+def test_hyper_parameters_out_of_range_are_refused(field, value):
+  config = topology.config_of()
+  config.loss[field] = value
+  with pytest.raises(ValueError, match=f"loss.{field}"):
+    preference.make(config, lambda params, batch: None)
+
+
+def test_an_optimizer_field_without_effect_is_refused():
+  options = common.optim("rmsprop")
+  options.weight_decay = 0.1
+  with pytest.raises(ValueError, match="weight_decay"):
+    optim.make(options, 10)
