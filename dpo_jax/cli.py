@@ -141,6 +141,9 @@ def main(argv=None):
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except FloatingPointError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

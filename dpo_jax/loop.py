@@ -1,9 +1,10 @@
 """The run as one page: build, restore, step, evaluate, save."""
 
+import contextlib
 import functools
 import itertools
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,38 @@ from dpo_jax.eval import preference
 from dpo_jax.models import axes, transformer
 from dpo_jax.models import config as model_config
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.parallel import run
+from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import checkpoint, health, log, optim
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
+
+
+class Run(NamedTuple):
+  """Everything a config builds, before the first step.
+
+  Attributes:
+    config: the locked ConfigDict.
+    mesh, mode: where and how the step runs.
+    model: transformer.Model.
+    tokenizer: tokenize.Tokenizer.
+    loader: of the training data; `about` describes it in a line.
+    total: updates of the run.
+    algorithm: algos.base.Algorithm.
+    optimizer: optim.Optimizer.
+    hparams: traced scalars.
+  """
+
+  config: Any
+  mesh: jax.sharding.Mesh
+  mode: str
+  model: transformer.Model
+  tokenizer: tokenize.Tokenizer
+  loader: loader_lib.Loader
+  about: str
+  total: int
+  algorithm: algos.base.Algorithm
+  optimizer: optim.Optimizer
+  hparams: dict
 
 
 class Result(NamedTuple):
@@ -35,6 +64,42 @@ class Result(NamedTuple):
   state: state_lib.TrainState
   evaluation: dict | None
   exit_code: int
+
+
+def build(config):
+  """Builds the Run of a config; reads data, allocates no parameters.
+
+  Raises: ValueError for what the user can mend.
+  """
+  jax.config.update("jax_default_matmul_precision", config.precision)
+  mode = lookup.lookup(run_lib.MODES, config.mesh.mode, "mesh.mode")
+  mesh = mesh_lib.make(config.mesh)
+  if mode == "pmap" and config.mesh.fsdp * config.mesh.tensor > 1:
+    raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
+  model, tokenizer = build_model(config)
+  rows_at_once = mesh_lib.row_parallelism(mesh) * config.train.accumulation
+  loader, about = build_loader(
+    config,
+    tokenizer,
+    config.data.train,
+    training=True,
+    row_multiple=rows_at_once,
+  )
+  total = total_steps(config, loader.size)
+  make_algorithm = lookup.lookup(algos.ALGOS, config.algo, "algo")
+  return Run(
+    config=config,
+    mesh=mesh,
+    mode=mode,
+    model=model,
+    tokenizer=tokenizer,
+    loader=loader,
+    about=about,
+    total=total,
+    algorithm=make_algorithm(config, model.apply),
+    optimizer=optim.make(config.optim, total),
+    hparams=hyper_params(config),
+  )
 
 
 def build_model(config):
@@ -102,41 +167,59 @@ def hyper_params(config):
   return {k: jnp.float32(v) for k, v in numeric.items()}
 
 
-def initial_state(config, model, optimizer, mesh):
+def initial_state(run):
   """A placed TrainState at step 0, born sharded."""
+  config, mesh = run.config, run.mesh
   spec = axes.spec
-  if config.mesh.mode == "pmap":
+  if run.mode == "pmap":
     spec = lambda *_: jax.sharding.PartitionSpec()  # noqa: E731
   rng = jax.random.key(config.init_seed)
 
   def create(rng):
-    params = model.init(rng)
+    params = run.model.init(rng)
     frozen = {"ref": params} if config.ref == "frozen" else {}
-    return state_lib.create(params, optimizer, frozen)
+    return state_lib.create(params, run.optimizer, frozen)
 
   shardings = mesh_lib.shardings(mesh, jax.eval_shape(create, rng), spec)
-  state = run.create(create, shardings, rng)
+  state = run_lib.create(create, shardings, rng)
   if config.init_from is not None:
     params = checkpoint.load_params(config.init_from, state.params)
     frozen = state.frozen
     if "ref" in frozen:
-      frozen = {"ref": run.place(params, shardings.frozen["ref"])}
+      frozen = {"ref": run_lib.place(params, shardings.frozen["ref"])}
     state = state.replace(params=params, frozen=frozen)
   return state
 
 
-def step_flops(config, model, stats):
-  """FLOPs that a step needs: 3 forward passes of work, 1 for the reference."""
-  passes = 3 + (config.ref == "frozen")
-  return passes * model_config.matmul_flops(
-    model.config, model.vocab_size, stats.tokens, stats.scored, stats.visible
+def place_batch(run, loader, number):
+  """Batch `number` of a loader on the mesh, and its Stats."""
+  batch, stats = loader.batch(
+    number, functools.partial(mesh_lib.local_rows, run.mesh)
   )
+  return run_lib.place_batch(batch, run.mesh, run.mode), stats
 
 
-def save_config(config, workdir):
-  """Writes the resolved config beside the run."""
-  path = epath.Path(workdir) / "config.json"
-  path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+def compile_step(run, state):
+  """The train step over the mesh; donates its state."""
+  step = step_lib.make(
+    run.algorithm,
+    run.optimizer,
+    accumulation=run.config.train.accumulation,
+    axis_name=run_lib.axis_name(run.mode),
+  )
+  return run_lib.parallelize(step, run.mesh, run.mode, state)
+
+
+def step_flops(run, stats):
+  """FLOPs that a step needs: 3 forward passes of work, 1 for the reference."""
+  passes = 3 + (run.config.ref == "frozen")
+  return passes * model_config.matmul_flops(
+    run.model.config,
+    run.model.vocab_size,
+    stats.tokens,
+    stats.scored,
+    stats.visible,
+  )
 
 
 def fit(config, workdir):
@@ -147,41 +230,21 @@ def fit(config, workdir):
     workdir: run folder; gets config.json, metrics.jsonl and checkpoints/.
   Returns: Result.
   Raises: ValueError for what the user can mend, before anything is written
-    over.
+    over; FloatingPointError when train.max_skipped updates in a row were not
+    finite.
   """
   with health.lock(workdir), health.stop_on_signal() as stop:
-    return _fit(config, workdir, stop)
+    run = build(config)
+    state = initial_state(run)
+    keep = config.checkpoint.keep
+    with checkpoint.Checkpointer(workdir, keep=keep) as checkpoints:
+      restored = checkpoints.restore(state, config.to_dict())
+      state = state if restored is None else restored
+      return _train(run, state, checkpoints, workdir, stop)
 
 
-def _fit(config, workdir, stop):
-  jax.config.update("jax_default_matmul_precision", config.precision)
-  mode = lookup.lookup(run.MODES, config.mesh.mode, "mesh.mode")
-  mesh = mesh_lib.make(config.mesh)
-  if mode == "pmap" and config.mesh.fsdp * config.mesh.tensor > 1:
-    raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
-  model, tokenizer = build_model(config)
-  devices = mesh_lib.row_parallelism(mesh)
-  accumulation = config.train.accumulation
-  loader, about = build_loader(
-    config,
-    tokenizer,
-    config.data.train,
-    training=True,
-    row_multiple=devices * accumulation,
-  )
-  total = total_steps(config, loader.size)
-  algorithm = lookup.lookup(algos.ALGOS, config.algo, "algo")(
-    config, model.apply
-  )
-  optimizer = optim.make(config.optim, total)
-  state = initial_state(config, model, optimizer, mesh)
-  hparams = hyper_params(config)
-  plain = config.to_dict()
-
-  checkpoints = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep)
-  restored = checkpoints.restore(state, plain)
-  state = state if restored is None else restored
-  start = int(state.step)
+def _train(run, state, checkpoints, workdir, stop):
+  config, start, total = run.config, int(state.step), run.total
   logger = log.Logger(
     workdir,
     every=config.log.every,
@@ -189,50 +252,39 @@ def _fit(config, workdir, stop):
     start=start,
     loud=jax.process_index() == 0,
   )
-  save_config(config, workdir)
-  logger.say(about)
+  resolved = json.dumps(config.to_dict(), indent=2) + "\n"
+  (epath.Path(workdir) / "config.json").write_text(resolved)
+  logger.say(run.about)
   logger.say(
-    f"{tree.size(state.params):,} parameters on {mesh.devices.size} "
-    f"{jax.devices()[0].platform} device(s), mesh {mesh_lib.sizes(mesh)}, "
-    f"{mode}; steps {start} to {total}"
+    f"{tree.size(state.params):,} parameters on {run.mesh.devices.size} "
+    f"{jax.devices()[0].platform} device(s), mesh {mesh_lib.sizes(run.mesh)}, "
+    f"{run.mode}; steps {start} to {total}"
   )
-  name = run.axis_name(mode)
-  step = run.parallelize(
-    step_lib.make(
-      algorithm, optimizer, accumulation=accumulation, axis_name=name
-    ),
-    mesh,
-    mode,
-    state,
+  step = compile_step(run, state)
+  evaluate = _evaluator(run, logger)
+  evaluation, number = None, start
+  batches = loader_lib.prefetch(
+    functools.partial(place_batch, run, run.loader), range(start, total)
   )
-  evaluate = _evaluator(config, tokenizer, algorithm, mesh, mode, logger)
-
-  def make_batch(number):
-    rows_of = functools.partial(mesh_lib.local_rows, mesh)
-    batch, stats = loader.batch(number, rows_of)
-    return run.place_batch(batch, mesh, mode), stats
-
-  evaluation = None
-  batches = loader_lib.prefetch(make_batch, range(start, total))
-  for number, (batch, stats) in zip(itertools.count(start + 1), batches):
-    state, metrics = step(state, batch, hparams)
-    logged = logger.step(
-      number, metrics, stats, step_flops(config, model, stats)
-    )
-    if logged and logged["skipped"] >= config.train.max_skipped:
-      raise FloatingPointError(
-        f"{logged['skipped']:.0f} updates in a row were not finite; the last "
-        f"checkpoint is kept in {workdir}"
-      )
-    last = number == total or bool(stop)
-    if number % config.checkpoint.every == 0 or last:
-      checkpoints.save(state, plain, wait=last)
-    if evaluate and (number % config.eval.every == 0 or number == total):
-      evaluation = evaluate(state, hparams, number)
-    if stop:
-      break
+  with contextlib.closing(batches):
+    for number, (batch, stats) in zip(itertools.count(start + 1), batches):
+      state, metrics = step(state, batch, run.hparams)
+      logged = logger.step(number, metrics, stats, step_flops(run, stats))
+      if logged and logged["skipped"] >= config.train.max_skipped:
+        raise FloatingPointError(
+          f"{logged['skipped']:.0f} updates in a row were not finite; the last "
+          f"checkpoint is kept in {workdir}"
+        )
+      last = number == total or bool(stop)
+      if number % config.checkpoint.every == 0 or last:
+        checkpoints.save(state, config.to_dict(), wait=last)
+      if evaluate and (number % config.eval.every == 0 or number == total):
+        logger.flush()
+        evaluation = evaluate(state)
+        logger.evaluation(number, evaluation)
+      if stop:
+        break
   logger.flush()
-  checkpoints.close()
   if stop:
     logger.say(
       f"stopped at step {number} of {total}, saved; the same command resumes"
@@ -242,33 +294,26 @@ def _fit(config, workdir, stop):
   return Result(state, evaluation, 0)
 
 
-def _evaluator(config, tokenizer, algorithm, mesh, mode, logger):
-  """Function (state, hparams, step) -> metrics, or None without data.eval."""
-  if config.data.eval is None:
+def _evaluator(run, logger):
+  """Function state -> metrics on data.eval, or None without it."""
+  if run.config.data.eval is None:
     return None
   loader, about = build_loader(
-    config,
-    tokenizer,
-    config.data.eval,
+    run.config,
+    run.tokenizer,
+    run.config.data.eval,
     training=False,
-    row_multiple=mesh_lib.row_parallelism(mesh),
+    row_multiple=mesh_lib.row_parallelism(run.mesh),
   )
   logger.say(f"eval {about}")
-  sums = run.evaluator(
-    step_lib.sums(algorithm, axis_name=run.axis_name(mode)), mesh, mode
+  sums = run_lib.evaluator(
+    step_lib.sums(run.algorithm, axis_name=run_lib.axis_name(run.mode)),
+    run.mesh,
+    run.mode,
   )
 
-  def evaluate(state, hparams, number):
-    logger.flush()
-    rows_of = functools.partial(mesh_lib.local_rows, mesh)
-    batches = (
-      run.place_batch(loader.batch(n, rows_of)[0], mesh, mode)
-      for n in range(loader.steps)
-    )
-    values = preference.evaluate(sums, state, hparams, batches)
-    logger.write("eval", number, values)
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-    logger.say(f"eval at {number}: {shown}")
-    return values
+  def evaluate(state):
+    batches = (place_batch(run, loader, n)[0] for n in range(loader.steps))
+    return preference.evaluate(sums, state, run.hparams, batches)
 
   return evaluate

@@ -167,7 +167,10 @@ _END = object()
 
 
 def prefetch(fn, numbers, depth=2):
-  """Yields fn(n) for n in `numbers`, prepared by a background thread."""
+  """Yields fn(n) for n in `numbers`, prepared by a background thread.
+
+  Close the generator (`contextlib.closing`) to end the thread early.
+  """
   results = queue.Queue(maxsize=depth)
   stopped = threading.Event()
 
@@ -189,7 +192,8 @@ def prefetch(fn, numbers, depth=2):
     except Exception as error:
       put((None, error))
 
-  threading.Thread(target=work, daemon=True).start()
+  worker = threading.Thread(target=work, daemon=True)
+  worker.start()
   try:
     while True:
       value, error = results.get()
@@ -201,4 +205,6 @@ def prefetch(fn, numbers, depth=2):
         raise error
       yield value
   finally:
+    # A thread inside JAX while the interpreter exits would abort the process.
     stopped.set()
+    worker.join()

@@ -10,8 +10,17 @@ from etils import epath
 from dpo_jax import tree
 from dpo_jax.train import state as state_lib
 
-# A resumed run may differ from the saved one in these fields only.
-FREE_FIELDS = ("train.steps", "checkpoint.", "eval.", "log.", "data.eval")
+# A resumed run may differ from the saved one in these fields only: how long,
+# what is reported, and on which devices.
+FREE_FIELDS = (
+  "train.steps",
+  "train.epochs",
+  "checkpoint.",
+  "data.eval",
+  "eval.",
+  "log.",
+  "mesh.",
+)
 
 
 class Checkpointer:
@@ -109,9 +118,11 @@ class Checkpointer:
       raise _Damaged("checksums do not match")
     return values, meta
 
-  def close(self):
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
     """Waits for the last save."""
-    self._manager.wait_until_finished()
     self._manager.close()
 
 

@@ -130,6 +130,12 @@ class Logger:
     self.say(self._line(number, values))
     return values
 
+  def evaluation(self, number, values):
+    """Logs metrics of held-out data after step `number`."""
+    self.write("eval", number, values)
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+    self.say(f"eval at {number}: {shown}")
+
   def write(self, kind, number, values):
     """Appends one JSON line."""
     if self._loud:

@@ -28,18 +28,14 @@ def make_state(step=0, seed=0, dtype=jnp.float32):
 
 
 def save(workdir, *states, keep=2, config=CONFIG):
-  manager = checkpoint.Checkpointer(workdir, keep=keep)
-  for state in states:
-    manager.save(state, config, wait=True)
-  manager.close()
+  with checkpoint.Checkpointer(workdir, keep=keep) as manager:
+    for state in states:
+      manager.save(state, config, wait=True)
 
 
 def restore(workdir, state=None, config=CONFIG):
-  manager = checkpoint.Checkpointer(workdir, keep=2)
-  try:
+  with checkpoint.Checkpointer(workdir, keep=2) as manager:
     return manager.restore(state or make_state(seed=9), config)
-  finally:
-    manager.close()
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):

@@ -1,0 +1,43 @@
+"""Runs `fit` in a process of its own: driver.py WORKDIR KILL_AT OVERRIDE …
+
+Writes the example ids of every batch to WORKDIR/ids.jsonl as it is placed, and
+kills itself without warning once KILL_AT steps have been logged.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+from dpo_jax import cli, loop
+from dpo_jax.data import loader
+from dpo_jax.train import log
+
+
+def main(workdir, kill_at, *overrides):
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  batch_of = loader.Loader.batch
+  step_of = log.Logger.step
+
+  def batch(self, number, *args):
+    out = batch_of(self, number, *args)
+    with (workdir / "ids.jsonl").open("a") as file:
+      ids = sorted(self.indices(number).tolist())
+      file.write(json.dumps([number, ids]) + "\n")
+    return out
+
+  def step(self, number, *args):
+    out = step_of(self, number, *args)
+    if str(number) == kill_at:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return out
+
+  loader.Loader.batch, log.Logger.step = batch, step
+  config = cli.load_config("configs/dpo.py:smoke", overrides)
+  return loop.fit(config, workdir).exit_code
+
+
+if __name__ == "__main__":
+  sys.exit(main(*sys.argv[1:]))

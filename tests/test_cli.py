@@ -1,0 +1,187 @@
+"""What a user can get wrong on the command line, and what they are told."""
+
+import json
+
+import pytest
+
+import dpo_jax
+from dpo_jax import cli
+
+GOOD = [
+  {"prompt": f"The plot {i}", "chosen": " is fine.", "rejected": " is bad."}
+  for i in range(8)
+]
+
+
+@pytest.fixture
+def train(tmp_path, capsys, monkeypatch):
+  """Runs `train` on a jsonl and returns (exit code, stderr, stdout)."""
+  monkeypatch.chdir(dpo_jax.__path__[0] + "/..")
+  data = tmp_path / "my.jsonl"
+  data.write_text("".join(json.dumps(row) + "\n" for row in GOOD))
+
+  def run(*words, content=None):
+    if content is not None:
+      data.write_bytes(content)
+    code = cli.main(
+      [
+        "train",
+        "--config=configs/dpo.py:smoke",
+        f"--config.data.train={data}",
+        "--config.data.eval=None",
+        f"--workdir={tmp_path / 'run'}",
+        *words,
+      ]
+    )
+    out, err = capsys.readouterr()
+    return code, err, out
+
+  return run
+
+
+def lines(*rows):
+  return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+PLAIN = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (lines(PLAIN, {"prompt": "p", "chose": "a", "rejected": "b"}),
+     "my.jsonl:2: field 'chosen' is missing; did you mean 'chose'?"),
+    (lines({**PLAIN, "chosen": ""}), "my.jsonl:1: field 'chosen' is empty"),
+    (lines({**PLAIN, "rejected": "a"}),
+     "my.jsonl:1: 'chosen' and 'rejected' are the same text"),
+    (lines({**PLAIN, "chosen": 3}),
+     "my.jsonl:1: field 'chosen' must be str, not int"),
+    (lines(PLAIN) + b'{"prompt": "p", "cho',
+     "my.jsonl:2: not JSON"),
+    (b'{"prompt": "\xff"}\n', "my.jsonl:1: not UTF-8"),
+    (lines({**PLAIN, "prompt": "p" * 400}),
+     "my.jsonl:1: field 'prompt' has 400 tokens, more than "
+     "data.max_prompt_length = 256"),
+    (b"", "my.jsonl: no usable record"),
+  ],
+)  # fmt: skip
+def test_bad_data_names_file_record_and_field(
+  train, tmp_path, content, message
+):
+  code, err, _ = train(content=content)
+  assert code == 2
+  assert message in err
+  assert len(err.splitlines()) == 1
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_bad_records_are_skipped_and_counted_if_the_config_says_so(train):
+  bad = {**PLAIN, "chosen": ""}
+  content = lines(*GOOD, bad, bad) + b'{"prompt": '
+  code, _, out = train("--config.data.bad_records=skip", content=content)
+  assert code == 0
+  assert "8 examples" in out
+  assert "2 skipped: empty, 1 skipped: invalid JSON" in out
+
+
+@pytest.mark.parametrize(
+  ("word", "message"),
+  [
+    ("--config.loss.betta=1", "--config.loss.betta is not a field of "
+     "configs/dpo.py; did you mean 'loss.beta'?"),
+    ("--config.loss.dialect=paper", "not a field"),
+    ("--config.loss.beta=big", "must be of type float"),
+    ("--config.loss.beta=-1", "loss.beta = -1.0 must be above 0"),
+    ("--config.data.batch_size=1.5", "must be of type int"),
+    ("--config.data.train=absent.jsonl", "absent.jsonl: cannot be read"),
+    ("--config.data.train=my.yaml", "the suffix of data.train = '.yaml'"),
+    ("--config.data.train=tuy", "did you mean 'toy'?"),
+    ("--config=configs/dpi.py", "did you mean 'configs/dpo.py'?"),
+    ("--config=configs/dpo.py:los=ipo", "did you mean 'loss'?"),
+    ("--config=configs/dpo.py:loss=ipso", "did you mean 'ipo'?"),
+    ("--wrokdir=x", "did you mean 'workdir'?"),
+    ("train", "unexpected argument 'train'"),
+    ("--config.optim.name=adam", "did you mean 'adamw'?"),
+    ("--config.optim.name=adamw", "field of optim (adamw) = 'decay'"),
+    ("--config.mesh.mode=jitt", "did you mean 'jit'?"),
+    ("--config.mesh.tensor=3", "there are 8 devices"),
+    ("--config.mesh.tensor=8",
+     "layers/attn/k/kernel: dimension 2 (kv_heads) of size 2 does not divide "
+     "over mesh axis 'tensor' of size 8"),
+    ("--config.mesh.context=2", "mesh.context = 2"),
+    ("--config.ref=base", "ref = 'base' is not known"),
+    ("--config.tokenizer=/nowhere", "tokenizer = '/nowhere' cannot be loaded"),
+    ("--config.model.norm=batch", "model.norm = 'batch'"),
+    ("--config.data.max_prompt_length=9999", "model.max_positions"),
+    ("--config.checkpoint.keep=1", "checkpoint.keep = 1"),
+  ],
+)  # fmt: skip
+def test_a_wrong_setting_gets_one_line_that_says_what_to_do(
+  train, word, message, monkeypatch
+):
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  code, err, _ = train(word)
+  assert code == 2
+  assert message in err
+
+
+def test_help_and_unknown_verbs(capsys):
+  assert cli.main([]) == 0
+  assert "train" in capsys.readouterr().out
+  assert cli.main(["trian"]) == 2
+  assert "did you mean 'train'?" in capsys.readouterr().err
+  assert cli.main(["train"]) == 2
+  assert "train needs --config" in capsys.readouterr().err
+
+
+def test_another_config_in_the_same_folder_is_refused_and_loses_nothing(
+  train, tmp_path
+):
+  assert train()[0] == 0
+
+  def files():
+    root = tmp_path / "run"
+    return {
+      str(p.relative_to(root)): p.read_bytes()
+      for p in root.rglob("*")
+      if p.is_file()
+    }
+
+  before = files()
+  code, err, _ = train("--config.loss.beta=0.5")
+  assert code == 2
+  assert "loss.beta (saved 0.1, now 0.5)" in err
+  code, err, _ = train("--config.data.train=absent.jsonl")
+  assert code == 2
+  assert files() == before
+
+
+def test_overrides_take_the_types_of_their_fields():
+  config = cli.load_config(
+    "configs/dpo.py:loss=ipo",
+    [
+      "loss.beta=1",
+      "data.packed=false",
+      "mesh.data=4",
+      "optim.freeze=('embed',)",
+      "optim.clip_norm=None",
+    ],
+  )
+  assert config.loss.to_dict() == {
+    "name": "ipo",
+    "beta": 1.0,
+    "dialect": "paper",
+  }
+  assert config.data.packed is False
+  assert config.mesh.data == 4
+  assert config.optim.freeze == ("embed",)
+  assert config.optim.clip_norm is None
+  with pytest.raises(AttributeError):
+    config.new_field = 1
+
+
+def test_the_names_of_a_notebook_are_there():
+  for name in dpo_jax.__all__:
+    assert getattr(dpo_jax, name) is not None
+  with pytest.raises(AttributeError):
+    _ = dpo_jax.nothing

@@ -1,0 +1,239 @@
+"""The real loop: every config, resuming, signals, one writer, nothing lost."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dpo_jax import cli, loop
+from dpo_jax.train import checkpoint
+from dpo_jax.train import state as state_lib
+from tests import conftest
+
+DRIVER = pathlib.Path(__file__).with_name("driver.py")
+
+
+def rows_of(workdir, kind="train"):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [row for row in rows if row["kind"] == kind]
+
+
+def load(spec="configs/dpo.py:smoke", *overrides):
+  return cli.load_config(str(conftest.ROOT / spec), overrides)
+
+
+CONFIGS = sorted(
+  path.name
+  for path in (conftest.ROOT / "configs").glob("*.py")
+  if path.name not in ("__init__.py", "base.py", "common.py")
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_trains_two_steps_in_its_smoke_form(name, tmp_path):
+  config = load(f"configs/{name}:smoke")
+  config.train.steps = 2
+  result = loop.fit(config, tmp_path)
+  assert result.exit_code == 0
+  assert int(result.state.step) == 2
+  train = rows_of(tmp_path)
+  assert [row["step"] for row in train] == [1, 2]
+  assert all(np.isfinite(list(r.values())[2:]).all() for r in train)
+  assert train[1]["tokens_per_second"] > 0
+  assert 0 < train[1]["mfu"] < 1
+  (evaluation,) = rows_of(tmp_path, "eval")
+  assert evaluation["loss"] == result.evaluation["loss"]
+  saved = json.loads((tmp_path / "config.json").read_text())
+  assert saved == json.loads(json.dumps(config.to_dict()))
+
+
+def test_dpo_learns_the_toy_task_and_continues_a_finished_run(tmp_path):
+  overrides = ("train.steps=12", "eval.every=6", "log.every=1")
+  result = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  losses = [row["loss"] for row in rows_of(tmp_path)]
+  assert abs(losses[0] - np.log(2)) < 1e-5
+  assert losses[-1] < 0.3
+  assert result.evaluation["rewards/accuracies"] > 0.95
+  again = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  assert int(again.state.step) == 12
+  longer = (*overrides, "train.steps=14")
+  more = loop.fit(load("configs/dpo.py:smoke", *longer), tmp_path)
+  assert int(more.state.step) == 14
+  assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 15))
+
+
+@pytest.mark.slow
+def test_evaluation_does_not_depend_on_devices_or_on_the_last_batch(tmp_path):
+  """960 comparisons in batches of 50: the last one has 10."""
+  values = []
+  meshes = [(), ("mesh.fsdp=2", "mesh.tensor=2"), ("mesh.mode=pmap",)]
+  for i, mesh in enumerate(meshes):
+    overrides = ("data.batch_size=50", "train.steps=1", *mesh)
+    config = load("configs/dpo.py:smoke", *overrides)
+    values.append(loop.fit(config, tmp_path / str(i)).evaluation)
+  for other in values[1:]:
+    for key, value in values[0].items():
+      # f32 sums of 960 values in another order, after one RMSprop step.
+      np.testing.assert_allclose(other[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_meshes_and_pmap(tmp_path):
+  """Both modes share one checkpoint layout; the data go on where they were."""
+  sgd = ("optim.learning_rate=1e-2", "log.every=1", "checkpoint.every=2")
+  parts = [
+    (2, ("mesh.fsdp=2", "mesh.tensor=2")),
+    (4, ("mesh.mode=pmap",)),
+    (6, ()),
+  ]
+  for steps, mesh in parts:
+    overrides = (*sgd, *mesh, f"train.steps={steps}")
+    loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path / "moved")
+  loop.fit(
+    load("configs/dpo.py:smoke", *sgd, "train.steps=6"), tmp_path / "stayed"
+  )
+  moved, stayed = (
+    [row["logps/chosen"] for row in rows_of(tmp_path / name)]
+    for name in ("moved", "stayed")
+  )
+  # RMSprop's first steps turn rounding into updates where gradients vanish.
+  np.testing.assert_allclose(moved, stayed, rtol=1e-3)
+
+
+def test_dpo_starts_from_an_sft_run(tmp_path):
+  loop.fit(load("configs/sft.py:smoke", "train.steps=5"), tmp_path / "sft")
+  init = f"init_from={tmp_path / 'sft'}"
+  result = loop.fit(
+    load("configs/dpo.py:smoke", init, "train.steps=1", "log.every=1"),
+    tmp_path / "dpo",
+  )
+  manager = checkpoint.load_params(tmp_path / "sft", result.state.frozen["ref"])
+  assert state_lib.fingerprint(manager) == state_lib.fingerprint(
+    result.state.frozen["ref"]
+  )
+  (first,) = rows_of(tmp_path / "dpo")
+  assert abs(first["loss"] - np.log(2)) < 1e-5
+  misfit = load("configs/dpo.py:smoke", init, "model.mlp=32")
+  with pytest.raises(ValueError, match=r"init_from.*mlp/down/kernel"):
+    loop.fit(misfit, tmp_path / "misfit")
+
+
+def start(workdir, *overrides, kill_at=None, devices=1):
+  """The driver in a process of its own: `fit` that writes down example ids."""
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return subprocess.Popen(
+    [sys.executable, str(DRIVER), str(workdir), str(kill_at), *overrides],
+    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    cwd=conftest.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process, code=0):
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == code, out
+  return out
+
+
+def final_checksums(workdir, step):
+  folder = workdir / "checkpoints" / str(step) / "meta" / "metadata"
+  return json.loads(folder.read_text())["checksums"]
+
+
+def values_of(workdir):
+  """Logged values by step, without the clock's."""
+  timed = {"tokens_per_second", "mfu"}
+  return {
+    row["step"]: {k: v for k, v in row.items() if k not in timed}
+    for row in rows_of(workdir)
+  }
+
+
+@pytest.mark.parametrize(
+  "devices", [1, pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_a_killed_run_resumes_bit_for_bit_in_a_new_process(tmp_path, devices):
+  """2N steps = kill -9 after N + a new process, across an epoch's end, with
+  accumulation: the same examples, every logged value, every saved bit."""
+  overrides = [
+    "train.steps=8",
+    "checkpoint.every=4",
+    "log.every=1",
+    "train.accumulation=2",
+    "data.batch_size=200",
+    "data.eval=None",
+  ]
+  if devices == 8:
+    overrides += ["mesh.fsdp=2", "mesh.tensor=2"]
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  processes = [
+    start(whole, *overrides, devices=devices),
+    start(cut, *overrides, devices=devices, kill_at=6),
+  ]
+  finish(processes[0])
+  finish(processes[1], -signal.SIGKILL)
+  resumed = finish(start(cut, *overrides, devices=devices))
+  assert "steps 4 to 8" in resumed
+  ids = {
+    name: [
+      json.loads(line)
+      for line in (tmp_path / name / "ids.jsonl").read_text().splitlines()
+    ]
+    for name in ("whole", "cut")
+  }
+  by_step = dict(ids["whole"])
+  assert len(by_step) == 8
+  for step, examples in ids["cut"]:
+    assert examples == by_step[step]
+  assert len({i for step in range(4) for i in by_step[step]}) == 800
+  assert values_of(cut) == values_of(whole)
+  assert final_checksums(cut, 8) == final_checksums(whole, 8)
+
+
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)]
+)
+def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number, code):
+  overrides = ("train.steps=100000", "checkpoint.every=100000", "log.every=1")
+  process = start(tmp_path, *overrides)
+  metrics = tmp_path / "metrics.jsonl"
+  deadline = time.monotonic() + 120
+  while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+    assert time.monotonic() < deadline
+    assert process.poll() is None, process.stdout.read()
+    time.sleep(0.1)
+  with pytest.raises(ValueError, match="in use by another running process"):
+    loop.fit(load(), tmp_path)  # meanwhile, a second run in the same folder
+  process.send_signal(number)
+  out = finish(process, code)
+  assert "the same command resumes" in out
+  stopped = rows_of(tmp_path)[-1]["step"]
+  more = finish(start(tmp_path, *overrides, f"train.steps={stopped + 2}"))
+  assert f"steps {stopped} to {stopped + 2}" in more
+  assert [r["step"] for r in rows_of(tmp_path)] == list(range(1, stopped + 3))
+
+
+def test_training_stops_when_nothing_is_finite_and_keeps_what_was_saved(
+  tmp_path,
+):
+  overrides = ("checkpoint.every=2", "log.every=1")
+  loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  bad = load(
+    "configs/dpo.py:smoke", *overrides, "train.steps=20", "train.max_skipped=3"
+  )
+  with bad.unlocked():
+    bad.optim.learning_rate = float("nan")
+  with pytest.raises(ValueError, match=r"optim.learning_rate"):
+    loop.fit(bad, tmp_path)  # not the run that was saved here
+  with pytest.raises(FloatingPointError, match="3 updates in a row"):
+    loop.fit(bad, tmp_path / "other")
+  assert (tmp_path / "checkpoints" / "2").exists()
