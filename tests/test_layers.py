@@ -10,6 +10,7 @@ LAYERS = (
   ("models", "data", "parallel"),
   ("algos", "train"),
   ("eval",),
+  ("build",),
   ("loop",),
   ("sweep", "plan", "report", "launch", "cli"),
 )

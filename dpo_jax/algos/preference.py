@@ -32,6 +32,7 @@ def make(config, apply):
     objective=functools.partial(
       objective,
       apply=apply,
+      name=config.loss.name,
       loss=loss,
       static=static,
       numeric=tuple(numeric),
@@ -75,6 +76,7 @@ def objective(
   hparams,
   *,
   apply,
+  name,
   loss,
   static,
   numeric,
@@ -114,4 +116,4 @@ def objective(
   weights = batch["weights"]
   value = out.pop("loss")
   metrics = {name: (values, weights) for name, values in out.items()}
-  return base.Terms({"preference": (value, weights)}, metrics)
+  return base.Terms({name: (value, weights)}, metrics)

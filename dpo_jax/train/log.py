@@ -82,6 +82,11 @@ class Logger:
     if self._loud:
       print(f"\r\x1b[K{text}" if self._live else text, flush=True)
 
+  def status(self, text):
+    """A passing line on a terminal, gone with the next one."""
+    if self._live:
+      print(f"\r\x1b[K{text}", end="", flush=True)
+
   def step(self, number, metrics, stats, flops):
     """Takes the (device) metrics of step `number`, counted from 1.
 
@@ -101,9 +106,8 @@ class Logger:
     else:
       self._tokens += stats.tokens
       self._flops += flops
-    if self._live:
-      text = f"{self._bar(number)} {number}/{self._total}"
-      print(f"\r\x1b[K{text}  ETA {self._eta(number)}", end="", flush=True)
+    bar = f"{self._bar(number)} {number}/{self._total}"
+    self.status(f"{bar}  ETA {self._eta(number)}")
     if number % self._every == 0 or number in (self._start + 1, self._total):
       counts = self._tokens, self._flops
       self._pending = number, metrics, stats, counts

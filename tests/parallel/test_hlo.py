@@ -133,7 +133,7 @@ def test_denominators_cost_no_forward_pass():
     def loss(params):
       prepared = algorithm.prepare(batch, state.frozen, {})
       terms = algorithm.objective(params, state.frozen, prepared, hparams)
-      values, weights = terms.losses["preference"]
+      values, weights = terms.losses["dpo"]
       return jnp.sum(values * weights) / jnp.sum(weights)
 
     return jax.grad(loss)(state.params)

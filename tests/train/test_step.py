@@ -68,7 +68,7 @@ def test_the_reference_is_bit_unchanged_after_ten_steps_and_gets_no_gradient():
   def loss(ref):
     batch = algorithm.prepare(BATCH, {"ref": ref}, {})
     terms = algorithm.objective(params, {}, batch, hparams)
-    return jnp.sum(terms.losses["preference"][0])
+    return jnp.sum(terms.losses["dpo"][0])
 
   for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
     np.testing.assert_array_equal(leaf, 0.0)
@@ -86,7 +86,7 @@ def test_at_the_reference_each_pair_pulls_with_half_beta():
   def through_the_loss(params, ref):
     batch = algorithm.prepare(BATCH, {"ref": ref}, {})
     values, weights = algorithm.objective(params, {}, batch, hparams).losses[
-      "preference"
+      "dpo"
     ]
     return jnp.sum(values * weights), (values, weights)
 

@@ -1,0 +1,52 @@
+"""The snippets of the README run as they stand."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import dpo_jax
+from dpo_jax import cli
+from dpo_jax.ops import losses
+from tests import conftest
+
+README = (conftest.ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+  monkeypatch.chdir(conftest.ROOT)
+
+
+def test_the_notebook_snippet_gives_log_two_for_every_pair():
+  names = {}
+  exec(SNIPPETS[0], names)
+  values, weights = names["terms"].losses["dpo"]
+  assert weights.sum() == 8
+  np.testing.assert_allclose(values[weights > 0], np.log(2), rtol=1e-5)
+
+
+def test_the_snippet_of_an_own_loss_trains_with_it(tmp_path):
+  before = dict(losses.LOSSES)
+  snippet = SNIPPETS[1].replace("runs/mine_smoke", str(tmp_path))
+  try:
+    exec(snippet, {"dj": dpo_jax})
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  finally:
+    losses.LOSSES.clear()
+    losses.LOSSES.update(before)
+  first, second = (json.loads(row)["loss"] for row in rows[:2])
+  assert abs(first - 1) < 1e-5  # h = 0 at the reference
+  assert second < first
+
+
+def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
+  for path in re.findall(r"\]\(((?:dpo_jax|configs|scripts)/[^)]*)\)", README):
+    assert (conftest.ROOT / path).is_file(), path
+  config = cli.load_config("configs/dpo.py")
+  ipo = cli.load_config("configs/dpo.py:loss=ipo")
+  fields = set(cli._paths(config)) | set(cli._paths(ipo))
+  for field in re.findall(r"--config\.([\w.]+)=", README):
+    assert field in fields, field
