@@ -15,6 +15,8 @@ LOSSES = {
   "sft": {},
 }
 
+WITHOUT_REFERENCE = ("sft",)
+
 # The constants of the DPO paper's appendix B, and of AdamW.
 OPTIMIZERS = {
   "rmsprop": {"learning_rate": 1e-6, "decay": 0.99, "eps": 1e-8},

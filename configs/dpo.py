@@ -19,6 +19,8 @@ def get_config(arg=None):
   arg = common.parse_arg(arg, loss="dpo", model="tiny", smoke=False)
   c = base.get_config()
   c.loss = common.loss(arg.loss)
+  if arg.loss in common.WITHOUT_REFERENCE:
+    c.ref = "none"
   c.model = common.model(arg.model)
   c.optim.learning_rate = 3e-4
   c.optim.warmup = 10

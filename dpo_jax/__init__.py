@@ -10,10 +10,10 @@ _NAMES = {
   "ATTENTION": "dpo_jax.ops.attention",
   "LOSSES": "dpo_jax.ops.losses",
   "Terms": "dpo_jax.algos.base",
-  "batches": "dpo_jax.build",
-  "build": "dpo_jax.build",
+  "batches": "dpo_jax.assembly",
+  "build": "dpo_jax.assembly",
   "fit": "dpo_jax.loop",
-  "objective": "dpo_jax.build",
+  "objective": "dpo_jax.assembly",
   "load_config": "dpo_jax.cli",
 }
 

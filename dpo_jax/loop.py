@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from dpo_jax import build, tree
+from dpo_jax import assembly, tree
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.eval import preference
 from dpo_jax.parallel import mesh as mesh_lib
@@ -44,12 +44,14 @@ def fit(config, workdir):
     over; FloatingPointError when train.max_skipped updates in a row were not
     finite.
   """
-  with health.lock(workdir), health.stop_on_signal() as stop:
-    run = build.prepare(config)
-    state = build.initial_state(run)
+  first = jax.process_index() == 0
+  lock = health.lock(workdir) if first else contextlib.nullcontext()
+  with lock, health.stop_on_signal() as stop:
+    run = assembly.prepare(config)
+    state = assembly.initial_state(run)
     keep = config.checkpoint.keep
     with checkpoint.Checkpointer(workdir, keep=keep) as checkpoints:
-      restored = checkpoints.restore(state, config.to_dict())
+      restored = checkpoints.restore(state, run.identity)
       state = state if restored is None else restored
       return _train(run, state, checkpoints, workdir, stop)
 
@@ -63,8 +65,9 @@ def _train(run, state, checkpoints, workdir, stop):
     start=start,
     loud=jax.process_index() == 0,
   )
-  resolved = json.dumps(config.to_dict(), indent=2) + "\n"
-  (epath.Path(workdir) / "config.json").write_text(resolved)
+  if jax.process_index() == 0:
+    resolved = json.dumps(config.to_dict(), indent=2) + "\n"
+    (epath.Path(workdir) / "config.json").write_text(resolved)
   logger.say(run.about)
   logger.say(
     f"{tree.size(state.params):,} parameters on {run.mesh.devices.size} "
@@ -72,32 +75,40 @@ def _train(run, state, checkpoints, workdir, stop):
     f"{run.mode}; steps {start} to {total}"
   )
   logger.status("compiling the first step …")
-  step = build.compile_step(run, state)
+  step = assembly.compile_step(run, state)
   evaluate = _evaluator(run, logger)
   evaluation, number = None, start
+
+  def check(logged):
+    if logged and logged["skipped"] >= config.train.max_skipped:
+      raise FloatingPointError(
+        f"{logged['skipped']:.0f} updates in a row were not finite; the last "
+        f"checkpoint is kept in {workdir}"
+      )
+
   batches = loader_lib.prefetch(
-    functools.partial(build.place_batch, run, run.loader), range(start, total)
+    functools.partial(assembly.place_batch, run, run.loader),
+    range(start, total),
   )
   with contextlib.closing(batches):
     for number, (batch, stats) in zip(itertools.count(start + 1), batches):
       state, metrics = step(state, batch, run.hparams)
-      logged = logger.step(number, metrics, stats, build.step_flops(run, stats))
-      if logged and logged["skipped"] >= config.train.max_skipped:
-        raise FloatingPointError(
-          f"{logged['skipped']:.0f} updates in a row were not finite; the last "
-          f"checkpoint is kept in {workdir}"
-        )
+      check(
+        logger.step(number, metrics, stats, assembly.step_flops(run, stats))
+      )
       last = number == total or bool(stop)
-      if number % config.checkpoint.every == 0 or last:
-        checkpoints.save(state, config.to_dict(), wait=last)
       if evaluate and (number % config.eval.every == 0 or number == total):
-        logger.flush()
-        evaluation = evaluate(state)
+        check(logger.flush())
+        with logger.paused():
+          evaluation = evaluate(state)
         logger.evaluation(number, evaluation)
-      if stop:
+      if number % config.checkpoint.every == 0 or last:
+        check(logger.flush())
+        with logger.paused():
+          checkpoints.save(state, run.identity, wait=last)
+      if last:
         break
-  logger.flush()
-  if stop:
+  if number < total:
     logger.say(
       f"stopped at step {number} of {total}, saved; the same command resumes"
     )
@@ -110,7 +121,7 @@ def _evaluator(run, logger):
   """Function state -> metrics on data.eval, or None without it."""
   if run.config.data.eval is None:
     return None
-  loader, about = build.build_loader(
+  loader, about = assembly.build_loader(
     run.config,
     run.tokenizer,
     run.config.data.eval,
@@ -126,7 +137,7 @@ def _evaluator(run, logger):
 
   def evaluate(state):
     batches = (
-      build.place_batch(run, loader, n)[0] for n in range(loader.steps)
+      assembly.place_batch(run, loader, n)[0] for n in range(loader.steps)
     )
     return preference.evaluate(sums, state, run.hparams, batches)
 

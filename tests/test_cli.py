@@ -1,6 +1,7 @@
 """What a user can get wrong on the command line, and what they are told."""
 
 import json
+import pkgutil
 
 import pytest
 
@@ -185,3 +186,9 @@ def test_the_names_of_a_notebook_are_there():
     assert getattr(dpo_jax, name) is not None
   with pytest.raises(AttributeError):
     _ = dpo_jax.nothing
+
+
+def test_no_module_of_the_package_hides_a_name_of_a_notebook():
+  """Importing dpo_jax.x sets the attribute x of the package."""
+  modules = {m.name for m in pkgutil.iter_modules(dpo_jax.__path__)}
+  assert not modules & set(dpo_jax.__all__)

@@ -10,7 +10,7 @@ LAYERS = (
   ("models", "data", "parallel"),
   ("algos", "train"),
   ("eval",),
-  ("build",),
+  ("assembly",),
   ("loop",),
   ("sweep", "plan", "report", "launch", "cli"),
 )

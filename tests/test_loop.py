@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from dpo_jax import cli, loop
-from dpo_jax.train import checkpoint
+from dpo_jax import assembly, cli, loop
+from dpo_jax.eval import preference
+from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
 from tests import conftest
 
@@ -144,6 +145,14 @@ def finish(process, code=0):
   return out
 
 
+def wait_for_steps(process, metrics):
+  deadline = time.monotonic() + 120
+  while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+    assert time.monotonic() < deadline
+    assert process.poll() is None, process.stdout.read()
+    time.sleep(0.1)
+
+
 def final_checksums(workdir, step):
   folder = workdir / "checkpoints" / str(step) / "meta" / "metadata"
   return json.loads(folder.read_text())["checksums"]
@@ -205,12 +214,7 @@ def test_a_killed_run_resumes_bit_for_bit_in_a_new_process(tmp_path, devices):
 def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number, code):
   overrides = ("train.steps=100000", "checkpoint.every=100000", "log.every=1")
   process = start(tmp_path, *overrides)
-  metrics = tmp_path / "metrics.jsonl"
-  deadline = time.monotonic() + 120
-  while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-    assert time.monotonic() < deadline
-    assert process.poll() is None, process.stdout.read()
-    time.sleep(0.1)
+  wait_for_steps(process, tmp_path / "metrics.jsonl")
   with pytest.raises(ValueError, match="in use by another running process"):
     loop.fit(load(), tmp_path)  # meanwhile, a second run in the same folder
   process.send_signal(number)
@@ -222,18 +226,106 @@ def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number, code):
   assert [r["step"] for r in rows_of(tmp_path)] == list(range(1, stopped + 3))
 
 
+@pytest.mark.parametrize("every", [1, 2])
 def test_training_stops_when_nothing_is_finite_and_keeps_what_was_saved(
-  tmp_path,
+  tmp_path, every, monkeypatch
 ):
-  overrides = ("checkpoint.every=2", "log.every=1")
-  loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
-  bad = load(
-    "configs/dpo.py:smoke", *overrides, "train.steps=20", "train.max_skipped=3"
+  """Whether the log line is written by a step or by an evaluation."""
+  overrides = ["train.max_skipped=3", f"log.every={every}", "eval.every=2"]
+  config = load("configs/dpo.py:smoke", *overrides, "train.steps=20")
+  hparams = assembly.hyper_params
+
+  def broken(config):
+    return {**hparams(config), "learning_rate": np.float32("inf")}
+
+  monkeypatch.setattr(assembly, "hyper_params", broken)
+  with pytest.raises(FloatingPointError, match=r"[34] updates in a row"):
+    loop.fit(config, tmp_path)
+  assert rows_of(tmp_path)[-1]["skipped"] >= 3
+
+
+def interrupted_in(monkeypatch, module, name, number=signal.SIGTERM):
+  """Sends this process a signal in the middle of a function, once."""
+  right, sent = getattr(module, name), []
+
+  def wrapped(*args, **kwargs):
+    if not sent:
+      sent.append(os.kill(os.getpid(), number))
+    return right(*args, **kwargs)
+
+  monkeypatch.setattr(module, name, wrapped)
+
+
+@pytest.mark.parametrize("where", ["evaluation", "save"])
+def test_a_signal_in_the_middle_of_anything_still_saves(
+  where, tmp_path, monkeypatch
+):
+  overrides = ("train.steps=20", "eval.every=3", "checkpoint.every=4")
+  config = load("configs/dpo.py:smoke", *overrides)
+  if where == "evaluation":
+    interrupted_in(monkeypatch, preference, "evaluate")
+  else:
+    interrupted_in(monkeypatch, checkpoint.Checkpointer, "save")
+  result = loop.fit(config, tmp_path)
+  assert result.exit_code == health.EXIT_REQUEUE
+  stopped = int(result.state.step)
+  assert stopped == {"evaluation": 4, "save": 5}[where]
+  assert (tmp_path / "checkpoints" / str(stopped)).exists()
+  resumed = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  assert int(resumed.state.step) == 20
+
+
+def test_ctrl_c_saves_though_the_reader_of_the_output_is_gone(tmp_path):
+  """`train … | tee log`: Ctrl-C ends tee first."""
+  process = start(tmp_path, "train.steps=100000", "log.every=1")
+  metrics = tmp_path / "metrics.jsonl"
+  wait_for_steps(process, metrics)
+  process.stdout.close()
+  process.send_signal(signal.SIGINT)
+  assert process.wait(timeout=120) == health.EXIT_INTERRUPTED
+  stopped = rows_of(tmp_path)[-1]["step"]
+  assert (tmp_path / "checkpoints" / str(stopped)).exists()
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+  data = tmp_path / "my.jsonl"
+
+  def write(word):
+    data.write_text(
+      "".join(
+        json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": word}) + "\n"
+        for i in range(8)
+      )
+    )
+
+  def train(steps):
+    overrides = (f"data.train={data}", "data.eval=None", f"train.steps={steps}")
+    return loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path / "run")
+
+  write("b")
+  train(2)
+  write("c")
+  with pytest.raises(ValueError, match=r"data_fingerprint \(saved '8 examples"):
+    train(4)
+  write("b")
+  assert int(train(4).state.step) == 4
+
+
+def test_the_evaluation_is_the_mean_over_all_comparisons(tmp_path):
+  """Batches of 50 of 960, the last one smaller, against one batch of all."""
+  overrides = ("data.batch_size=50", "train.steps=1")
+  result = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  config = load("configs/dpo.py:smoke", "data.batch_size=960")
+  run = assembly.prepare(config)
+  loader, _ = assembly.build_loader(
+    config, run.tokenizer, "toy", training=False, row_multiple=1
   )
-  with bad.unlocked():
-    bad.optim.learning_rate = float("nan")
-  with pytest.raises(ValueError, match=r"optim.learning_rate"):
-    loop.fit(bad, tmp_path)  # not the run that was saved here
-  with pytest.raises(FloatingPointError, match="3 updates in a row"):
-    loop.fit(bad, tmp_path / "other")
-  assert (tmp_path / "checkpoints" / "2").exists()
+  batch = loader.batch(0)[0]
+  state = result.state
+  batch = run.algorithm.prepare(batch, state.frozen, {})
+  terms = run.algorithm.objective(state.params, {}, batch, run.hparams)
+  for name in ("rewards/margins", "logps/chosen"):
+    values, weights = (np.asarray(x) for x in terms.metrics[name])
+    assert weights.sum() == 960
+    want = values[weights > 0].mean()
+    np.testing.assert_allclose(result.evaluation[name], want, rtol=1e-3)

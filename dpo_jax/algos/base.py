@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from dpo_jax.ops import logprobs
@@ -40,6 +39,13 @@ class Algorithm(NamedTuple):
   prepare: Callable
   batch_level: bool = False
   rollout: Callable | None = None
+
+
+def split_fields(loss):
+  """(text fields, numeric fields) of config.loss; the latter are hparams."""
+  fields = {k: v for k, v in loss.items() if k != "name"}
+  static = {k: v for k, v in fields.items() if isinstance(v, str)}
+  return static, {k: v for k, v in fields.items() if k not in static}
 
 
 def no_preparation(batch, frozen, extra):
@@ -85,4 +91,4 @@ def completion_sums(values, batch):
 def lengths(batch):
   """Scored tokens of each completion: f32[R, P·C]."""
   ones = jnp.ones(batch["target_slot"].shape, jnp.float32)
-  return completion_sums(jax.lax.stop_gradient(ones), batch)
+  return completion_sums(ones, batch)

@@ -1,6 +1,7 @@
 """DPO and its family: comparisons of completions under policy and reference."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ def make(config, apply):
   """
   loss = lookup.lookup(losses.LOSSES, config.loss.name, "loss.name")
   lookup.lookup(_REFERENCES, config.ref, "ref")
-  static, numeric = split_fields(config.loss)
-  _check_ranges(config.loss)
+  static, numeric = base.split_fields(config.loss)
+  _check_fields(config.loss, loss)
   prepare = base.no_preparation
   if config.ref == "frozen":
     prepare = functools.partial(
@@ -44,11 +45,18 @@ def make(config, apply):
   )
 
 
-def split_fields(loss):
-  """(text fields, numeric fields) of config.loss; the latter are hparams."""
-  fields = {k: v for k, v in loss.items() if k != "name"}
-  static = {k: v for k, v in fields.items() if isinstance(v, str)}
-  return static, {k: v for k, v in fields.items() if k not in static}
+def _check_fields(fields, loss):
+  """Raises ValueError unless config.loss holds what the loss takes."""
+  takes = set(inspect.signature(loss.fn).parameters)
+  takes -= {"policy_logps", "ref_logps", *loss.needs}
+  have = set(fields) - {"name"}
+  if have != takes:
+    raise ValueError(
+      f"config.loss has the fields {sorted(have)}, but loss {fields.name!r} "
+      f"takes {sorted(takes)}; select a loss with its own fields by the "
+      f"config's argument: --config FILE.py:loss={fields.name}"
+    )
+  _check_ranges(fields)
 
 
 def _check_ranges(loss):

@@ -7,6 +7,7 @@ of hosts.
 """
 
 import functools
+import hashlib
 import queue
 import threading
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class Stats(NamedTuple):
     examples, comparisons: how many.
     tokens: positions that hold a token.
     scored: tokens with a log-prob.
-    visible: (query, key) pairs that causal attention needs.
+    visible: (query, key) pairs that the attention rule admits.
     fill: tokens / (R·T).
   """
 
@@ -71,10 +72,20 @@ class Loader:
     steps: batches per epoch, rounded up.
     shapes: the planned shapes.
     fill: expected tokens / positions over the sampled batches.
+    fingerprint: "960 examples, 1f0e…": what a run that resumes must find again.
   """
 
   def __init__(
-    self, examples, layout, *, batch_size, seed, budget, multiple, steps=None
+    self,
+    examples,
+    layout,
+    *,
+    batch_size,
+    seed,
+    budget,
+    multiple,
+    steps=None,
+    window=None,
   ):
     """See `rows.Layout` and `rows.plan_shapes`.
 
@@ -86,13 +97,17 @@ class Loader:
         hold fewer examples (evaluation).
       budget, multiple: of the planner.
       steps: batches that will be asked for, for the planner; None is one epoch.
+      window: of the model's attention, for Stats.visible.
     """
     self._examples, self._layout = examples, layout
     self._batch_size, self._seed, self._multiple = batch_size, seed, multiple
     self.size = len(examples)
+    content = repr([e[2:] for e in examples]).encode()
+    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+    self.fingerprint = f"{self.size} examples, {digest}"
     self.steps = -(-self.size // batch_size)
     self._need = rows_lib.needs(examples, layout)
-    work = np.asarray([_work(e, layout) for e in examples])
+    work = np.asarray([_work(e, layout, window) for e in examples])
     self._tokens, self._visible = work[:, 0], work[:, 1]
     sampled = range(min(steps or self.steps, _PLANNED_BATCHES))
     self._rows = None
@@ -154,13 +169,18 @@ def _flat(rows):
   return np.asarray([i for row in rows for i in row])
 
 
-def _work(example, layout):
+def _work(example, layout, window):
   """Tokens of an example, and (query, key) pairs of its causal attention."""
   n = len(example.prompt)
   lengths = [len(c) for c in example.completions]
   prompts = 1 if layout.shared else len(lengths)
-  inside = sum(m * (m + 1) // 2 + m * n for m in lengths)
-  return prompts * n + sum(lengths), prompts * (n * (n + 1) // 2) + inside
+
+  def seen(length):  # by all queries of a causal sequence
+    near = length if window is None else min(length, window)
+    return near * (near + 1) // 2 + (length - near) * near
+
+  inside = sum(seen(n + m) - seen(n) for m in lengths)
+  return prompts * n + sum(lengths), prompts * seen(n) + inside
 
 
 _END = object()

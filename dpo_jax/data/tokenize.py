@@ -141,7 +141,7 @@ def encode(records, tokenizer, options, policy):
       completions.append(_end(ids, tokenizer.eos_id, options, changed))
     try:
       prompt = _begin(prompt, tokenizer, options, record.origin, changed)
-      _check_pairs(completions, record)
+      _check_completions(completions, tokenizer.eos_id, record)
     except sources.BadRecord as error:
       policy.bad(error)
       continue
@@ -183,7 +183,14 @@ def _end(ids, eos_id, options, changed):
   return ids
 
 
-def _check_pairs(completions, record):
+def _check_completions(completions, eos_id, record):
+  for k, ids in enumerate(completions):
+    if eos_id in ids[:-1]:
+      raise sources.BadRecord(
+        "EOS inside",
+        f"{record.origin}: the text of completion {k} contains the EOS token; "
+        "take it out, a completion gets exactly one, at its end",
+      )
   for winner, loser in record.pairs:
     if completions[winner] == completions[loser]:
       raise sources.BadRecord(

@@ -27,7 +27,6 @@ AXES = (
   (r"final_norm/(scale|bias)$", (None,)),
   (r"head/kernel$", ("embed", "vocab")),
   (r"head/bias$", ("vocab",)),
-  (r"", ()),  # counters and other scalars of an optimiser
 )
 
 # Logical axis -> mesh axis. "rows" are the rows of the batch.
@@ -52,10 +51,10 @@ def spec(path, shape, axis_sizes):
     axis_sizes: {mesh axis: size}.
   Raises: ValueError naming path, dimension and axis that do not divide.
   """
+  if len(shape) == 0:  # counters
+    return P()
   logical = tree.first_match(AXES, path)
   if len(logical) != len(shape):
-    if len(shape) == 0 or logical == ():
-      return P()
     raise ValueError(f"{path}: shape {shape} does not fit the axes {logical}")
   entries = [RULES[name] for name in logical]
   for dim, (size, axis) in enumerate(zip(shape, entries, strict=True)):

@@ -60,7 +60,6 @@ class ModelConfig:
       "position": ("learned", "rotary"),
       "activation": ("gelu", "gelu_tanh", "silu"),
       "dtype": ("float32", "bfloat16"),
-      "attention": ("tiled", "xla"),
     }
     for field, values in allowed.items():
       if getattr(self, field) not in values:

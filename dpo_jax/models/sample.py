@@ -84,18 +84,26 @@ def sample(
     top_p: in (0, 1].
     eos_id: i32, or None to never stop; static.
   Returns: Samples.
+  Raises: ValueError past the end of a learned position table.
   """
   batch, length = prompts.shape
+  limit = model.config.max_positions
+  if model.config.position == "learned" and length + max_new_tokens > limit:
+    raise ValueError(
+      f"prompts of {length} and {max_new_tokens} new tokens are more than "
+      f"model.max_positions = {limit}"
+    )
   rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, example_ids)
   cache = model.init_cache(batch, length + max_new_tokens)
   positions = jnp.broadcast_to(jnp.arange(length), prompts.shape)
   inside = positions < prompt_lengths[:, None]
-  logits, cache = model.decode(
-    params, jnp.where(inside, prompts, 0), positions, cache
+  last, cache = model.decode(
+    params,
+    jnp.where(inside, prompts, 0),
+    positions,
+    cache,
+    prompt_lengths - 1,
   )
-  last = jnp.take_along_axis(
-    logits, (prompt_lengths - 1)[:, None, None], axis=1
-  )[:, 0]
   fill = 0 if eos_id is None else eos_id
   out = Samples(
     jnp.full((batch, max_new_tokens), fill, jnp.int32),
@@ -121,7 +129,10 @@ def sample(
       out.logps.at[:, step].set(jnp.where(live, logp, 0.0)),
     )
     positions = (prompt_lengths + step)[:, None]
-    logits, cache = model.decode(params, token[:, None], positions, cache)
-    return step + 1, logits[:, 0], cache, out
+    first = jnp.zeros(batch, jnp.int32)
+    logits, cache = model.decode(
+      params, token[:, None], positions, cache, first
+    )
+    return step + 1, logits, cache, out
 
   return jax.lax.while_loop(going, body, (0, last, cache, out))[3]

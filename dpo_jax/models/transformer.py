@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dpo_jax import lookup
 from dpo_jax.models import axes
 from dpo_jax.models import config as config_lib
 from dpo_jax.ops import attention, logprobs
@@ -28,8 +29,9 @@ class Model(NamedTuple):
     init: rng -> params, a nested dict of f32 arrays.
     apply: (params, batch) -> (hidden [R, T, D], logprobs.Head); reads tokens,
       positions, segment_ids, branch_ids and example_index of the batch.
-    decode: (params, tokens i32[B, T], positions i32[B, T], cache) ->
-      (logits f32[B, T, V], cache); padded columns of the logits are −1e30.
+    decode: (params, tokens i32[B, T], positions i32[B, T], cache, at) ->
+      (logits f32[B, V], cache): the logits of position at[b], or f32[B, T, V]
+      with at = None; padded columns are −1e30.
     init_cache: (B, S) -> an empty cache for sequences of up to S positions.
     config: the ModelConfig.
     vocab_size: real tokens.
@@ -101,6 +103,8 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
+  """Projections, rotation and the attention of ops.attention, or of a cache."""
+
   config: config_lib.ModelConfig
 
   @nn.compact
@@ -137,6 +141,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+  """Expansion to F, activation (gated or not), and back to D."""
+
   config: config_lib.ModelConfig
 
   @nn.compact
@@ -156,6 +162,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+  """One layer: attention and mlp, one after the other or side by side."""
+
   config: config_lib.ModelConfig
 
   @nn.compact
@@ -173,6 +181,8 @@ class Block(nn.Module):
 
 
 class Embed(nn.Module):
+  """Token embedding, plus learned positions where the family has them."""
+
   config: config_lib.ModelConfig
   vocab: int
 
@@ -222,6 +232,7 @@ class Decoder(nn.Module):
 
 def build(config, vocab_size):
   """The Model of a ModelConfig for a vocabulary of `vocab_size` tokens."""
+  lookup.lookup(attention.ATTENTION, config.attention, "model.attention")
   vocab = config_lib.padded_vocab(vocab_size)
   module = Decoder(config, vocab)
 
@@ -250,8 +261,10 @@ def build(config, vocab_size):
     hidden, _ = run(params, tokens, layout.positions, layout, None)
     return hidden, head_of(params)
 
-  def decode(params, tokens, positions, cache):
+  def decode(params, tokens, positions, cache, at=None):
     hidden, cache = run(params, tokens, positions, None, cache)
+    if at is not None:
+      hidden = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
     return logprobs.logits(hidden, head_of(params)), cache
 
   def init_cache(batch_size, length):

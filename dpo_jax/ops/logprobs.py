@@ -171,14 +171,16 @@ def _logits(static, columns, hidden, kernel, bias):
   return jnp.where(columns < static.vocab_size, out, _HIDDEN)
 
 
-def _chunks(chunk, *arrays):
-  """[R, S] arrays as [n, R, chunk], padded with 0; n = 1 without a chunk."""
+def _chunks(chunk, *arrays, fill=0):
+  """[R, S] arrays as [n, R, chunk], padded; n = 1 without a chunk."""
   length = arrays[0].shape[1]
   chunk = length if chunk is None else min(chunk, length)
   count = -(-length // chunk)
   pad = ((0, 0), (0, count * chunk - length))
   return tuple(
-    jnp.pad(x, pad).reshape(x.shape[0], count, chunk).swapaxes(0, 1)
+    jnp.pad(x, pad, constant_values=fill)
+    .reshape(x.shape[0], count, chunk)
+    .swapaxes(0, 1)
     for x in arrays
   )
 
@@ -256,7 +258,10 @@ def _backward(
     jnp.zeros(kernel.shape, jnp.float32),
     None if bias is None else jnp.zeros(bias.shape, jnp.float32),
   )
-  chunks = _chunks(static.chunk, source, targets, lse, grad)
+  # exp(logit − ∞) = 0 at padding; with 0 it would overflow for large logits.
+  (lse,) = _chunks(static.chunk, lse, fill=jnp.inf)
+  source_chunks, targets, grad = _chunks(static.chunk, source, targets, grad)
+  chunks = source_chunks, targets, lse, grad
   (d_kernel, d_bias), d_h = jax.lax.scan(body, carry, chunks)
   d_h = _unchunk(d_h, source.shape[1])
   d_hidden = jax.vmap(lambda i, d: jnp.zeros(hidden.shape[1:]).at[i].add(d))(

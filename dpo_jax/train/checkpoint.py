@@ -33,68 +33,84 @@ class Checkpointer:
     """
     if keep < 2:
       raise ValueError(f"checkpoint.keep = {keep} must be at least 2")
-    self._path = epath.Path(workdir).absolute() / "checkpoints"
+    self._folder = epath.Path(workdir).absolute()
+    self._path = self._folder / "checkpoints"
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, enable_async_checkpointing=True
     )
     self._manager = ocp.CheckpointManager(self._path, options=options)
+    self._frozen = None  # fingerprint of what is never trained, taken once
 
   def steps(self):
     """Steps on disk, newest first."""
     return sorted(self._manager.all_steps(), reverse=True)
 
-  def save(self, state, config, *, wait=False):
+  def save(self, state, identity, *, wait=False):
     """Saves a state; returns at once unless `wait`.
+
+    If the save before this one failed in the background, that is a warning:
+    this one takes its place.
 
     Args:
       state: TrainState.
-      config: plain dict, the resolved config.
+      identity: plain dict of what a run that resumes must share.
       wait: block until it is durable.
+    Raises: OSError and the like if `wait` and it cannot be written.
     """
+    step = int(state.step)
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:  # whatever the store raised
+      warnings.warn(f"a checkpoint was not written: {error}", stacklevel=2)
+      self._manager.reload()
+    if step in self._manager.all_steps():
+      return
     values = state_lib.saved(state)
     meta = {
-      "config": config,
+      "config": identity,
       "checksums": state_lib.fingerprint(values),
-      "frozen": state_lib.fingerprint(state.frozen),
+      "frozen": self._fingerprint_frozen(state),
       "leaves": _leaves(values),
     }
-    step = int(state.step)
-    if step not in self._manager.all_steps():
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave(meta)
-        ),
-      )
+    accepted = self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave(meta)
+      ),
+    )
+    if not accepted:
+      raise OSError(f"{self._path}: step {step} was not accepted for saving")
     if wait:
       self._manager.wait_until_finished()
 
-  def restore(self, state, config):
+  def restore(self, state, identity):
     """The newest intact checkpoint in the shape of `state`.
 
     A checkpoint that cannot be read or fails its checksums is passed over with
-    a warning; if none is left, that is an error, not a fresh start.
+    a warning and, once an older one proved intact, moved to `damaged/`; if none
+    is intact, that is an error, not a fresh start.
 
     Args:
       state: placed TrainState; its frozen part is kept.
-      config: plain dict; must equal the saved one outside FREE_FIELDS.
+      identity: plain dict; must equal the saved one outside FREE_FIELDS.
     Returns: TrainState, or None if nothing was ever saved here.
     Raises: ValueError naming the differing field or leaf.
     """
-    steps = self.steps()
+    steps, damaged = self.steps(), []
     for step in steps:
       try:
-        values, meta = self._read(step, state_lib.saved(state), config)
+        values, meta = self._read(step, state_lib.saved(state), identity)
       except _Damaged as error:
-        warnings.warn(
-          f"checkpoint {step}: {error}; trying an older one", stacklevel=2
-        )
+        text = f"checkpoint {step}: {error}; trying an older one"
+        warnings.warn(text, stacklevel=2)
+        damaged.append(step)
         continue
-      if meta["frozen"] != state_lib.fingerprint(state.frozen):
+      if meta["frozen"] != self._fingerprint_frozen(state):
         raise ValueError(
           f"{self._path}: the reference of this run is not the one it was "
           "started with; restore what init_from named, or use a new --workdir"
         )
+      self._set_aside(damaged)
       return state.replace(**values)
     if steps:
       raise ValueError(
@@ -103,17 +119,28 @@ class Checkpointer:
       )
     return None
 
-  def _read(self, step, target, config):
+  def _set_aside(self, steps):
+    """Moves damaged steps out of the way: they would block new ones."""
+    for step in steps:
+      target = self._folder / "damaged" / str(step)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      if target.exists():
+        target.rmtree()
+      (self._path / str(step)).rename(target)
+    if steps:
+      self._manager.reload()
+
+  def _fingerprint_frozen(self, state):
+    if self._frozen is None:
+      self._frozen = state_lib.fingerprint(state.frozen)
+    return self._frozen
+
+  def _read(self, step, target, identity):
     meta = _read_meta(self._manager, step)
-    check_config(meta["config"], config, self._path)
+    check_config(meta["config"], identity, self._path)
     _check_leaves(meta["leaves"], _leaves(target), self._path)
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-    try:
-      values = self._manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-      )["state"]
-    except Exception as error:  # whatever it is: damage
-      raise _Damaged(f"unreadable ({error})") from error
+    restore = ocp.args.StandardRestore(_abstract(target))
+    values = _read_item(self._manager, step, "state", restore)
     if state_lib.fingerprint(values) != meta["checksums"]:
       raise _Damaged("checksums do not match")
     return values, meta
@@ -130,12 +157,29 @@ class _Damaged(Exception):
   """A checkpoint that must be passed over."""
 
 
-def _read_meta(manager, step):
-  args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+# What Orbax and TensorStore raise for files that are missing, cut or changed.
+# Others, such as running out of memory, say nothing about the checkpoint.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _read_item(manager, step, name, restore):
   try:
-    return manager.restore(step, args=args)["meta"]
-  except Exception as error:  # whatever it is: damage
+    return manager.restore(step, args=ocp.args.Composite(**{name: restore}))[
+      name
+    ]
+  except _UNREADABLE as error:
     raise _Damaged(f"unreadable ({error})") from error
+
+
+def _read_meta(manager, step):
+  meta = _read_item(manager, step, "meta", ocp.args.JsonRestore())
+  if not isinstance(meta, dict) or "checksums" not in meta:
+    raise _Damaged("unreadable (no checksums)")
+  return meta
+
+
+def _abstract(values):
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, values)
 
 
 def _leaves(values):
@@ -204,18 +248,17 @@ def load_params(workdir, target):
         if path.startswith("params/")
       }
       _check_leaves(saved, _leaves(target), f"init_from = {workdir!s}")
-      abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+      abstract = _abstract(target)
       restore = ocp.args.PyTreeRestore(
         abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
       )
-      values = manager.restore(step, args=ocp.args.Composite(state=restore))
+      params = _read_item(manager, step, "state", restore)["params"]
     except _Damaged as error:
       raise ValueError(
         f"init_from = {workdir!s}: step {step}: {error}"
       ) from error
-  params = values["state"]["params"]
   sums = state_lib.fingerprint({"params": params})
   if any(meta["checksums"][path] != value for path, value in sums.items()):
     raise ValueError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import signal
 import threading
 
@@ -46,6 +47,7 @@ class Stop:
 
   @property
   def exit_code(self):
+    """EXIT_INTERRUPTED after Ctrl-C, else EXIT_REQUEUE."""
     interrupted = self.signal == signal.SIGINT
     return EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE
 
@@ -73,7 +75,10 @@ def stop_on_signal():
     stop.signal = number
     restore()
     name = signal.Signals(number).name
-    print(f"\n{name}: saving after this step (again: stop at once)", flush=True)
+    text = f"\n{name}: saving after this step (again: stop at once)\n"
+    # Neither buffered nor fatal: the terminal may be gone already.
+    with contextlib.suppress(OSError):
+      os.write(2, text.encode())
 
   for s in signals:
     signal.signal(s, handle)

@@ -1,6 +1,8 @@
 """Metrics as JSON lines and on the console: progress, ETA, tokens/s, MFU."""
 
+import contextlib
 import json
+import os
 import sys
 import time
 
@@ -17,14 +19,15 @@ PEAK_FLOPS = (
   ("TPU v6 lite", 918e12),
   ("TPU v5p", 459e12),
   ("TPU v5 lite", 197e12),
+  ("TPU v5", 459e12),
   ("TPU v4", 275e12),
 )
 
 
 def peak_flops():
-  """FLOP/s of all devices: the maker's figure, or a measured matmul on a CPU.
+  """(FLOP/s of all devices, whose): the maker's figure, or a measured matmul.
 
-  Fake CPU devices share one processor, so the measurement counts once.
+  Fake CPU devices share one processor, so there the measurement counts once.
   """
   devices = jax.devices()
   for part, peak in PEAK_FLOPS:
@@ -39,7 +42,8 @@ def peak_flops():
     start = time.perf_counter()
     matmul(x, x).block_until_ready()
     times.append(time.perf_counter() - start)
-  return 2 * size**3 / min(times), "of this machine's f32 matmul"
+  count = 1 if devices[0].platform == "cpu" else len(devices)
+  return count * 2 * size**3 / min(times), "of this machine's f32 matmul"
 
 
 def duration(seconds):
@@ -69,7 +73,8 @@ class Logger:
     self._every, self._total, self._start = every, total, start
     self._loud = loud
     self._live = loud and sys.stdout.isatty()
-    self._peak = None
+    self._peak, self._peak_is = peak_flops() if loud else (1.0, "")
+    self._paused = 0.0  # seconds that training did not run
     self._pending = None  # (number, metrics, stats) of a step to be logged
     self._clock = None  # (time, tokens, flops) when the last one was logged
     self._begin = None  # (time, number) after the first step
@@ -77,15 +82,34 @@ class Logger:
     if loud:
       self._drop_later_than(start)
 
+  def _now(self):
+    return time.perf_counter() - self._paused
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Evaluation and saving inside do not count as training time."""
+    start = time.perf_counter()
+    yield
+    self._paused += time.perf_counter() - start
+
   def say(self, text):
     """A line on the console."""
     if self._loud:
-      print(f"\r\x1b[K{text}" if self._live else text, flush=True)
+      self._print(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
 
   def status(self, text):
     """A passing line on a terminal, gone with the next one."""
     if self._live:
-      print(f"\r\x1b[K{text}", end="", flush=True)
+      self._print(f"\r\x1b[K{text}")
+
+  def _print(self, text):
+    """A reader that went away (`| head`) must not stop the training."""
+    try:
+      sys.stdout.write(text)
+      sys.stdout.flush()
+    except (OSError, ValueError):
+      self._live = False
+      sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end
 
   def step(self, number, metrics, stats, flops):
     """Takes the (device) metrics of step `number`, counted from 1.
@@ -101,7 +125,7 @@ class Logger:
     if self._begin is None:
       # The first step compiles: the clock starts after it.
       jax.block_until_ready(metrics)
-      self._begin = time.perf_counter(), number
+      self._begin = self._now(), number
       self._clock = self._begin[0], 0, 0
     else:
       self._tokens += stats.tokens
@@ -122,14 +146,14 @@ class Logger:
     values = {k: float(np.asarray(v)) for k, v in metrics.items()}
     values["fill"] = stats.fill
     before, tokens, flops = self._clock
-    now = time.perf_counter()
+    now = self._now()
     if counts[0] > tokens:
-      if self._peak is None:
-        self._peak, meaning = peak_flops()
-        self.say(f"mfu: needed FLOP/s as a share {meaning}")
+      if self._peak_is:
+        self.say(f"mfu: needed FLOP/s as a share {self._peak_is}")
+        self._peak_is = ""
       values["tokens_per_second"] = (counts[0] - tokens) / (now - before)
       values["mfu"] = (counts[1] - flops) / (now - before) / self._peak
-    self._clock = (time.perf_counter(), *counts)
+    self._clock = (now, *counts)
     self.write("train", number, values)
     self.say(self._line(number, values))
     return values
@@ -143,7 +167,9 @@ class Logger:
   def write(self, kind, number, values):
     """Appends one JSON line."""
     if self._loud:
-      row = {"step": number, "kind": kind, **values}
+      # JSON has no NaN: what is not finite is null.
+      numbers = {k: v if np.isfinite(v) else None for k, v in values.items()}
+      row = {"step": number, "kind": kind, **numbers}
       with self._path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -155,7 +181,7 @@ class Logger:
     begin, first = self._begin
     if number <= first:
       return "?"
-    rate = (time.perf_counter() - begin) / (number - first)
+    rate = (self._now() - begin) / (number - first)
     return duration(rate * (self._total - number))
 
   def _line(self, number, values):
@@ -192,4 +218,6 @@ class Logger:
           kept.append(line)
       except (json.JSONDecodeError, KeyError):
         continue  # cut short by a kill
-    self._path.write_text("".join(f"{line}\n" for line in kept))
+    whole = self._path.parent / "metrics.jsonl.new"
+    whole.write_text("".join(f"{line}\n" for line in kept))
+    whole.replace(self._path)

@@ -4,6 +4,7 @@ The transforms here end before the learning rate: the step multiplies by
 −learning_rate · factor(step), so the learning rate stays a traced scalar.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,6 +96,11 @@ def make(options, total_steps):
   if options.clip_norm is not None:
     clip = optax.clip_by_global_norm(options.clip_norm)
   freeze = tuple(options.freeze)
+  for pattern in freeze:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f"optim.freeze: {pattern!r}: {error}") from error
   return Optimizer(
     optax.chain(clip, kind.make(options)),
     factor,

@@ -55,13 +55,16 @@ def saved(state):
 def _checksums(leaves):
   def checksum(x):
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32).ravel()
+    words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+    # The position of each word, without a reshape that would gather x.
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+      index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+      position = position * jnp.uint32(size) + index
     # Each step is a bijection of the word, so any one changed word changes the
     # sum for certain; the mixing (MurmurHash3's) makes the rest unlikely to
     # collide, which plain weights do not (f32 ones and zeros, for instance).
-    h = words + jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(
-      0x9E3779B9
-    )
+    h = words + position * jnp.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
       h = (h ^ (h >> shift)) * jnp.uint32(factor)
     return jnp.sum(h, dtype=jnp.uint32)

@@ -47,7 +47,8 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, trained)
     updated = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
     norm = tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    moved = rate * tree.norm(updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(moved)
 
     def guard(new, old):
       return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

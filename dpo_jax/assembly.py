@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import algos, lookup
-from dpo_jax.algos import preference
+from dpo_jax import algos, lookup, tree
+from dpo_jax.algos import base
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import rows, sources, tokenize
 from dpo_jax.models import axes, transformer
@@ -29,9 +29,11 @@ class Run(NamedTuple):
     tokenizer: tokenize.Tokenizer.
     loader: of the training data; `about` describes it in a line.
     total: updates of the run.
-    algorithm: algos.base.Algorithm.
+    algorithm: base.Algorithm.
     optimizer: optim.Optimizer.
     hparams: traced scalars.
+    identity: the config and a fingerprint of the data, as plain values: what a
+      run that resumes must share.
   """
 
   config: Any
@@ -42,9 +44,10 @@ class Run(NamedTuple):
   loader: loader_lib.Loader
   about: str
   total: int
-  algorithm: algos.base.Algorithm
+  algorithm: base.Algorithm
   optimizer: optim.Optimizer
   hparams: dict
+  identity: dict
 
 
 def prepare(config):
@@ -52,6 +55,7 @@ def prepare(config):
 
   Raises: ValueError for what the user can mend.
   """
+  check_values(config)
   jax.config.update("jax_default_matmul_precision", config.precision)
   mode = lookup.lookup(run_lib.MODES, config.mesh.mode, "mesh.mode")
   mesh = mesh_lib.make(config.mesh)
@@ -68,6 +72,8 @@ def prepare(config):
   )
   total = total_steps(config, loader.size)
   make_algorithm = lookup.lookup(algos.ALGOS, config.algo, "algo")
+  optimizer = optim.make(config.optim, total)
+  check_freeze(config.optim.freeze, model, optimizer)
   return Run(
     config=config,
     mesh=mesh,
@@ -78,9 +84,55 @@ def prepare(config):
     about=about,
     total=total,
     algorithm=make_algorithm(config, model.apply),
-    optimizer=optim.make(config.optim, total),
+    optimizer=optimizer,
     hparams=hyper_params(config),
+    identity=config.to_dict() | {"data_fingerprint": loader.fingerprint},
   )
+
+
+# Fields that may be None, and the smallest value of those that may be below 1.
+_OPTIONAL = {
+  *("init_from", "head_chunk", "model.window", "optim.clip_norm"),
+  *("data.train", "data.eval", "data.max_row_length"),
+  *("train.steps", "mesh.data"),
+}
+_LOWEST = {
+  **dict.fromkeys(("init_seed", "data.seed", "optim.warmup"), 0),
+  **dict.fromkeys(("model.rotary_dim", "optim.weight_decay"), 0),
+}
+
+
+def check_values(config):
+  """Refuses numbers that no field can have.
+
+  Whole numbers are at least 1 and others above 0 but for `_LOWEST`; what is
+  not in `_OPTIONAL` is not None. Losses check their own fields.
+  """
+  for path, value in checkpoint.flatten(config.to_dict()).items():
+    if value is None and path not in _OPTIONAL:
+      raise ValueError(f"{path} = None: it needs a value")
+    if isinstance(value, bool | str | tuple | None) or path.startswith("loss."):
+      continue
+    low = _LOWEST.get(path, 1 if isinstance(value, int) else None)
+    if not (value > 0 if low is None else value >= low):
+      bound = "above 0" if low is None else f"at least {low}"
+      raise ValueError(f"{path} = {value} must be {bound}")
+  if config.data.max_row_length is not None and not config.data.packed:
+    raise ValueError("data.max_row_length has no effect with data.packed=False")
+
+
+def check_freeze(freeze, model, optimizer):
+  """Refuses a pattern of optim.freeze that matches nothing, or everything."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  paths = [path for path, _ in tree.named(shapes)]
+  for pattern in freeze:
+    if not any(tree.matches([pattern], path) for path in paths):
+      raise ValueError(
+        f"optim.freeze: {pattern!r} matches no parameter"
+        f"{lookup.nearest(pattern, paths)}"
+      )
+  if not any(map(optimizer.trains, paths)):
+    raise ValueError(f"optim.freeze = {tuple(freeze)} leaves nothing to train")
 
 
 def build_model(config):
@@ -117,6 +169,7 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
     budget=config.data.max_shapes,
     multiple=config.data.shape_multiple,
     steps=total_steps(config, len(examples)) if training else None,
+    window=config.model.window,
   )
   notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
   shapes = ", ".join(
@@ -143,7 +196,7 @@ def total_steps(config, size):
 
 def hyper_params(config):
   """The traced scalars of a step; changing one never recompiles."""
-  _, numeric = preference.split_fields(config.loss)
+  _, numeric = base.split_fields(config.loss)
   numeric["learning_rate"] = config.optim.learning_rate
   return {k: jnp.float32(v) for k, v in numeric.items()}
 
