@@ -115,15 +115,32 @@ def test_bad_records_are_skipped_and_counted_if_the_config_says_so(train):
     ("--config.model.norm=batch", "model.norm = 'batch'"),
     ("--config.data.max_prompt_length=9999", "model.max_positions"),
     ("--config.checkpoint.keep=1", "checkpoint.keep = 1"),
+    ("--config.data.batch_size=0", "data.batch_size = 0 must be at least 1"),
+    ("--config.data.batch_size=None", "data.batch_size = None"),
+    ("--config.train.steps=-5", "train.steps = -5 must be at least 1"),
+    ("--config.train.epochs=-1", "train.epochs = -1.0 must be above 0"),
+    ("--config.optim.clip_norm=-1", "optim.clip_norm = -1.0 must be above 0"),
+    ("--config.optim.warmup=-1", "optim.warmup = -1 must be at least 0"),
+    ("--config.head_chunk=0", "head_chunk = 0 must be at least 1"),
+    ("--config.model.window=0", "model.window = 0 must be at least 1"),
+    ("--config.mesh.fsdp=0", "mesh.fsdp = 0 must be at least 1"),
+    ("--config.loss.beta=None", "loss.beta = None"),
+    ("--config.loss.name=ipo", "--config FILE.py:loss=ipo"),
+    ("--config.optim.freeze=('(',)", "optim.freeze: '('"),
+    ("--config.optim.freeze=('typo',)", "'typo' matches no parameter"),
+    ("--config.optim.freeze=('.*',)", "leaves nothing to train"),
+    ("--config.data.packed=false --config.data.max_row_length=64",
+     "data.max_row_length has no effect"),
   ],
 )  # fmt: skip
 def test_a_wrong_setting_gets_one_line_that_says_what_to_do(
   train, word, message, monkeypatch
 ):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-  code, err, _ = train(word)
+  code, err, _ = train(*word.split())
   assert code == 2
   assert message in err
+  assert len(err.splitlines()) == 1
 
 
 def test_help_and_unknown_verbs(capsys):

@@ -8,6 +8,7 @@ token straddles the boundary) and the completion is encoded alone, counted as
 """
 
 import collections
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ def load(name):
       bos_id=None,
       eos_id=256,
     )
+  # Without torch it warns that models are not available; none is wanted.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
 
   try:

@@ -142,6 +142,7 @@ def test_remat_and_bf16_compute_the_same_function():
 
   want = jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
   remat, _ = worlds.model("llama", remat=True)
+  assert "remat" in str(jax.make_jaxpr(lambda p: loss(remat, p))(params))
   got = jax.jit(jax.value_and_grad(lambda p: loss(remat, p)))(params)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -231,11 +232,13 @@ def test_sample_frequencies_match_the_softmax(temperature, top_p):
   assert chi2 < quantile[len(expected) - 2]
 
 
-def test_samples_stop_at_eos_and_report_their_log_probs():
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 0.9)])
+def test_samples_stop_at_eos_and_report_their_log_probs(temperature, top_p):
+  """At temperature 1 and over all tokens, however they were drawn."""
   model, params = small_world()
   lengths = jnp.int32([1, 3, 2, 3] * 16)
   prompts = jax.random.randint(jax.random.key(5), (64, 3), 0, 7)
-  draw = sampler(model, params, eos_id=4)
+  draw = sampler(model, params, eos_id=4, temperature=temperature, top_p=top_p)
   out = draw(prompts, lengths, jnp.arange(64), jax.random.key(2))
   assert out.finished.any()
   assert not out.finished.all()
@@ -273,6 +276,18 @@ def test_a_sample_does_not_depend_on_its_batch():
   back = jnp.arange(8)[::-1]
   turned = draw(prompts[back], lengths, ids[back], rng).tokens
   np.testing.assert_array_equal(turned[back], all_of_them)
+
+
+def test_sampling_past_a_learned_position_table_is_refused():
+  model, params = worlds.model("gpt2")
+  draw = sampler(model, params, max_new_tokens=20)
+  with pytest.raises(ValueError, match=r"model.max_positions = 64"):
+    draw(
+      jnp.zeros((1, 60), jnp.int32),
+      jnp.int32([60]),
+      jnp.int32([0]),
+      jax.random.key(0),
+    )
 
 
 def test_temperature_zero_takes_the_most_likely_token():

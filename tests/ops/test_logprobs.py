@@ -79,6 +79,17 @@ def test_value_and_gradient_equal_log_softmax(chunk, bias, softcap, scale):
   assert_same(got, want)
 
 
+@pytest.mark.parametrize("chunk", [None, 4, 5])
+def test_large_logits_overflow_nowhere(chunk):
+  """Not in the padding of the last chunk either."""
+  hidden, kernel, *rest = problem()
+  args = (20 * hidden, 2 * kernel, *rest)
+  got = value_and_grads(functools.partial(ours, chunk=chunk), *args)
+  plainly = functools.partial(plain, softcap=None, scale=None)
+  assert float(jnp.max(jnp.abs(args[0] @ args[1]))) > 200
+  assert_same(got, value_and_grads(plainly, *args))
+
+
 @pytest.mark.parametrize("chunk", [None, 4])
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (4, 1, 2, 1), (1, 1, 8, 1)])
 def test_rows_and_vocabulary_may_be_spread_over_a_mesh(sizes, chunk):

@@ -23,8 +23,8 @@ _COLLECTIVE = re.compile(
 
 
 @functools.cache
-def compiled(name):
-  """(HLO text of the step, the batch) with a chunked head on the mesh."""
+def compiled(name, accumulation=1):
+  """(compiled step, batch, params) with a chunked head on the mesh."""
   model, params = worlds.model(name)
   algorithm = preference.make(topology.config_of(chunk=7), model.apply)
   options = config_dict.ConfigDict({**topology.MESH, "context": 1})
@@ -32,9 +32,12 @@ def compiled(name):
   state = topology.make_state(params)
   state = run.place(state, mesh_lib.shardings(mesh, state, axes.spec))
   # Two rows a device, so that local and global sizes differ everywhere.
-  batch = worlds.batch(topology.ITEMS, row_multiple=8)
+  batch = worlds.batch(topology.ITEMS, row_multiple=8 * accumulation)
   step = step_lib.make(
-    algorithm, topology.recording_sgd(), accumulation=1, axis_name=None
+    algorithm,
+    topology.recording_sgd(),
+    accumulation=accumulation,
+    axis_name=None,
   )
   call = run.parallelize(step, mesh, "jit", state)
   placed = run.place_batch(batch, mesh, "jit")
@@ -43,9 +46,9 @@ def compiled(name):
     return lowered.compile(), batch, params
 
 
-def collectives(name):
+def collectives(*args):
   """[(kind, [dims, …], op_name, inside a while body)]."""
-  text = compiled(name)[0].as_text()
+  text = compiled(*args)[0].as_text()
   bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
   found, computation = [], None
   for line in text.splitlines():
@@ -99,11 +102,14 @@ def test_loops_over_layers_move_parameters_and_tensor_sums_only(name):
       assert not (activation and kind != "all-reduce"), (kind, shape, source)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-def test_no_activation_is_gathered_anywhere(name):
-  _, batch, _ = compiled(name)
+@pytest.mark.parametrize(
+  "args", [("llama",), ("gpt2",), ("neox",), ("llama", 2)]
+)
+def test_no_activation_is_gathered_or_moved_anywhere(args):
+  """With accumulation too: each device's rows are in every microbatch."""
+  _, batch, _ = compiled(*args)
   lengths = {batch["tokens"].shape[1], batch["target_index"].shape[1]}
-  for kind, shapes, source, _ in collectives(name):
+  for kind, shapes, source, _ in collectives(*args):
     if kind != "all-reduce":
       for shape in shapes:
         assert not lengths & set(shape), (kind, shape, source)

@@ -211,6 +211,29 @@ def test_vmap_over_beta_equals_one_run_for_each():
     assert_equal_up_to_rounding(got, want)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vmap_over_whole_states_equals_one_step_for_each(dtype):
+  """Three small models in one program, one batch, the head chunked."""
+  model, params = worlds.model("llama", dtype=dtype)
+  algorithm = preference.make(config_of(chunk=7), model.apply)
+  fn, batch = gradient_and_step(algorithm, 1, None), worlds.batch(ITEMS)
+  states = [make_state(worlds.noisy(params, 20 + i, 0.02)) for i in range(3)]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+  points = jax.jit(jax.vmap(fn, in_axes=(0, None, None)))(
+    stacked, batch, HPARAMS
+  )
+  single = jax.jit(fn)
+  for i, state in enumerate(states):
+    got = jax.tree.map(lambda x, i=i: x[i], points)
+    want = single(state, batch, HPARAMS)
+    if dtype == "float32":
+      assert_equal_up_to_rounding(got, want)
+    else:
+      # bf16 activations keep 8 bits; the sums over tokens average them.
+      difference = tree.norm(jax.tree.map(jnp.subtract, got[0], want[0]))
+      assert difference < 0.02 * tree.norm(want[0])
+
+
 def test_four_completions_serving_six_pairs_equal_six_separate_pairs():
   together, apart = [], []
   for e in worlds.examples(6, seed=5, completions=4):

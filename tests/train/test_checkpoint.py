@@ -22,8 +22,8 @@ def make_state(step=0, seed=0, dtype=jnp.float32):
     params=params,
     opt_state={"nu": jax.random.normal(keys[2], (4, 8))},
     frozen={"ref": {"kernel": jnp.ones((4, 8))}},
-    extra={},
-    skipped=jnp.int32(0),
+    extra={"delta": jnp.float32(step + 0.5)},
+    skipped=jnp.int32(step % 2),
   )
 
 
@@ -42,11 +42,10 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
   state = make_state(step=3)
   save(tmp_path, state)
   got = restore(tmp_path)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    state_lib.saved(got),
-    state_lib.saved(state),
-  )
+  for field in ("step", "params", "opt_state", "extra", "skipped"):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(got, field), getattr(state, field)
+    )
 
 
 def test_an_empty_folder_restores_nothing(tmp_path):
@@ -84,6 +83,32 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     got = restore(tmp_path)
   assert int(got.step) == 1
   np.testing.assert_array_equal(got.params["kernel"], older.params["kernel"])
+  # Training goes on from there, and what it saves is not refused.
+  assert (tmp_path / "damaged" / "2").exists()
+  again = make_state(step=2, seed=4)
+  save(tmp_path, again)
+  np.testing.assert_array_equal(
+    restore(tmp_path).params["kernel"], again.params["kernel"]
+  )
+
+
+def test_a_save_that_failed_in_the_background_is_replaced_by_the_next(
+  tmp_path,
+):
+  with checkpoint.Checkpointer(tmp_path, keep=2) as manager:
+    manager.save(make_state(step=1), CONFIG, wait=True)
+    right = manager._manager.wait_until_finished
+    errors = [OSError("no space left")]
+
+    def fail_once():
+      right()
+      if errors:
+        raise errors.pop()
+
+    manager._manager.wait_until_finished = fail_once
+    with pytest.warns(UserWarning, match="no space left"):
+      manager.save(make_state(step=2), CONFIG, wait=True)
+    assert manager.steps() == [2, 1]
 
 
 def test_a_silently_changed_value_fails_its_checksum(tmp_path, monkeypatch):

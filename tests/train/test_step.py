@@ -189,8 +189,21 @@ def test_schedules_warm_up_and_decay():
   np.testing.assert_allclose(values[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
   np.testing.assert_allclose(values[8], 0.5, rtol=1e-6)
   assert values[13] == 0
+  options.schedule = "cosine"
+  factor = optim.make(options, 13).factor
+  for s in range(3, 14):
+    want = 0.5 * (1 + np.cos(np.pi * (s - 3) / 10))
+    np.testing.assert_allclose(factor(s), want, atol=1e-6)
   options.schedule = "constant"
   assert float(optim.make(options, 13).factor(12)) == 1.0
+
+
+def test_the_first_step_takes_the_first_factor_of_the_schedule():
+  step, state, hparams = make("sgd", warmup=3, clip_norm=None)
+  step = jax.jit(step)
+  for want in (0.25, 0.5, 0.75, 1.0, 1.0):
+    state, metrics = step(state, BATCH, hparams)
+    np.testing.assert_allclose(metrics["learning_rate"], 1e-2 * want, rtol=1e-6)
 
 
 def test_frozen_paths_do_not_move_and_have_no_optimizer_state():
@@ -219,6 +232,10 @@ def test_a_non_finite_update_changes_nothing_but_its_count():
   assert int(bad.step) == int(state.step) + 1
   good, _ = step(bad, BATCH, hparams)
   assert int(good.skipped) == 0
+  # Finite gradients, but an update that is not.
+  huge, _ = step(state, BATCH, {**hparams, "learning_rate": jnp.float32("inf")})
+  jax.tree.map(np.testing.assert_array_equal, huge.params, state.params)
+  assert int(huge.skipped) == 1
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -1,0 +1,91 @@
+"""Throughput, ETA and files of the logger, on a clock of our own."""
+
+import json
+import sys
+
+import pytest
+
+from dpo_jax.data import loader
+from dpo_jax.train import log
+
+STATS = loader.Stats(4, 4, 100, 50, 700, 0.9)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A settable time.perf_counter, and a machine of 1000 FLOP/s."""
+  now = [0.0]
+  monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+  monkeypatch.setattr(log, "peak_flops", lambda: (1000.0, "of a fixture"))
+  return now
+
+
+def rows_of(folder):
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_throughput_is_tokens_over_the_seconds_that_training_took(
+  tmp_path, clock
+):
+  logger = log.Logger(tmp_path, every=2, total=6, start=0)
+  for number in range(1, 7):
+    clock[0] += 60 if number == 1 else 2  # the first step compiles
+    logger.step(number, {"loss": 0.5}, STATS, 400)
+    if number == 4:
+      logger.flush()
+      with logger.paused():
+        clock[0] += 1000  # an evaluation
+  logger.flush()
+  rows = rows_of(tmp_path)
+  assert [row["step"] for row in rows] == [1, 2, 4, 6]
+  assert "tokens_per_second" not in rows[0]
+  # A step is read when the next one has been dispatched, so that nothing
+  # waits; step 4 is read at once, for the evaluation.
+  assert rows[1]["tokens_per_second"] == 100 / 2
+  assert rows[2]["tokens_per_second"] == 200 / 2
+  assert rows[3]["tokens_per_second"] == 200 / 4
+  assert rows[3]["mfu"] == 800 / 4 / 1000
+
+
+def test_a_resumed_log_drops_what_will_be_written_again(tmp_path, clock):
+  path = tmp_path / "metrics.jsonl"
+  whole = [{"step": s, "kind": "train", "loss": 1.0} for s in (1, 2, 3)]
+  lines = [json.dumps(row) for row in whole]
+  path.write_text("\n".join([*lines, '{"step": 4, "ki']))
+  log.Logger(tmp_path, every=1, total=4, start=2)
+  assert rows_of(tmp_path) == whole[:2]
+  assert not (tmp_path / "metrics.jsonl.new").exists()
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path, clock):
+  logger = log.Logger(tmp_path, every=1, total=1, start=0)
+  logger.step(1, {"loss": float("nan")}, STATS, 1)
+  logger.flush()
+  assert rows_of(tmp_path)[0]["loss"] is None
+
+
+def test_a_closed_output_does_not_stop_the_run(tmp_path, clock, monkeypatch):
+  class Gone:
+    def write(self, text):
+      raise BrokenPipeError
+
+    def flush(self):
+      raise BrokenPipeError
+
+    def isatty(self):
+      return False
+
+  monkeypatch.setattr(sys, "stdout", Gone())
+  logger = log.Logger(tmp_path, every=1, total=2, start=0)
+  for number in (1, 2):
+    clock[0] += 1
+    logger.step(number, {"loss": 0.5}, STATS, 1)
+  clock[0] += 1
+  logger.flush()
+  assert len(rows_of(tmp_path)) == 2
+
+
+def test_durations_read_as_minutes_and_hours():
+  assert log.duration(62.4) == "1:02"
+  assert log.duration(3723) == "1:02:03"
