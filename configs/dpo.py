@@ -26,5 +26,4 @@ def get_config(arg=None):
   c.optim.warmup = 10
   if arg.smoke:
     c = common.smoke(c)
-    c.data.train = c.data.eval = "toy"
   return c

@@ -61,6 +61,8 @@ def prepare(config):
   mesh = mesh_lib.make(config.mesh)
   if mode == "pmap" and config.mesh.fsdp * config.mesh.tensor > 1:
     raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
+  if mode == "pmap" and jax.process_count() > 1:
+    raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
   model, tokenizer = build_model(config)
   rows_at_once = mesh_lib.row_parallelism(mesh) * config.train.accumulation
   loader, about = build_loader(

@@ -17,6 +17,7 @@ from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
 from tests import conftest
 
+slow = pytest.mark.slow
 DRIVER = pathlib.Path(__file__).with_name("driver.py")
 
 
@@ -70,7 +71,7 @@ def test_dpo_learns_the_toy_task_and_continues_a_finished_run(tmp_path):
   assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 15))
 
 
-@pytest.mark.slow
+@slow
 def test_evaluation_does_not_depend_on_devices_or_on_the_last_batch(tmp_path):
   """960 comparisons in batches of 50: the last one has 10."""
   values = []
@@ -85,7 +86,7 @@ def test_evaluation_does_not_depend_on_devices_or_on_the_last_batch(tmp_path):
       np.testing.assert_allclose(other[key], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@slow
 def test_a_run_moves_between_meshes_and_pmap(tmp_path):
   """Both modes share one checkpoint layout; the data go on where they were."""
   sgd = ("optim.learning_rate=1e-2", "log.every=1", "checkpoint.every=2")
@@ -167,9 +168,7 @@ def values_of(workdir):
   }
 
 
-@pytest.mark.parametrize(
-  "devices", [1, pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=slow)])
 def test_a_killed_run_resumes_bit_for_bit_in_a_new_process(tmp_path, devices):
   """2N steps = kill -9 after N + a new process, across an epoch's end, with
   accumulation: the same examples, every logged value, every saved bit."""
@@ -209,7 +208,8 @@ def test_a_killed_run_resumes_bit_for_bit_in_a_new_process(tmp_path, devices):
 
 
 @pytest.mark.parametrize(
-  ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)]
+  ("number", "code"),
+  [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 42, marks=slow)],
 )
 def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number, code):
   overrides = ("train.steps=100000", "checkpoint.every=100000", "log.every=1")
@@ -260,7 +260,7 @@ def interrupted_in(monkeypatch, module, name, number=signal.SIGTERM):
 def test_a_signal_in_the_middle_of_anything_still_saves(
   where, tmp_path, monkeypatch
 ):
-  overrides = ("train.steps=20", "eval.every=3", "checkpoint.every=4")
+  overrides = ("train.steps=8", "eval.every=3", "checkpoint.every=4")
   config = load("configs/dpo.py:smoke", *overrides)
   if where == "evaluation":
     interrupted_in(monkeypatch, preference, "evaluate")
@@ -272,7 +272,7 @@ def test_a_signal_in_the_middle_of_anything_still_saves(
   assert stopped == {"evaluation": 4, "save": 5}[where]
   assert (tmp_path / "checkpoints" / str(stopped)).exists()
   resumed = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
-  assert int(resumed.state.step) == 20
+  assert int(resumed.state.step) == 8
 
 
 def test_ctrl_c_saves_though_the_reader_of_the_output_is_gone(tmp_path):
@@ -311,6 +311,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
   assert int(train(4).state.step) == 4
 
 
+@slow
 def test_the_evaluation_is_the_mean_over_all_comparisons(tmp_path):
   """Batches of 50 of 960, the last one smaller, against one batch of all."""
   overrides = ("data.batch_size=50", "train.steps=1")

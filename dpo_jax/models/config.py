@@ -104,13 +104,8 @@ def _gpt2(layers, embed, heads):
 
 
 def _neox(layers, embed, heads):
-  return ModelConfig(
-    layers=layers,
-    embed=embed,
-    heads=heads,
-    kv_heads=heads,
-    head_dim=embed // heads,
-    mlp=4 * embed,
+  return dataclasses.replace(
+    _gpt2(layers, embed, heads),
     max_positions=2048,
     residual="parallel",
     position="rotary",
@@ -121,12 +116,9 @@ def _neox(layers, embed, heads):
 
 
 def _llama(layers, embed, heads, kv_heads, mlp, tied, rope_theta):
-  return ModelConfig(
-    layers=layers,
-    embed=embed,
-    heads=heads,
+  return dataclasses.replace(
+    _gpt2(layers, embed, heads),
     kv_heads=kv_heads,
-    head_dim=embed // heads,
     mlp=mlp,
     max_positions=2048,
     norm="rmsnorm",

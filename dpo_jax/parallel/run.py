@@ -34,44 +34,38 @@ def parallelize(step, mesh, mode, state):
   """
   if mode == "jit":
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    out = (shardings, NamedSharding(mesh, P()))
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
-  else:
-    compiled = jax.pmap(
-      step,
-      axis_name=PMAP_AXIS,
-      in_axes=(None, 0, None),
-      out_axes=None,
-      devices=list(mesh.devices.flat),
-      donate_argnums=0,
-    )
-  return _on_mesh(compiled, mesh, mode)
+    return _jit(step, mesh, (shardings, NamedSharding(mesh, P())), donate=0)
+  return _pmap(step, mesh, donate=0)
 
 
 def evaluator(fn, mesh, mode):
   """Compiles `fn(state, batch, hparams) -> sums` without donating."""
   if mode == "jit":
-    out = NamedSharding(mesh, P())
-    return _on_mesh(jax.jit(fn, out_shardings=out), mesh, mode)
-  compiled = jax.pmap(
-    fn,
-    axis_name=PMAP_AXIS,
-    in_axes=(None, 0, None),
-    out_axes=None,
-    devices=list(mesh.devices.flat),
-  )
-  return _on_mesh(compiled, mesh, mode)
+    return _jit(fn, mesh, NamedSharding(mesh, P()), donate=())
+  return _pmap(fn, mesh, donate=())
 
 
-def _on_mesh(compiled, mesh, mode):
+def _jit(fn, mesh, out_shardings, donate):
+  compiled = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
+
   def call(state, batch, hparams):
-    if mode == "pmap":
-      return compiled(state, batch, hparams)
     with jax.set_mesh(mesh):
       return compiled(state, batch, hparams)
 
   call.compiled = compiled
   return call
+
+
+def _pmap(fn, mesh, donate):
+  # No device axis on the state, in or out: one checkpoint layout for both.
+  return jax.pmap(
+    fn,
+    axis_name=PMAP_AXIS,
+    in_axes=(None, 0, None),
+    out_axes=None,
+    devices=list(mesh.devices.flat),
+    donate_argnums=donate,
+  )
 
 
 def place(values, shardings):
