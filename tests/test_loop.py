@@ -132,7 +132,12 @@ def start(workdir, *overrides, kill_at=None, devices=1):
   flags = f"--xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
     [sys.executable, str(DRIVER), str(workdir), str(kill_at), *overrides],
-    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    env={
+      **os.environ,
+      "XLA_FLAGS": flags,
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": str(conftest.ROOT),
+    },
     cwd=conftest.ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
