@@ -102,9 +102,10 @@ class Loader:
     self._examples, self._layout = examples, layout
     self._batch_size, self._seed, self._multiple = batch_size, seed, multiple
     self.size = len(examples)
-    content = repr([e[2:] for e in examples]).encode()
-    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    self.fingerprint = f"{self.size} examples, {digest}"
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+      digest.update(repr(example[2:]).encode())
+    self.fingerprint = f"{self.size} examples, {digest.hexdigest()}"
     self.steps = -(-self.size // batch_size)
     self._need = rows_lib.needs(examples, layout)
     work = np.asarray([_work(e, layout, window) for e in examples])

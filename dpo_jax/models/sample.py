@@ -1,9 +1,6 @@
-"""Sampling with a key-value cache: temperature, top-p, stop at EOS.
+"""Sampling with a key-value cache: temperature, top-p, stop at EOS."""
 
-Jitted by the caller once per (batch size, prompt length, new tokens); the
-temperature and top-p are traced.
-"""
-
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,6 +24,18 @@ class Samples(NamedTuple):
   lengths: jax.Array
   finished: jax.Array
   logps: jax.Array
+
+
+def compiled(model):
+  """`sample` of a model, jitted once per shape.
+
+  A compilation each for (batch size, prompt length, max_new_tokens, eos_id);
+  parameters, temperature and top_p are traced.
+  """
+  return jax.jit(
+    functools.partial(sample, model),
+    static_argnames=("max_new_tokens", "eos_id"),
+  )
 
 
 def nucleus(logits, top_p):

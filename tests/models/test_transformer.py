@@ -185,12 +185,8 @@ def sampler(model, params, **kwargs):
     "eos_id": None,
     **kwargs,
   }
-  static = ("max_new_tokens", "eos_id")
-  fn = jax.jit(
-    lambda *args, **kw: sample.sample(model, params, *args, **kw),
-    static_argnames=static,
-  )
-  return lambda *args: fn(*args, **options)
+  fn = sample.compiled(model)
+  return lambda *args: fn(params, *args, **options)
 
 
 def small_world(vocab=7):
@@ -264,6 +260,31 @@ def test_samples_stop_at_eos_and_report_their_log_probs(temperature, top_p):
   for i in range(64):
     want = scored[(i, 0)]
     np.testing.assert_allclose(out.logps[i, : len(want)], want, atol=2e-5)
+
+
+def test_sampling_compiles_once_per_shape():
+  model, params = small_world()
+  fn = sample.compiled(model)
+  rng = jax.random.key(0)
+
+  def draw(batch, temperature, top_p):
+    prompts = jnp.ones((batch, 3), jnp.int32)
+    fn(
+      params,
+      prompts,
+      jnp.full(batch, 2),
+      jnp.arange(batch),
+      rng,
+      max_new_tokens=2,
+      temperature=temperature,
+      top_p=top_p,
+      eos_id=4,
+    )
+    return fn._cache_size()
+
+  assert draw(2, 1.0, 1.0) == 1
+  assert draw(2, 0.5, 0.9) == 1
+  assert draw(3, 0.5, 0.9) == 2
 
 
 def test_a_sample_does_not_depend_on_its_batch():
