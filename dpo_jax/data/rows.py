@@ -57,8 +57,8 @@ class Layout(NamedTuple):
     packed: several examples share a row; else each has its own.
     shared: completions share one copy of the prompt; else each repeats it.
     row_multiple: R is a multiple of this (data × fsdp × accumulation).
-    max_row_length: packed rows are not made longer than this, unless one
-      example is; None packs into the fewest rows.
+    max_row_length: packed batches get enough rows to stay within this, unless
+      one example is longer; None packs into the fewest rows.
   """
 
   packed: bool

@@ -1,4 +1,4 @@
-"""Held-out loss, accuracy and rewards of the policy on comparisons."""
+"""Held-out means of an objective: of comparisons, or of SFT completions."""
 
 from dpo_jax.ops import reduce
 

@@ -46,10 +46,10 @@ class Checkpointer:
     return sorted(self._manager.all_steps(), reverse=True)
 
   def save(self, state, identity, *, wait=False):
-    """Saves a state; returns at once unless `wait`.
+    """Saves a state in the background, or durably with `wait`.
 
-    If the save before this one failed in the background, that is a warning:
-    this one takes its place.
+    Waits for the save before this one. If that failed, it is a warning: this
+    one takes its place.
 
     Args:
       state: TrainState.
