@@ -2,12 +2,15 @@
 
 Batch n holds examples n·B … (n+1)·B − 1 of the endless stream
 permutation(seed, 0), permutation(seed, 1), …; a batch may straddle two epochs.
+In a mixture an epoch has each example of part k ⌊wₖ⌋ times, and a share
+wₖ − ⌊wₖ⌋ of them, chosen for the epoch, once more.
 `Loader.batch(n)` is a pure function of n, so resuming is exact on any number
 of hosts.
 """
 
 import functools
 import hashlib
+import math
 import queue
 import threading
 from typing import NamedTuple
@@ -38,14 +41,57 @@ class Stats(NamedTuple):
   fill: float
 
 
+def mixture(examples, weights):
+  """The parts of an epoch: tuple of (examples, weight), in order.
+
+  Args:
+    examples: list of tokenize.Example, those of one source together, in order.
+    weights: tuple by source: how often an epoch has each of its examples; or
+      None for 1.
+  Raises: ValueError for a part that has no example in an epoch.
+  """
+  if weights is None or all(weight == 1 for weight in weights):
+    return ((len(examples), 1.0),)
+  if not all(0 < weight < math.inf for weight in weights):
+    raise ValueError(f"weights {weights} must be finite and above 0")
+  sources = [example.source for example in examples]
+  assert sources == sorted(sources), "examples are in the order of the sources"
+  counts = np.bincount(sources, minlength=len(weights)).tolist()
+  parts = tuple(zip(counts, map(float, weights), strict=True))
+  for number, part in enumerate(parts, 1):
+    if epoch_size((part,)) == 0:
+      raise ValueError(
+        f"part {number} of the mixture: of {part[0]} usable examples, the "
+        f"weight {part[1]} leaves none; raise it, or leave the part out"
+      )
+  return parts
+
+
+def epoch_size(parts):
+  """Examples per epoch of a mixture."""
+  return sum(
+    int(weight) * count + round(weight % 1 * count) for count, weight in parts
+  )
+
+
 @functools.lru_cache(maxsize=4)
-def _permutation(size, seed, epoch):
+def _permutation(parts, seed, epoch):
   if seed is None:
-    return np.arange(size)
-  return np.random.default_rng([seed, epoch]).permutation(size)
+    return np.arange(epoch_size(parts))
+  rng = np.random.default_rng([seed, epoch])
+  indices, start = [], 0
+  for count, weight in parts:
+    part = np.arange(start, start + count)
+    indices += [part] * int(weight)
+    more = round(weight % 1 * count)
+    if more:
+      indices.append(rng.permutation(part)[:more])
+    start += count
+  indices = np.concatenate(indices)
+  return indices[rng.permutation(len(indices))]
 
 
-def stream(start, count, size, seed):
+def stream(start, count, size, seed, parts=None):
   """Example indices start … start + count − 1 of the endless stream.
 
   Args:
@@ -53,14 +99,16 @@ def stream(start, count, size, seed):
     count: how many.
     size: examples per epoch.
     seed: of the order; None keeps the order of the file.
+    parts: of a mixture, see `mixture`; None is one of weight 1.
   Returns: i64[count].
   """
+  parts = ((size, 1.0),) if parts is None else parts
   counter = np.arange(start, start + count)
   epochs = counter // size
   out = np.zeros(count, int)
   for epoch in np.unique(epochs):
     here = epochs == epoch
-    out[here] = _permutation(size, seed, int(epoch))[counter[here] % size]
+    out[here] = _permutation(parts, seed, int(epoch))[counter[here] % size]
   return out
 
 
@@ -86,6 +134,7 @@ class Loader:
     multiple,
     steps=None,
     window=None,
+    weights=None,
   ):
     """See `rows.Layout` and `rows.plan_shapes`.
 
@@ -98,14 +147,29 @@ class Loader:
       budget, multiple: of the planner.
       steps: batches that will be asked for, for the planner; None is one epoch.
       window: of the model's attention, for Stats.visible.
+      weights: of the parts of a mixture, see `mixture`; needs a seed.
     """
     self._examples, self._layout = examples, layout
     self._batch_size, self._seed, self._multiple = batch_size, seed, multiple
-    self.size = len(examples)
+    self._options = {
+      "batch_size": batch_size,
+      "budget": budget,
+      "multiple": multiple,
+      "window": window,
+    }
+    self._parts = mixture(examples, weights)
+    self.size = epoch_size(self._parts)
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
-      digest.update(repr(example[2:]).encode())
-    self.fingerprint = f"{self.size} examples, {digest.hexdigest()}"
+      digest.update(repr(example[2:5]).encode())
+    if self._parts != mixture(examples, None):
+      if seed is None:
+        raise ValueError(
+          f"the weights {weights} of a mixture are for training; evaluation "
+          "reads every record once: leave them out of data.eval"
+        )
+      digest.update(repr(self._parts).encode())
+    self.fingerprint = f"{len(examples)} examples, {digest.hexdigest()}"
     self.steps = -(-self.size // batch_size)
     self._need = rows_lib.needs(examples, layout)
     work = np.asarray([_work(e, layout, window) for e in examples])
@@ -128,7 +192,7 @@ class Loader:
     start, count = number * self._batch_size, self._batch_size
     if self._seed is None:
       count = min(count, self.size - start)
-    return stream(start, count, self.size, self._seed)
+    return stream(start, count, self.size, self._seed, self._parts)
 
   def batch(self, number, row_slice=None):
     """Batch `number` as (dict of numpy arrays, Stats).
@@ -153,7 +217,46 @@ class Loader:
     if row_slice is not None:
       rows = rows[row_slice(len(rows))]
     rows = [[self._examples[i] for i in row] for row in rows]
-    return rows_lib.build(rows, shape, self._layout), stats
+    built = rows_lib.build(
+      rows, shape, self._layout, with_ref=self.has_reference
+    )
+    return built, stats
+
+  def unpack(self, number, values):
+    """What a per-token array of batch `number` holds of each example.
+
+    Args:
+      number: from 0.
+      values: [R, S], aligned with target_index, all rows.
+    Yields: (example index, [its scored tokens]).
+    """
+    for row, line in zip(self._assign(number), values, strict=True):
+      start = 0
+      for index in row:
+        end = start + int(self._need.scored[index])
+        yield index, line[start:end]
+        start = end
+
+  def in_order(self):
+    """A Loader of one pass over the same examples, in the order of the file."""
+    return Loader(self._examples, self._layout, seed=None, **self._options)
+
+  @property
+  def counts(self):
+    """Scored tokens of each example, a list."""
+    return self._need.scored.tolist()
+
+  @property
+  def has_reference(self):
+    """Whether `set_reference` was called."""
+    return self._examples[0].ref_logps is not None
+
+  def set_reference(self, ref_logps):
+    """Gives every example its reference log-probs, for all later batches."""
+    self._examples = [
+      example._replace(ref_logps=values)
+      for example, values in zip(self._examples, ref_logps, strict=True)
+    ]
 
   def _assign(self, number):
     """Rows of batch `number`, each a list of example indices."""

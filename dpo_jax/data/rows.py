@@ -18,6 +18,7 @@ holds up to P examples. Inside an example: prompt, completion 1, completion 2,
     weights             f32[R, Q]     1 for a comparison, 0 for padding
     completion_weights  f32[R, P, C]  1 for a completion, 0 for padding
     example_id, source  i32[R, P]     identity; which data set
+    ref_token_logps     f32[R, S]     of the reference in nats, where cached
 
 Without prompt sharing the layout is the same with no branch 0: each branch
 repeats the prompt. The shift by one lives in `source_index` and nowhere else.
@@ -270,13 +271,14 @@ def _branches(example, shared, stride):
   return [np.asarray(x) for x in per_position + per_target]
 
 
-def build(rows, shape, layout):
+def build(rows, shape, layout, *, with_ref=False):
   """The batch of rows of examples, as a dict of numpy arrays.
 
   Args:
     rows: list of lists of tokenize.Example; may be a slice of all R rows.
     shape: Shape.
     layout: Layout.
+    with_ref: add ref_token_logps from the examples' ref_logps.
   Returns: the arrays of the module docstring, with len(rows) for R.
   """
   R, T, S, P = len(rows), shape.length, shape.scored, shape.per_row
@@ -296,6 +298,8 @@ def build(rows, shape, layout):
     "example_id": np.zeros((R, P), np.int32),
     "source": np.zeros((R, P), np.int32),
   }
+  if with_ref:
+    batch["ref_token_logps"] = np.zeros((R, S), np.float32)
   stride = None
   if not (layout.packed or layout.shared):
     stride = T // C
@@ -315,6 +319,8 @@ def build(rows, shape, layout):
       batch["target_index"][r, here] = target + start
       batch["source_index"][r, here] = source + start
       batch["target_slot"][r, here] = p * C + completion
+      if with_ref:
+        batch["ref_token_logps"][r, here] = example.ref_logps
       for winner, loser, weight in example.pairs:
         batch["pairs"][r, compared] = p * C + winner, p * C + loser
         batch["weights"][r, compared] = weight

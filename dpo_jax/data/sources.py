@@ -1,49 +1,58 @@
-"""Records of text from files and generators, checked as they are read.
+"""Records of text from files, data sets and generators, checked as read.
 
-A record is a prompt with one or more completions and the comparisons between
-them. A spec is the path of a file whose suffix is known, or the name of a
-generated source:
+A record is a prompt with one or more completions, and the comparisons between
+them or their labels. A spec names where they come from:
 
-    my.jsonl    one JSON object a line, in any of the forms
-                {"prompt", "chosen", "rejected"}
-                {"prompt", "completions": [...], "pairs": [[winner, loser], …]}
-                (SFT takes the first: put the preferred completion there)
-                {"prompt", "completion"}  or  {"text"}    (SFT only)
-    toy         generated film remarks: kind ones chosen, unkind ones rejected
+    my.jsonl        one JSON object a line
+    my.csv          the first line names the columns; an empty cell is a missing
+                    field; "completions", "pairs", "messages" and "label" hold
+                    JSON
+    my.parquet      one row a record; a null is a missing field
+    hf:NAME_OR_FOLDER[@CONFIG][:SPLIT]
+                    a Hugging Face data set, of the hub or saved in a folder;
+                    SPLIT is train unless named: hf:stanfordnlp/imdb:test
+    toy             generated film remarks: kind ones chosen, unkind rejected
+    reviews:SPLIT, plots:SPLIT
+                    sentences of film reviews with labels, and plots; SPLIT is
+                    train, validation or test (see data/reviews.py)
+    0.5*A + 2*B     a mixture of specs, spaces around the "+". An epoch has
+                    every record of B twice and half of those of A, another
+                    half each epoch. A weight not written is 1.
+
+A notebook adds its own: SOURCES["mine"] = lambda: rows, where rows are dicts or
+a datasets.Dataset; a function of one argument gets what follows "mine:".
+
+The forms of a row. Fields that no form names are ignored.
+
+    preference      {"prompt", "chosen", "rejected"}
+                    {"prompt", "completions": [...],
+                     "pairs": [[winner, loser], …]}
+    SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
+                    preferences, of which it takes the first completion
+    label           {"text", "label"}, {"prompt", "completion", "label"}; the
+                    label is a finite number or a bool
+
+Messages, {"role", "content"}, may stand for text: "prompt" is a list of them
+and each completion a list of one, of the assistant. Without a "prompt" (or with
+a text there that repeats what the user said), "chosen" and "rejected" are whole
+conversations, equal but for the last message; so is "messages". They need a
+tokenizer with a chat template (see data/chat.py). In a .csv only "completions"
+and "messages" can hold them.
 """
 
 import collections
-import json
+import inspect
+import math
 import random
-from typing import NamedTuple
+import re
 
 from etils import epath
 
 from dpo_jax import lookup
+from dpo_jax.data import files, hub, records, reviews
 
-
-class Record(NamedTuple):
-  """Text as read.
-
-  Attributes:
-    prompt: text before every completion, may be empty.
-    completions: the texts.
-    pairs: (winner, loser) indices into `completions`; empty for SFT.
-    origin: "file:line" for messages.
-  """
-
-  prompt: str
-  completions: tuple[str, ...]
-  pairs: tuple[tuple[int, int], ...]
-  origin: str
-
-
-class BadRecord(ValueError):
-  """A record that cannot be used; the message says where and what to do."""
-
-  def __init__(self, reason, message):
-    super().__init__(message)
-    self.reason = reason
+Record = records.Record
+BadRecord = records.BadRecord
 
 
 class Policy:
@@ -63,15 +72,42 @@ class Policy:
     self.skipped[error.reason] += 1
 
 
-def load(spec, form, policy, field="data.train"):
-  """Reads all records of a source.
+def parse(spec, field="data.train"):
+  """The parts of a spec: [(weight, source)], one unless it is a mixture.
 
   Args:
-    spec: path or name, see the module docstring.
-    form: "preference" or "sft"; SFT takes the first (chosen) completion.
+    spec: see the module docstring.
+    field: the config field it came from, for messages.
+  Raises: ValueError for a weight that is not a finite number above 0.
+  """
+  out = []
+  for part in re.split(r"\s+\+\s+", spec.strip()):
+    head, star, source = part.partition("*")
+    if not star or "/" in head or ":" in head:  # no weight, perhaps a path
+      out.append((1.0, part))
+      continue
+    try:
+      weight = float(head)
+    except ValueError:
+      weight = math.nan
+    if not (0 < weight < math.inf):
+      raise ValueError(
+        f"{field}: the weight {head!r} of {source!r} must be a finite number "
+        "above 0"
+      )
+    out.append((weight, source.strip()))
+  return out
+
+
+def load(spec, form, policy, field="data.train"):
+  """Reads all records of a source, or of all parts of a mixture in order.
+
+  Args:
+    spec: see the module docstring; weights are for the loader.
+    form: "preference", "sft" or "label".
     policy: Policy for bad records; counts what it skips.
     field: the config field that names the source, for messages.
-  Returns: list of Record, never empty.
+  Returns: list of Record, of every part at least one.
   Raises: ValueError naming file, line and field.
   """
   if spec is None:
@@ -79,45 +115,45 @@ def load(spec, form, policy, field="data.train"):
       f"{field} is not set; give a file of preference pairs, for example "
       f"--config.{field}=my.jsonl, or the generated source 'toy'"
     )
-  suffix = epath.Path(spec).suffix
+  out = []
+  for index, (_, source) in enumerate(parse(spec, field)):
+    before = len(out)
+    for origin, row in _rows(source, policy, field):
+      try:
+        out.append(records.make(row, form, origin)._replace(source=index))
+      except BadRecord as error:
+        policy.bad(error)
+    if len(out) == before:
+      raise ValueError(
+        f"{source}: no usable record (skipped: {policy.skipped})"
+      )
+  return out
+
+
+def _rows(source, policy, field):
+  """(origin, row) of a source that is no mixture."""
+  name, *arguments = source.split(":", 1)
+  suffix = epath.Path(source).suffix
+  if name in SOURCES:
+    try:
+      inspect.signature(SOURCES[name]).bind(*arguments)
+    except TypeError as error:
+      wants = "takes nothing" if arguments else "needs an argument"
+      raise ValueError(
+        f"{field} = {source!r}: the source {name!r} {wants} after its name "
+        "(see data/sources.py)"
+      ) from error
+    made = hub.rows(SOURCES[name](*arguments), source)
+    return ((f"{source}:{number}", row) for number, row in enumerate(made))
   if suffix:
     reader = lookup.lookup(FILES, suffix, f"the suffix of {field}")
-    rows = reader(spec, policy)
-  else:
-    rows = lookup.lookup(GENERATED, spec, field)()
-  records = []
-  for origin, row in rows:
-    try:
-      records.append(_record(row, form, origin))
-    except BadRecord as error:
-      policy.bad(error)
-  if not records:
-    raise ValueError(f"{spec}: no usable record (skipped: {policy.skipped})")
-  return records
-
-
-def _jsonl(path, policy):
-  path = epath.Path(path)
-  try:
-    lines = path.read_bytes().split(b"\n")
-  except OSError as error:
+    return reader(source, policy)
+  if source and epath.Path(source).is_dir():
     raise ValueError(
-      f"{path}: cannot be read ({error.strerror or error}); data.train and "
-      "data.eval are paths relative to the current folder"
-    ) from error
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    origin = f"{path}:{number}"
-    try:
-      yield origin, json.loads(line)
-    except UnicodeDecodeError as error:
-      policy.bad(BadRecord("invalid UTF-8", f"{origin}: not UTF-8: {error}"))
-    except (ValueError, RecursionError) as error:
-      hint = "; the last line is cut short" if number == len(lines) else ""
-      policy.bad(
-        BadRecord("invalid JSON", f"{origin}: not JSON: {error}{hint}")
-      )
+      f"{field} = {source!r} is a folder; a data set saved there is "
+      f"{'hf:' + source!r}"
+    )
+  return lookup.lookup(SOURCES, name, field)  # raises
 
 
 def _toy():
@@ -127,102 +163,24 @@ def _toy():
   verbs = ("is", "was", "seems", "felt")
   kind = ("warm", "clever", "moving", "funny", "lovely", "bright")
   unkind = ("dull", "clumsy", "empty", "slow", "ugly", "grim")
-  for number in range(960):
+  for _ in range(960):
     prompt = f"The {rng.choice(things)} {rng.choice(verbs)}"
     good, bad = rng.sample(kind, 2), rng.sample(unkind, 2)
-    row = {
+    yield {
       "prompt": prompt,
       "chosen": f" {good[0]} and {good[1]}.",
       "rejected": f" {bad[0]} and {bad[1]}.",
     }
-    yield f"toy:{number}", row
 
 
-FILES = {".jsonl": _jsonl}
-GENERATED = {"toy": _toy}
-
-
-def _field(row, name, kind, origin):
-  if name not in row:
-    have = ", ".join(map(repr, row)) or "nothing"
-    raise BadRecord(
-      "missing field",
-      f"{origin}: field {name!r} is missing{lookup.nearest(name, row)} "
-      f"(the record has {have})",
-    )
-  if not isinstance(row[name], kind):
-    raise BadRecord(
-      "wrong type",
-      f"{origin}: field {name!r} must be {kind.__name__}, not "
-      f"{type(row[name]).__name__}",
-    )
-  if kind is str:
-    _check_text(row[name], f"{origin}: field {name!r}")
-  return row[name]
-
-
-def _check_text(text, where):
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise BadRecord("invalid UTF-8", f"{where} is not text: {error}") from error
-
-
-def _record(row, form, origin):
-  if not isinstance(row, dict):
-    raise BadRecord(
-      "wrong type", f"{origin}: a record must be an object, not {row!r:.40}"
-    )
-  if form == "sft" and "text" in row:
-    prompt, names, pairs = "", ("text",), ()
-  elif form == "sft" and "completion" in row:
-    prompt = _field(row, "prompt", str, origin)
-    names, pairs = ("completion",), ()
-  elif "completions" in row:
-    return _ranked(row, form, origin)
-  else:
-    prompt = _field(row, "prompt", str, origin)
-    names = ("chosen",) if form == "sft" else ("chosen", "rejected")
-    pairs = () if form == "sft" else ((0, 1),)
-  texts = tuple(_field(row, name, str, origin) for name in names)
-  for name, text in zip(names, texts, strict=True):
-    if not text:
-      raise BadRecord("empty", f"{origin}: field {name!r} is empty")
-  if len(texts) == 2 and texts[0] == texts[1]:
-    raise BadRecord(
-      "identical pair", f"{origin}: 'chosen' and 'rejected' are the same text"
-    )
-  return Record(prompt, texts, pairs, origin)
-
-
-def _ranked(row, form, origin):
-  """The K-completion form."""
-  prompt = _field(row, "prompt", str, origin)
-  texts = _field(row, "completions", list, origin)
-  for k, text in enumerate(texts):
-    where = f"{origin}: 'completions'[{k}]"
-    if not isinstance(text, str) or not text:
-      raise BadRecord(
-        "empty" if text == "" else "wrong type",
-        f"{where} must be a non-empty string, not {text!r:.40}",
-      )
-    _check_text(text, where)
-  pairs = [] if form == "sft" else _field(row, "pairs", list, origin)
-  if not texts or (form != "sft" and not pairs):
-    raise BadRecord("empty", f"{origin}: 'completions' or 'pairs' is empty")
-  for pair in pairs:
-    good = isinstance(pair, list) and len(pair) == 2
-    good = good and all(type(k) is int and 0 <= k < len(texts) for k in pair)
-    if not good or pair[0] == pair[1]:
-      raise BadRecord(
-        "bad pair",
-        f"{origin}: 'pairs' holds {pair!r}; each must be [winner, loser], two "
-        f"different indices below {len(texts)}",
-      )
-    if texts[pair[0]] == texts[pair[1]]:
-      raise BadRecord(
-        "identical pair", f"{origin}: completions of {pair} are the same text"
-      )
-  if form == "sft":
-    texts = texts[:1]
-  return Record(prompt, tuple(texts), tuple(map(tuple, pairs)), origin)
+FILES = {
+  ".jsonl": files.jsonl,
+  ".csv": files.csv_rows,
+  ".parquet": files.parquet,
+}
+SOURCES = {
+  "toy": _toy,
+  "reviews": reviews.reviews,
+  "plots": reviews.plots,
+  "hf": hub.load,
+}

@@ -4,18 +4,20 @@ The prompt is encoded alone, so every completion shares its ids. Prompt and
 completion are also encoded as one text; where that begins with the prompt's
 ids, the rest is the completion, else the two would merge (as a rule because a
 token straddles the boundary) and the completion is encoded alone, counted as
-"boundary merge".
+"boundary merge". Messages keep the end that their chat template gives them.
 """
 
 import collections
+import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.data import sources
+from dpo_jax.data import chat, sources
 
 
 class Tokenizer(NamedTuple):
@@ -26,7 +28,10 @@ class Tokenizer(NamedTuple):
     decode: list[int] -> str, special tokens left out.
     vocab_size: ids are below this.
     bos_id: put at position 0, or None.
-    eos_id: ends every completion that was not cut.
+    eos_id: ends every completion that was not cut, but for messages whose
+      template ends them otherwise.
+    apply_template: (messages, add_generation_prompt=…) -> str, the tokenizer's
+      chat template; None if it has none.
   """
 
   encode: Callable
@@ -34,6 +39,7 @@ class Tokenizer(NamedTuple):
   vocab_size: int
   bos_id: int | None
   eos_id: int
+  apply_template: Callable | None = None
 
 
 class Example(NamedTuple):
@@ -45,6 +51,8 @@ class Example(NamedTuple):
     prompt: ids, never empty.
     completions: ids of each, never empty; all are scored.
     pairs: (winner, loser, weight).
+    ref_logps: f32[scored tokens], the reference's log-probs in nats of all
+      completions, one after the other; None until they are computed.
   """
 
   example_id: int
@@ -52,6 +60,7 @@ class Example(NamedTuple):
   prompt: list[int]
   completions: tuple[list[int], ...]
   pairs: tuple[tuple[int, int, float], ...]
+  ref_logps: np.ndarray | None = None
 
 
 def load(name):
@@ -95,6 +104,9 @@ def load(name):
     vocab_size=len(hf),
     bos_id=hf.bos_token_id,
     eos_id=hf.eos_token_id,
+    apply_template=None
+    if hf.chat_template is None
+    else functools.partial(hf.apply_chat_template, tokenize=False),
   )
 
 
@@ -127,12 +139,13 @@ def encode(records, tokenizer, options, policy):
   lookup.lookup(
     ("error", "keep_end", "keep_start"), options.long_prompt, "data.long_prompt"
   )
-  prompts = tokenizer.encode([r.prompt for r in records])
+  texts = list(_texts(records, tokenizer, policy))
+  prompts = tokenizer.encode([r.prompt for _, r, _ in texts])
   joined = iter(
-    tokenizer.encode([r.prompt + c for r in records for c in r.completions])
+    tokenizer.encode([r.prompt + c for _, r, _ in texts for c in r.completions])
   )
   examples, changed = [], collections.Counter()
-  for number, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
+  for (number, record, ended), prompt in zip(texts, prompts, strict=True):
     completions = []
     for text in record.completions:
       ids = next(joined)
@@ -141,7 +154,7 @@ def encode(records, tokenizer, options, policy):
       else:
         ids = _encode_alone(tokenizer, text)
         changed["boundary merge"] += 1
-      completions.append(_end(ids, tokenizer.eos_id, options, changed))
+      completions.append(_end(ids, tokenizer.eos_id, ended, options, changed))
     try:
       prompt = _begin(prompt, tokenizer, options, record.origin, changed)
       _check_completions(completions, tokenizer.eos_id, record)
@@ -149,10 +162,39 @@ def encode(records, tokenizer, options, policy):
       policy.bad(error)
       continue
     pairs = tuple((w, l, 1.0) for w, l in record.pairs)
-    examples.append(Example(number, 0, prompt, tuple(completions), pairs))
+    examples.append(
+      Example(number, record.source, prompt, tuple(completions), pairs)
+    )
   if not examples:
     raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
   return examples, changed
+
+
+def _texts(records, tokenizer, policy):
+  """(number, record, ended) of each record, its messages made text."""
+  for number, record in enumerate(records):
+    try:
+      made = chat.render_record(record, tokenizer.apply_template)
+    except sources.BadRecord as error:
+      policy.bad(error)
+      continue
+    yield number, made.record, made.ended
+
+
+def prompts(texts, tokenizer, options, policy):
+  """Prompts to be continued: list of (text, ids with one BOS).
+
+  Args: as `encode`, with texts for records.
+  """
+  out = []
+  for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
+    try:
+      where = f"prompt {text!r:.40}"
+      counted = collections.Counter()
+      out.append((text, _begin(ids, tokenizer, options, where, counted)))
+    except sources.BadRecord as error:
+      policy.bad(error)
+  return out
 
 
 def _begin(prompt, tokenizer, options, origin, changed):
@@ -175,11 +217,18 @@ def _begin(prompt, tokenizer, options, origin, changed):
   return bos + prompt or [tokenizer.eos_id]
 
 
-def _end(ids, eos_id, options, changed):
-  """The completion with exactly one EOS, or cut and without one."""
-  while ids and ids[-1] == eos_id:
-    ids = ids[:-1]
-  ids = [*ids, eos_id]
+def _end(ids, eos_id, ended, options, changed):
+  """The completion with exactly one EOS, or cut and without one.
+
+  Messages that their template ended keep that end, which may be the EOS.
+  """
+  if ended:
+    if ids[-1] != eos_id:
+      changed["end of turn that is not the EOS"] += 1
+  else:
+    while ids and ids[-1] == eos_id:
+      ids = ids[:-1]
+    ids = [*ids, eos_id]
   if len(ids) > options.max_completion_length:
     changed["completion cut"] += 1
     ids = ids[: options.max_completion_length]

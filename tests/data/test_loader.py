@@ -28,6 +28,7 @@ def make(
   budget=3,
   multiple=8,
   steps=None,
+  weights=None,
 ):
   layout = rows.Layout(packed, shared, row_multiple, max_row)
   return loader.Loader(
@@ -38,6 +39,7 @@ def make(
     budget=budget,
     multiple=multiple,
     steps=steps,
+    weights=weights,
   )
 
 
@@ -91,6 +93,134 @@ def test_the_stream_far_from_its_start_costs_no_more():
   got = loader.stream(start, 6, 4, 0)
   epochs = [loader.stream((start // 4 + k) * 4, 4, 4, 0) for k in range(3)]
   np.testing.assert_array_equal(got, np.concatenate(epochs)[3:9])
+
+
+def parts(*sizes):
+  """Examples of a mixture whose parts have these sizes."""
+  source = np.repeat(range(len(sizes)), sizes).tolist()
+  return [
+    e._replace(source=s)
+    for e, s in zip(worlds.examples(len(source)), source, strict=True)
+  ]
+
+
+def epochs_of(batches, count):
+  """The example indices of the first epochs, i64[count, size]."""
+  size = batches.size
+  numbers = range(-(-count * size // 4) + 1)
+  flat = np.concatenate([batches.indices(n) for n in numbers])
+  return flat[: count * size].reshape(count, size)
+
+
+MIXTURE = (0.5, 2.0, 1.5)  # of parts of 10, 3 and 8: 5 + 6 + 12 an epoch
+
+
+def test_every_epoch_has_each_part_by_its_weight():
+  batches = make(parts(10, 3, 8), weights=MIXTURE)
+  assert batches.size == 23
+  assert batches.steps == 6
+  for epoch in epochs_of(batches, 12):
+    seen = np.bincount(epoch, minlength=21)
+    assert seen[:10].sum() == 5
+    assert seen[:10].max() == 1
+    assert seen[10:13].tolist() == [2, 2, 2]
+    assert sorted(seen[13:]) == [1] * 4 + [2] * 4
+
+
+def test_a_share_of_a_part_is_chosen_anew_each_epoch():
+  batches = make(parts(10, 3, 8), weights=MIXTURE)
+  chosen = [frozenset(e[e < 10].tolist()) for e in epochs_of(batches, 40)]
+  assert len(set(chosen)) > 20
+  # Each of the ten is in 20 of 40 epochs on average, ±3.2 (one σ).
+  counts = [sum(k in c for c in chosen) for k in range(10)]
+  assert min(counts) > 6
+  assert max(counts) < 34
+
+
+def test_the_parts_of_a_mixture_are_mixed():
+  batches = make(parts(50, 50), weights=(2.0, 1.0))
+  (epoch,) = epochs_of(batches, 1)
+  first = (epoch[:75] < 50).sum()
+  # 100 of 150 are of the first part: 50 of any 75, ±2.9 (one σ).
+  assert 36 < first < 64
+
+
+def test_a_mixture_depends_on_its_seed_and_on_nothing_else():
+  items = parts(10, 3, 8)
+  walked = make(items, weights=MIXTURE)
+  indices = [walked.indices(n).tolist() for n in range(20)]
+  for number in reversed(range(20)):  # straddles epochs: 23 is no multiple of 4
+    fresh = make(items, weights=MIXTURE)
+    assert fresh.indices(number).tolist() == indices[number]
+  other = make(items, weights=MIXTURE, seed=1)
+  assert [other.indices(n).tolist() for n in range(20)] != indices
+
+
+def test_a_mixture_gives_bit_equal_batches_when_it_resumes():
+  items = parts(10, 3, 8)
+  walked = make(items, weights=MIXTURE)
+  for number in range(8):
+    batch, stats = walked.batch(number)
+    again, same = make(items, weights=MIXTURE).batch(number)
+    assert_same(batch, again)
+    assert stats == same
+
+
+def test_a_batch_says_which_part_an_example_is_of():
+  batches = make(parts(10, 3, 8), weights=MIXTURE, batch_size=23)
+  batch, _ = batches.batch(0)
+  real = batch["completion_weights"].any(axis=2)
+  assert np.bincount(batch["source"][real]).tolist() == [5, 6, 12]
+
+
+def test_weights_of_one_are_the_order_without_weights():
+  items = parts(10, 3, 8)
+  plain, weighted = make(items), make(items, weights=(1.0, 1.0, 1.0))
+  assert weighted.fingerprint == plain.fingerprint
+  for number in range(20):
+    np.testing.assert_array_equal(
+      weighted.indices(number), plain.indices(number)
+    )
+
+
+def test_the_fingerprint_changes_with_the_weights():
+  items = parts(10, 3, 8)
+  tables = (None, (2.0, 1.0, 1.0), (1.0, 2.0, 1.0), (0.5, 1.0, 1.0))
+  found = {make(items, weights=weights).fingerprint for weights in tables}
+  assert len(found) == 4
+
+
+def test_a_weight_of_two_on_one_source_shows_it_twice_an_epoch():
+  batches = make(worlds.examples(5), weights=(2.0,))
+  for epoch in epochs_of(batches, 3):
+    assert sorted(epoch) == sorted(list(range(5)) * 2)
+
+
+def test_weights_in_evaluation_are_an_error():
+  with pytest.raises(ValueError, match="leave them out of data"):
+    make(parts(4, 4), weights=(1.0, 2.0), seed=None)
+  assert make(parts(4, 4), weights=(1.0, 1.0), seed=None).size == 8
+
+
+def test_a_weighted_mixture_can_be_read_once_in_order():
+  """As the reference log-probs are."""
+  once = make(parts(10, 3, 8), weights=MIXTURE).in_order()
+  assert once.size == 21
+  indices = np.concatenate([once.indices(n) for n in range(once.steps)])
+  assert indices.tolist() == list(range(21))
+
+
+@pytest.mark.parametrize("weights", [(0.04, 1.0), (1.0, 0.1)])
+def test_a_part_that_its_weight_leaves_empty_is_an_error(weights):
+  number = 1 + (weights[0] == 1)
+  with pytest.raises(ValueError, match=f"part {number} of the mixture"):
+    make(parts(10, 3), weights=weights)
+
+
+@pytest.mark.parametrize("weight", [0, -1.5, float("nan"), float("inf")])
+def test_a_weight_must_be_finite_and_above_zero(weight):
+  with pytest.raises(ValueError, match="finite and above 0"):
+    make(parts(4, 4), weights=(1.0, weight))
 
 
 def test_batches_straddle_epochs_and_hold_each_example_once_an_epoch():

@@ -84,6 +84,11 @@ BAD_IN_ANY_FORM = {
     "wrong type",
     ("'completions'[1]", "string"),
   ),
+  "half a surrogate among completions": (
+    b'{"prompt": "p", "completions": ["a", "\\ud83d"], "pairs": [[0, 1]]}',
+    "invalid UTF-8",
+    ("'completions'[1]",),
+  ),
   "completions without a prompt": (
     {"completions": ["a", "b"], "pairs": [[0, 1]]},
     "missing field",
@@ -305,6 +310,79 @@ def test_an_unknown_suffix_shows_the_nearest_one(tmp_path):
 
 def test_an_unknown_source_shows_the_nearest_one():
   assert "did you mean 'toy'" in error_of("toys")
+
+
+def test_a_folder_is_read_as_a_data_set_and_the_error_says_how(tmp_path):
+  assert f"'hf:{tmp_path}'" in error_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("spec", "words"),
+  [
+    ("reviews", "'reviews' needs an argument"),
+    ("toy:x", "'toy' takes nothing"),
+  ],
+)
+def test_a_source_with_or_without_its_argument_is_an_error(spec, words):
+  message = error_of(spec)
+  assert f"data.train = {spec!r}" in message
+  assert words in message
+
+
+def test_a_notebook_adds_a_source_of_rows(monkeypatch):
+  monkeypatch.setitem(sources.SOURCES, "mine", lambda n: [GOOD] * int(n))
+  records, _ = load("mine:2")
+  assert [r.origin for r in records] == ["mine:2:0", "mine:2:1"]
+  bad = iter([GOOD, {"prompt": "p"}])
+  monkeypatch.setitem(sources.SOURCES, "mine", lambda: bad)
+  assert "mine:1: field 'chosen' is missing" in error_of("mine")
+
+
+@pytest.mark.parametrize(
+  ("spec", "parts"),
+  [
+    ("toy", [(1, "toy")]),
+    ("2*toy", [(2, "toy")]),
+    (" 0.5 * toy ", [(0.5, "toy")]),
+    ("1e-1*a.jsonl + 2*b.csv", [(0.1, "a.jsonl"), (2, "b.csv")]),
+    (
+      "0.5*a.jsonl + hf:x@y:train + toy",
+      [(0.5, "a.jsonl"), (1, "hf:x@y:train"), (1, "toy")],
+    ),
+    ("c++/a+b.jsonl", [(1, "c++/a+b.jsonl")]),
+    ("runs/2*3/a.jsonl", [(1, "runs/2*3/a.jsonl")]),
+    ("2*runs/2*3/a.jsonl", [(2, "runs/2*3/a.jsonl")]),
+    ("gs://b/2*a.jsonl", [(1, "gs://b/2*a.jsonl")]),
+  ],
+)
+def test_a_spec_is_weights_and_sources(spec, parts):
+  assert sources.parse(spec) == parts
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "half", "", "1,5"])
+def test_a_weight_that_is_none_names_the_field_and_the_source(weight):
+  with pytest.raises(ValueError, match=r"data\.eval: the weight") as caught:
+    sources.parse(f"toy + {weight}*my.jsonl", "data.eval")
+  assert f"{weight!r} of 'my.jsonl'" in str(caught.value)
+
+
+def test_a_mixture_is_its_parts_in_order_with_their_numbers(tmp_path):
+  path = write(tmp_path, GOOD, GOOD)
+  records, _ = load(f"0.5*{path} + toy + 3*{path}")
+  mine, toy = load(path)[0], load("toy")[0]
+  assert [r.source for r in records] == [0] * 2 + [1] * len(toy) + [2] * 2
+  assert [r[:4] for r in records] == [r[:4] for r in mine + toy + mine]
+  assert {r.source for r in toy} == {0}
+
+
+def test_a_part_with_no_usable_record_is_an_error_naming_it(tmp_path):
+  path = write(tmp_path, {**GOOD, "chosen": ""})
+  message = error_of(f"toy + {path}", on_bad="skip")
+  assert message.startswith(f"{path}: no usable record")
+
+
+def test_an_unknown_part_shows_the_nearest_one():
+  assert "did you mean 'toy'" in error_of("toy + 2*toys")
 
 
 def test_no_source_says_how_to_give_one():

@@ -379,6 +379,12 @@ def test_examples_keep_the_number_and_the_pairs_of_their_record():
   assert examples[1].pairs == ()
 
 
+def test_examples_keep_the_part_of_the_mixture_they_come_from():
+  texts = [record("p", "a"), record("q", "b")._replace(source=2)]
+  examples, _, _ = encode(texts, BYTES)
+  assert [e.source for e in examples] == [0, 2]
+
+
 @pytest.mark.parametrize(
   "name", ["no-such/tokenizer", "byte", "a b c", "./tok"]
 )

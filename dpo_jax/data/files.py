@@ -1,0 +1,126 @@
+"""Rows of .jsonl, .csv and .parquet files, each with where it stands.
+
+A reader is a function (path, policy) that yields (origin, row). What is wrong
+with one row goes to the policy; what is wrong with the file is an error.
+"""
+
+import csv
+import io
+import json
+
+from etils import epath
+
+from dpo_jax.data import records
+
+# Columns of a .csv whose cells are JSON, as they hold no text.
+_JSON_COLUMNS = {"completions", "label", "messages", "pairs"}
+
+
+def read_bytes(path):
+  """The content of a file, or a ValueError that names it."""
+  try:
+    return epath.Path(path).read_bytes()
+  except OSError as error:
+    raise ValueError(
+      f"{path}: cannot be read ({error.strerror or error}); data.train and "
+      "data.eval are paths relative to the current folder"
+    ) from error
+
+
+def jsonl(path, policy):
+  """One JSON object a line; blank lines are passed over."""
+  lines = read_bytes(path).split(b"\n")
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    origin = f"{path}:{number}"
+    try:
+      yield origin, json.loads(line)
+    except UnicodeDecodeError as error:
+      policy.bad(
+        records.BadRecord("invalid UTF-8", f"{origin}: not UTF-8: {error}")
+      )
+    except (ValueError, RecursionError) as error:
+      hint = "; the last line is cut short" if number == len(lines) else ""
+      policy.bad(
+        records.BadRecord("invalid JSON", f"{origin}: not JSON: {error}{hint}")
+      )
+
+
+def csv_rows(path, policy):
+  """Rows below a line of column names; an empty cell is a missing field."""
+  # What is not UTF-8 becomes lone surrogates, which the record is checked for.
+  text = read_bytes(path).decode("utf-8-sig", errors="surrogateescape")
+  (_, names), *rows = _csv_lines(path, text) or [(1, [])]
+  if not names:
+    raise ValueError(f"{path}: is empty; its first line must name the columns")
+  if len(set(names)) < len(names):
+    raise ValueError(f"{path}:1: two columns have one name: {names}")
+  for line, cells in rows:
+    origin = f"{path}:{line}"
+    try:
+      yield origin, _csv_row(names, cells, origin)
+    except records.BadRecord as error:
+      policy.bad(error)
+
+
+def _csv_lines(path, text):
+  """[(number of the first line, cells)] of the rows that are not blank."""
+  limit = csv.field_size_limit(max(len(text), 1))  # the default: 128 KiB
+  reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+  out, line = [], 1
+  try:
+    for cells in reader:
+      if cells:
+        out.append((line, cells))
+      line = reader.line_num + 1
+  except csv.Error as error:
+    raise ValueError(
+      f"{path}:{line}: not CSV: {error} (a quote that is never closed, or a "
+      "file that was cut short?)"
+    ) from error
+  finally:
+    csv.field_size_limit(limit)
+  return out
+
+
+def _csv_row(names, cells, origin):
+  if len(cells) != len(names):
+    raise records.BadRecord(
+      "wrong columns",
+      f"{origin}: {len(cells)} cells, where the first line names {len(names)}",
+    )
+  row = {k: v for k, v in zip(names, cells, strict=True) if v}
+  for name in row.keys() & _JSON_COLUMNS:
+    try:
+      row[name] = json.loads(row[name])
+    except (ValueError, RecursionError) as error:
+      if name == "label":  # a class by its name: SFT does not look at it
+        continue
+      raise records.BadRecord(
+        "invalid JSON", f"{origin}: field {name!r} is not JSON: {error}"
+      ) from error
+  return row
+
+
+def parquet(path, policy):
+  """Rows of a table, numbered from 1; a null is a missing field."""
+  del policy  # a table is whole or not
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  try:
+    table = pq.ParquetFile(pa.BufferReader(read_bytes(path))).read()
+    table.validate(full=True)
+  except (pa.ArrowException, OSError) as error:
+    raise ValueError(
+      f"{path}: not a whole Parquet file: {' '.join(str(error).split())}"
+    ) from error
+  number = 0
+  for batch in table.to_batches(max_chunksize=1024):
+    for row in batch.to_pylist():
+      number += 1
+      yield (
+        f"{path}:{number}",
+        {k: v for k, v in row.items() if v is not None},
+      )

@@ -1,0 +1,102 @@
+"""Prompts from texts, and comparisons of sampled completions from rewards."""
+
+import collections
+
+import numpy as np
+
+
+def beginnings(texts, encode, decode, span, seed):
+  """Cuts texts to their first few tokens, at the beginning of a word.
+
+  The number of tokens is uniform over those in `span` that a new word follows;
+  texts without one, or with nothing left after it, are left out.
+
+  Args:
+    texts: list of str.
+    encode: list[str] -> list[list[int]].
+    decode: list[int] -> str.
+    span: (fewest, most) tokens.
+    seed: of the cut.
+  Returns: list of (index of the text, beginning).
+  """
+  rng = np.random.default_rng(seed)
+  out = []
+  for index, (text, ids) in enumerate(zip(texts, encode(texts), strict=True)):
+    starts = [decode(ids[:n]) for n in range(span[0], span[1] + 1)]
+    starts = [
+      start
+      for n, start in zip(range(span[0], span[1] + 1), starts, strict=True)
+      if n < len(ids) and text.startswith(start) and text[len(start)] == " "
+    ]
+    draw = rng.random()  # drawn for every text: one cut moves no other
+    if starts:
+      out.append((index, starts[int(draw * len(starts))]))
+  return out
+
+
+def compare(completions, rewards, labels, seed):
+  """All comparisons between the completions of one prompt.
+
+      bradley_terry   i beats j with probability σ(r_i − r_j)
+      deterministic   the higher reward wins; ties are left out
+
+  Args:
+    completions: texts; equal ones are not compared.
+    rewards: of each.
+    labels: "bradley_terry" or "deterministic".
+    seed: of the draws, a list of ints.
+  Returns: list of [winner, loser].
+  Source: arXiv:2305.18290 Eq. 1.
+  """
+  rng = np.random.default_rng(seed)
+  pairs = []
+  for i in range(len(completions)):
+    for j in range(i + 1, len(completions)):
+      gap = rewards[i] - rewards[j]
+      draw = rng.random()
+      if completions[i] == completions[j]:
+        continue
+      if labels == "bradley_terry":
+        wins = draw < 0.5 * (1 + np.tanh(gap / 2))  # σ(gap), without overflow
+      elif gap == 0:
+        continue
+      else:
+        wins = gap > 0
+      pairs.append([i, j] if wins else [j, i])
+  return pairs
+
+
+def records(draws, labels, seed):
+  """Draws as records of comparisons.
+
+  Args:
+    draws: list of dicts with "id", "prompt", "completion", "finished" and
+      "reward", those of one prompt together.
+    labels, seed: see `compare`.
+  Returns: (list of {"prompt", "completions", "finished", "pairs"}, Counter of
+    what was left out).
+  """
+  groups, left_out = collections.defaultdict(list), collections.Counter()
+  for draw in draws:
+    groups[draw["id"]].append(draw)
+  out = []
+  for number, group in groups.items():
+    kept = [draw for draw in group if draw["completion"]]
+    left_out["empty completions"] += len(group) - len(kept)
+    texts = [draw["completion"] for draw in kept]
+    rewards = [draw["reward"] for draw in kept]
+    pairs = compare(texts, rewards, labels, [seed, number])
+    left_out["pairs of equal completions"] += len(texts) * (
+      len(texts) - 1
+    ) // 2 - len(pairs)
+    if pairs:
+      finished = [draw["finished"] for draw in kept]
+      out.append(
+        {
+          "prompt": kept[0]["prompt"],
+          "completions": texts,
+          "finished": finished,
+          "pairs": pairs,
+        }
+      )
+  return out, left_out
