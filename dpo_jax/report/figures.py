@@ -1,0 +1,344 @@
+"""The figures of a sweep's report: reward over KL, and training curves.
+
+Drawn with matplotlib's Figure objects, without pyplot's global state. Each
+comes wide (desktop, PNG) or narrow (phone): scaling one would leave its text
+too small to read on the other.
+"""
+
+import io
+import itertools
+import re
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import colors, figure, lines, text
+from matplotlib.backends import backend_agg
+
+INK, MUTED, GRID, PAPER = "#1b1f24", "#5c6571", "#dde1e6", "#fefefe"
+# Share of a run's logged steps that one smoothed value averages.
+SMOOTHING = 0.05
+# More points than a figure has pixels only make its file bigger.
+MOST_POINTS = 600
+PANELS = (
+  ("reward margin on training pairs", ("rewards/margins",)),
+  ("reward accuracy on training pairs", ("rewards/accuracies",)),
+  (
+    "log-prob, nats: chosen solid, rejected dashed",
+    ("logps/chosen", "logps/rejected"),
+  ),
+  ("loss", ("loss",)),
+)
+
+
+class Mark(NamedTuple):
+  """A policy between reward and KL; standard errors are NaN if unknown."""
+
+  name: str
+  kl: float
+  reward: float
+  kl_se: float
+  reward_se: float
+  color: str
+
+
+class Line(NamedTuple):
+  """A run's training curves; metrics: {name: (steps, values)}, NaN = gap."""
+
+  name: str
+  color: str
+  metrics: dict
+
+
+def palette(count):
+  """`count` ordered colours as (on white, on black) hex strings.
+
+  Parts of matplotlib's plasma, whose order survives colour blindness and grey
+  print; each part keeps clear of its background.
+  """
+  plasma = matplotlib.colormaps["plasma"]
+  # Plasma's dark end changes slowest: larger steps there.
+  place = np.linspace(0, 1, count) ** 0.85
+  light, dark = 0.72 * place, 0.36 + 0.6 * place
+  return [
+    (colors.to_hex(plasma(x)), colors.to_hex(plasma(y)))
+    for x, y in zip(light, dark, strict=True)
+  ]
+
+
+def smooth(values):
+  """Centred rolling mean over SMOOTHING of the values; NaNs stay gaps."""
+  values = np.asarray(values, float)
+  half = max(1, round(SMOOTHING * len(values))) // 2
+  there = np.isfinite(values)
+  sums = np.cumsum(np.append(0.0, np.where(there, values, 0.0)))
+  counts = np.cumsum(np.append(0, there))
+  index = np.arange(len(values))
+  end = np.minimum(index + half + 1, len(values))
+  start = np.maximum(index - half, 0)
+  count = counts[end] - counts[start]
+  means = (sums[end] - sums[start]) / np.maximum(count, 1)
+  return np.where(there, means, np.nan)
+
+
+def frontier(marks, reference, title, *, joined, wide):
+  """Mean reward over sequence KL, error bars ± 1 SE, each policy named.
+
+  Args:
+    marks: list of Mark.
+    reference: Mark of the policy that all start from, or None.
+    title: what the vertical axis shows.
+    joined: whether to join the marks in their order.
+    wide: 540 x 310 pt, else 277 x 270 pt.
+  Returns: matplotlib Figure.
+  """
+  size = 11 if wide else 9.5
+  fig, (ax,) = _figure((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
+  ax.set_title(title, loc="left", color=INK, fontsize=size)
+  ax.set_xlabel("sequence KL from the reference, nats", fontsize=size)
+  path = marks if joined else []
+  ax.plot(
+    [m.kl for m in path], [m.reward for m in path], color=MUTED, lw=1, zorder=1
+  )
+  if reference:
+    ax.axhline(reference.reward, color=MUTED, lw=0.8, ls=(0, (1, 3)), zorder=1)
+  marks = [*marks, reference] if reference else marks
+  for mark in marks:
+    shape, width = ("D", 6) if mark is reference else ("o", 6.5)
+    ax.errorbar(
+      [mark.kl],
+      [mark.reward],
+      xerr=None if np.isnan(mark.kl_se) else [mark.kl_se],
+      yerr=None if np.isnan(mark.reward_se) else [mark.reward_se],
+      fmt=shape,
+      color=mark.color,
+      ms=width,
+      mec=PAPER,
+      mew=0.6,
+      elinewidth=1.3,
+      capsize=2.5,
+      zorder=3,
+    )
+  ax.margins(0.09, 0.16)
+  fig.draw_without_rendering()
+  _label(fig, ax, marks, path, reference, size)
+  return fig
+
+
+def curves(runs, *, wide, legend):
+  """Training metrics over steps: the logged values thin, smoothed ones thick.
+
+  Args:
+    runs: list of Line.
+    wide: two panels side by side, 720 pt; else below one another, 277 pt.
+    legend: whether to draw the runs' names.
+  Returns: matplotlib Figure, or None if no run has any of PANELS.
+  """
+  there = {name for line in runs for name in line.metrics}
+  panels = [(t, names) for t, names in PANELS if there & set(names)]
+  if not panels:
+    return None
+  size = 10.5 if wide else 9.5
+  columns = min(2, len(panels)) if wide else 1
+  rows = -(-len(panels) // columns)
+  inches = (5 * columns, 2.95 * rows) if wide else (3.85, 2.5 * rows)
+  fig, axes = _figure(inches, rows, columns, size)
+  for ax in axes[len(panels) :]:
+    ax.remove()
+  for ax, (title, names) in zip(axes, panels, strict=False):
+    ax.set_title(title, loc="left", color=INK, fontsize=size)
+    for line, (name, style) in itertools.product(
+      runs, zip(names, ("-", (0, (4, 2))), strict=False)
+    ):
+      if name in line.metrics:
+        _curve(ax, *line.metrics[name], line.color, style)
+  for ax in axes[max(0, len(panels) - columns) : len(panels)]:
+    ax.set_xlabel("training step", fontsize=size)
+  if legend:
+    handles = [lines.Line2D([], [], color=line.color, lw=2) for line in runs]
+    labels = [_plain(line.name) for line in runs]
+    fig.legend(
+      handles,
+      labels,
+      loc="outside upper left",
+      ncols=min(6, len(runs)),
+      frameon=False,
+      fontsize=size,
+      labelcolor=INK,
+    )
+  return fig
+
+
+def png(fig):
+  """A figure as bytes of a PNG on white, 160 dpi."""
+  file = io.BytesIO()
+  fig.savefig(file, format="png", dpi=160, facecolor="white")
+  return file.getvalue()
+
+
+def svg(fig, prefix, label, variables):
+  """A figure as an <svg> element to stand in a page, on no background.
+
+  Args:
+    fig: matplotlib Figure.
+    prefix: its CSS class; makes its ids unique in the page.
+    label: what it shows, for a screen reader.
+    variables: {colour: CSS variable that replaces it}, hex to "--ink".
+  """
+  file = io.StringIO()
+  about = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+  options = {"svg.fonttype": "none", "svg.hashsalt": prefix}
+  with matplotlib.rc_context(options):
+    fig.savefig(file, format="svg", facecolor="none", metadata=about)
+  whole = file.getvalue()
+  head, _, body = whole[whole.index("<svg") :].strip().partition(">")
+  view = re.search(r'viewBox="[^"]*"', head).group()
+  body = re.sub(r'\bid="', f'id="{prefix}-', body)
+  body = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", body)
+  # Hundredths of a point are enough, and half the size.
+  body = re.sub(
+    r'\bd="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d.group()), body
+  )
+  for color, name in variables.items():
+    body = body.replace(color, f"var({name})")
+  return f'<svg class="{prefix}" role="img" aria-label="{label}" {view}>{body}'
+
+
+def _figure(inches, rows, columns, size):
+  """(Figure, its axes as a flat list), in the report's quiet style."""
+  fig = figure.Figure(figsize=inches, layout="constrained")
+  backend_agg.FigureCanvasAgg(fig)
+  fig.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.04)
+  axes = list(fig.subplots(rows, columns, squeeze=False).flat)
+  for ax in axes:
+    ax.patch.set_visible(False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color(MUTED)
+    ax.grid(axis="y", color=GRID, lw=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=size, labelcolor=MUTED, color=MUTED, length=3)
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.label.set_color(MUTED)
+    ax.locator_params(axis="x", nbins=6)
+    ax.locator_params(axis="y", nbins=5)
+  return fig, axes
+
+
+def _curve(ax, steps, values, color, style):
+  """One metric of one run: raw and thin, then smoothed."""
+  stride = -(-len(steps) // MOST_POINTS)
+  steps, thin = np.asarray(steps)[::stride], np.asarray(values)[::stride]
+  thick = smooth(values)[::stride]
+  ax.plot(steps, thin, color=color, lw=0.7, alpha=0.22)
+  # A value between two gaps is no line: it shows as a dot.
+  alone = np.isfinite(thick) & ~_near(np.isfinite(thick))
+  ax.plot(steps[alone], thick[alone], ".", color=color, ms=3)
+  ax.plot(steps, thick, color=color, lw=1.8, ls=style, solid_capstyle="round")
+
+
+def _near(there):
+  """Where a value before or after is there."""
+  padded = np.pad(there, 1)
+  return padded[:-2] | padded[2:]
+
+
+def _label(fig, ax, marks, path, reference, size):
+  """Names the marks where they hide no mark, line, error bar or other name."""
+  renderer = fig.canvas.get_renderer()
+  point = fig.dpi / 72
+  frame = ax.get_window_extent(renderer)
+  taken = _drawn(ax, marks, path, point)
+  spots = ax.transData.transform([(m.kl, m.reward) for m in marks])
+  if reference:
+    y = spots[-1][1]
+    taken = np.vstack([taken, [frame.x0, y - 1, frame.x1, y + 1, 2]])
+  sides = [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 17)[:-1]]
+  apart = np.hypot(*(spots[:, None] - spots).T) + np.diag([np.inf] * len(marks))
+  # Those with the least room choose first.
+  for i in np.argsort(apart.min(axis=0)):
+    mark, best = marks[i], None
+    for far, (right, up) in itertools.product((9, 18, 32, 50), sides):
+      leader = {"arrowstyle": "-", "color": MUTED, "lw": 0.7, "shrinkB": 5}
+      name = ax.annotate(
+        _plain(mark.name),
+        (mark.kl, mark.reward),
+        (right * far, up * far),
+        textcoords="offset points",
+        ha=("right", "center", "left")[round(1.2 * right) + 1],
+        va=("top", "center", "bottom")[round(1.2 * up) + 1],
+        fontsize=size,
+        color=INK,
+        zorder=4,
+        arrowprops=leader if far > 9 else None,
+      )
+      name.set_in_layout(False)
+      # Of the text alone: an Annotation's own extent has the leader in it.
+      name.update_positions(renderer)
+      box = text.Text.get_window_extent(name, renderer)
+      cost = _cost(box, taken, frame, point) + far / 8 + 0.1 * (up < 0.3)
+      # A name nearer to another mark reads as that mark's.
+      cost += 4 * (np.argmin(_distances(box, spots)) != i)
+      end = spots[i] + np.asarray([right, up]) * far * point
+      leads = (
+        np.linspace(spots[i], end, 20)[6:] if far > 9 else np.empty((0, 2))
+      )
+      cost += _crossed(leads, taken)
+      if best is None or cost < best[0]:
+        if best:
+          best[1].remove()
+        best = cost, name, box, leads
+      else:
+        name.remove()
+    _, _, box, leads = best
+    leads = [(x - 1, y - 1, x + 1, y + 1, 2) for x, y in leads]
+    taken = np.vstack([taken, [*box.extents, 30], *leads])
+
+
+def _drawn(ax, marks, path, point):
+  """Boxes f64[n, 5] in pixels of all that is drawn: x0, y0, x1, y1, cost."""
+  at = ax.transData.transform
+  boxes = []
+  for mark in marks:
+    x, y = at((mark.kl, mark.reward))
+    half = 5 * point
+    boxes.append((x - half, y - half, x + half, y + half, 10))
+    dx, dy = np.nan_to_num([mark.kl_se, mark.reward_se])
+    left, low = at((mark.kl - dx, mark.reward - dy))
+    right, high = at((mark.kl + dx, mark.reward + dy))
+    boxes += [(left, y - 2, right, y + 2, 3), (x - 2, low, x + 2, high, 3)]
+  for a, b in itertools.pairwise(at((m.kl, m.reward)) for m in path):
+    dots = np.linspace(a, b, 60)
+    boxes += [(x - 1, y - 1, x + 1, y + 1, 1) for x, y in dots]
+  return np.asarray(boxes)
+
+
+def _distances(box, spots):
+  """Pixels from each spot to a box."""
+  (x0, y0, x1, y1), (x, y) = box.extents, spots.T
+  return np.hypot(
+    np.maximum(0, np.maximum(x0 - x, x - x1)),
+    np.maximum(0, np.maximum(y0 - y, y - y1)),
+  )
+
+
+def _crossed(dots, taken):
+  """What a leader, as points f64[n, 2], would cross: marks, bars and names."""
+  x, y = dots[:, :1], dots[:, 1:]
+  inside = (x > taken[:, 0]) & (x < taken[:, 2])
+  inside &= (y > taken[:, 1]) & (y < taken[:, 3])
+  return np.sum(taken[:, 4], where=inside.any(axis=0))
+
+
+def _cost(box, taken, frame, point):
+  """How badly a name's box sits: what it covers, and what leaves the frame."""
+  x0, y0, x1, y1 = box.extents + point * np.asarray([-1, -1, 1, 1])
+  wide = np.minimum(x1, taken[:, 2]) - np.maximum(x0, taken[:, 0])
+  high = np.minimum(y1, taken[:, 3]) - np.maximum(y0, taken[:, 1])
+  covered = np.sum(taken[:, 4], where=(wide > 0) & (high > 0))
+  outside = max(0, frame.x0 - x0, x1 - frame.x1, frame.y0 - y0, y1 - frame.y1)
+  return covered + 4 * outside / point
+
+
+def _plain(name):
+  """A name in which matplotlib sees no formula."""
+  return name.replace("$", r"\$")

@@ -1,0 +1,163 @@
+"""A sweep's folder, read: its runs with what each has got so far."""
+
+import json
+import math
+import unicodedata
+from typing import NamedTuple
+
+from etils import epath
+
+
+class Run(NamedTuple):
+  """A point of the sweep, or the reference; what it lacks is empty.
+
+  metrics: {name: (steps, values)} of the logged training steps, NaN where a
+  value was not finite; lacks: names of the files that are not there.
+  """
+
+  name: str
+  evaluation: dict
+  samples: list
+  metrics: dict
+  lacks: list
+
+
+class Sweep(NamedTuple):
+  """All that a report shows.
+
+  runs: list of Run in the order of the swept value, without the reference;
+  axis: the swept field if its values are numbers, else None; sampled: whether
+  the sweep draws samples at all.
+  """
+
+  title: str
+  notes: list
+  runs: list
+  reference: Run | None
+  axis: str | None
+  sampled: bool
+
+  @property
+  def everyone(self):
+    """The reference, if there is one, and the runs."""
+    return [self.reference, *self.runs] if self.reference else self.runs
+
+  @property
+  def rewards(self):
+    """Keys of all rewards, the ground truth first."""
+    means = [run.evaluation.get("means", {}) for run in self.everyone]
+    samples = [run.samples[0] for run in self.everyone if run.samples]
+    keys = [key for found in means + samples for key in found]
+    return [k for k in dict.fromkeys(keys) if k.startswith("reward/")]
+
+
+def read(workdir):
+  """A sweep's folder as a Sweep.
+
+  Raises: ValueError if the folder holds no sweep, or nothing of its runs.
+  """
+  workdir = epath.Path(workdir)
+  command = f"`dpo-jax sweep --config FILE.py --workdir {workdir}`"
+  if not (workdir / "sweep.json").exists():
+    raise ValueError(
+      f"{workdir} holds no sweep (sweep.json is missing); {command} makes one"
+    )
+  about = _json(workdir / "sweep.json")
+  points = about["points"]
+  axis = _axis([point["overrides"] for point in points])
+  if axis:
+    points = sorted(points, key=lambda point: point["overrides"][axis])
+  reference = about.get("reference")
+  runs = [_run(workdir / p["folder"], p["name"]) for p in points]
+  start = _run(workdir / reference, "reference") if reference else None
+  everyone = [*runs, start] if start else runs
+  if not any(r.evaluation or r.samples or r.metrics for r in everyone):
+    raise ValueError(
+      f"{workdir} holds a sweep, but nothing of its runs yet; {command} makes "
+      "them"
+    )
+  sampled = start is not None or any(run.samples for run in runs)
+  notes = [clean(note) for note in about.get("notes", [])]
+  title = clean(about["title"])
+  return Sweep(title, notes, runs, start, axis, sampled)
+
+
+def _axis(points):
+  """The one field that all points set to a number, or None."""
+  fields = {key for point in points for key in point}
+  if len(fields) != 1:
+    return None
+  (field,) = fields
+  kinds = {type(point.get(field)) for point in points}
+  return field if kinds <= {int, float} else None
+
+
+def _run(folder, name):
+  there = {
+    file: (folder / file).exists()
+    for file in ("evaluation.json", "samples.jsonl", "metrics.jsonl")
+  }
+  return Run(
+    clean(name),
+    _json(folder / "evaluation.json") if there["evaluation.json"] else {},
+    _lines(folder / "samples.jsonl") if there["samples.jsonl"] else [],
+    _curves(folder / "metrics.jsonl") if there["metrics.jsonl"] else {},
+    [file for file, is_there in there.items() if not is_there],
+  )
+
+
+def _json(path):
+  try:
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _lines(path):
+  """The dicts of a .jsonl file; a line cut short by a kill is left out."""
+  found = []
+  # Not splitlines: a JSON string may hold U+2028 and its like.
+  for line in path.read_bytes().split(b"\n"):
+    try:
+      found.append(json.loads(line))
+    except ValueError:
+      continue
+  return found
+
+
+def _curves(path):
+  """{metric: (steps, values)} of the lines of kind "train"."""
+  logged = [row for row in _lines(path) if row.get("kind") == "train"]
+  steps = [row["step"] for row in logged]
+  names = dict.fromkeys(name for row in logged for name in row)
+  return {
+    name: (
+      steps,
+      [
+        math.nan if (v := number(row.get(name))) is None else v
+        for row in logged
+      ],
+    )
+    for name in names
+    if name not in ("step", "kind")
+  }
+
+
+def clean(text):
+  """Text without what no page may hold: control characters, half surrogates.
+
+  Line breaks and tabs stay; a line break is always a line feed.
+  """
+  text = str(text).replace("\r\n", "\n")
+  return "".join(
+    c
+    if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")
+    else "\ufffd"
+    for c in text
+  )
+
+
+def number(value):
+  """A finite number as it is, all else as None."""
+  real = isinstance(value, int | float) and not isinstance(value, bool)
+  return value if real and math.isfinite(value) else None

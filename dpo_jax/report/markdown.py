@@ -1,0 +1,52 @@
+"""A report as Markdown, with the figures as links."""
+
+import html
+import re
+
+from dpo_jax.report import content, folder
+
+
+def plain(text):
+  """Text as Markdown that shows just this text, on one line."""
+  text = html.escape(folder.clean(text).strip(), quote=False)
+  text = re.sub(r"([\\`*_{}\[\]#|~$@])", r"\\\1", text)
+  text = re.sub(r"^(\d*)([-+.)])(?=\s)", r"\1\\\2", text)  # not a list
+  text = text.replace("://", "&#58;//").replace("www.", "www&#46;")
+  return re.sub(r"\s*\n\s*", "<br>", text)
+
+
+def markdown(sweep, table, pictures):
+  """The report as Markdown.
+
+  Args:
+    sweep: report.Sweep.
+    table: the table, Markdown already.
+    pictures: what `draw` returned; linked as frontier.png and curves.png.
+  """
+  notes = content.captions(sweep)
+  parts = [f"# {plain(sweep.title)}", content.facts(sweep)]
+  for lines in (sweep.notes, content.missing(sweep)):
+    parts.append("\n".join(f"- {plain(line)}" for line in lines))
+  for name in ("frontier", "table", "curves"):
+    parts.append(f"## {content.TITLES[name]}")
+    if name == "table":
+      parts.append(table)
+    elif not pictures[name]:
+      parts.append(content.NOTHING[name])
+      continue
+    else:
+      parts.append(f"![{content.TITLES[name]}]({name}.png)")
+    parts.append(plain(notes[name]))
+  parts.append(f"## {content.TITLES['samples']}")
+  shown = content.prompts(sweep)
+  for prompt, samples in shown:
+    parts.append(f"### {plain(prompt)}")
+    parts.append(
+      "\n".join(
+        f"- **{plain(run.name)}** ({plain(content.score(sweep, sample))})<br>"
+        f"{plain(sample['completion'])}"
+        for run, sample in samples
+      )
+    )
+  parts += [] if shown else [content.NOTHING["samples"]]
+  return "\n\n".join(part for part in parts if part) + "\n"
