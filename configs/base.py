@@ -13,7 +13,13 @@ def get_config():
   c = config_dict.ConfigDict()
   c.algo = "preference"  # preference or sft
   c.loss = common.loss("dpo")  # the loss and its own fields
-  c.ref = "frozen"  # frozen: a copy of the initial policy; none: no reference
+  c.workdir = config_dict.placeholder(str)  # run folder, or None: --workdir
+  # The reference is the initial policy. frozen: a copy of its weights; cached:
+  # its log-probs, computed once and kept on disk; none: no reference.
+  c.ref = "frozen"
+  c.ref_store = config_dict.placeholder(
+    str
+  )  # of "cached"; None: the run folder
   c.init_seed = 0  # of the random initial parameters
   c.init_from = config_dict.placeholder(
     str
@@ -39,6 +45,24 @@ def get_config():
   d.shape_multiple = 32  # T, S and E are multiples of this
   d.seed = 0  # of the order of the data
 
+  c.sample = s = config_dict.ConfigDict()
+  s.prompts = config_dict.placeholder(
+    str
+  )  # source of prompts, None: no samples
+  s.prefix = config_dict.placeholder(
+    tuple
+  )  # (2, 8): prompts are text beginnings
+  s.count = 512  # prompts; all if there are fewer
+  s.draws = 1  # completions of each
+  s.max_new_tokens = 64  # tokens, EOS included
+  s.temperature = 1.0  # 0 takes the most likely token
+  s.top_p = 1.0  # share of probability that is kept
+  s.batch_size = 256  # completions at once
+  s.seed = 0  # of prompts, draws and labels
+  s.scorers = ()  # see eval/rewards.py; the first is the ground truth r*
+  s.labelled = config_dict.placeholder(str)  # source to check the scorers on
+  s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
+
   c.train = t = config_dict.ConfigDict()
   t.steps = config_dict.placeholder(int)  # updates, or None for train.epochs
   t.epochs = 1.0  # passes over the data when train.steps is None
@@ -59,4 +83,6 @@ def get_config():
   c.eval.every = 100  # steps; the last is always evaluated
   c.log = config_dict.ConfigDict()
   c.log.every = 10  # steps
+  c.log.tensorboard = False  # event files in the run folder
+  c.log.wandb = config_dict.placeholder(str)  # project of Weights & Biases
   return c

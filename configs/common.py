@@ -85,10 +85,18 @@ def parse_arg(arg, **defaults):
   return config_dict.ConfigDict(values)
 
 
+def choose(name, table):
+  """table[name], or ValueError with the nearest spelling."""
+  return lookup.lookup(table, name, "argument of the config")
+
+
 def smoke(c):
   """Two steps of a micro model on generated pairs: seconds on one core."""
   c.model = model("micro")
+  c.tokenizer = "bytes"
+  c.init_from = None
   c.data.train = c.data.eval = "toy"
+  c.data.max_prompt_length = c.data.max_completion_length = 64
   c.data.batch_size = 8
   c.train.steps = 2
   c.optim.warmup = 0

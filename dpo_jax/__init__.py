@@ -10,11 +10,13 @@ _NAMES = {
   "ATTENTION": "dpo_jax.ops.attention",
   "LOSSES": "dpo_jax.ops.losses",
   "Terms": "dpo_jax.algos.base",
-  "batches": "dpo_jax.assembly",
-  "build": "dpo_jax.assembly",
+  "batches": "dpo_jax.notebook",
+  "build": "dpo_jax.notebook",
   "fit": "dpo_jax.loop",
-  "objective": "dpo_jax.assembly",
   "load_config": "dpo_jax.cli",
+  "objective": "dpo_jax.notebook",
+  "parallelize": "dpo_jax.notebook",
+  "train_step": "dpo_jax.notebook",
 }
 
 __all__ = sorted(_NAMES)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import algos, lookup, tree
+from dpo_jax import algos, checks, lookup
 from dpo_jax.algos import base
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import rows, sources, tokenize
@@ -19,14 +19,37 @@ from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 
 
+class Setup(NamedTuple):
+  """A model on its devices, before any data.
+
+  Attributes:
+    config: the locked ConfigDict.
+    mesh, mode: where and how steps run.
+    model: transformer.Model.
+    tokenizer: tokenize.Tokenizer.
+    cache: what was built once and serves again, by name: compiled functions,
+      the held-out loader. The points of a sweep share it.
+  """
+
+  config: Any
+  mesh: jax.sharding.Mesh
+  mode: str
+  model: transformer.Model
+  tokenizer: tokenize.Tokenizer
+  cache: dict
+
+  def once(self, name, make):
+    """cache[name], made by `make()` the first time."""
+    if name not in self.cache:
+      self.cache[name] = make()
+    return self.cache[name]
+
+
 class Run(NamedTuple):
   """Everything a config builds, before the first step.
 
   Attributes:
-    config: the locked ConfigDict.
-    mesh, mode: where and how the step runs.
-    model: transformer.Model.
-    tokenizer: tokenize.Tokenizer.
+    setup: Setup.
     loader: of the training data; `about` describes it in a line.
     total: updates of the run.
     algorithm: base.Algorithm.
@@ -36,11 +59,7 @@ class Run(NamedTuple):
       run that resumes must share.
   """
 
-  config: Any
-  mesh: jax.sharding.Mesh
-  mode: str
-  model: transformer.Model
-  tokenizer: tokenize.Tokenizer
+  setup: Setup
   loader: loader_lib.Loader
   about: str
   total: int
@@ -50,12 +69,12 @@ class Run(NamedTuple):
   identity: dict
 
 
-def prepare(config):
-  """Builds the Run of a config; reads data, allocates no parameters.
+def prepare_model(config):
+  """The Setup of a config; allocates no parameters.
 
   Raises: ValueError for what the user can mend.
   """
-  check_values(config)
+  checks.values(config)
   jax.config.update("jax_default_matmul_precision", config.precision)
   mode = lookup.lookup(run_lib.MODES, config.mesh.mode, "mesh.mode")
   mesh = mesh_lib.make(config.mesh)
@@ -64,77 +83,77 @@ def prepare(config):
   if mode == "pmap" and jax.process_count() > 1:
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
   model, tokenizer = build_model(config)
-  rows_at_once = mesh_lib.row_parallelism(mesh) * config.train.accumulation
+  return Setup(config, mesh, mode, model, tokenizer, {})
+
+
+def prepare(config):
+  """The Run of a config; reads data, allocates no parameters.
+
+  Raises: ValueError for what the user can mend.
+  """
+  setup = prepare_model(config)
+  algorithm = make_algorithm(setup)
+  rows_at_once = (
+    mesh_lib.row_parallelism(setup.mesh) * config.train.accumulation
+  )
   loader, about = build_loader(
     config,
-    tokenizer,
+    setup.tokenizer,
     config.data.train,
     training=True,
     row_multiple=rows_at_once,
   )
   total = total_steps(config, loader.size)
-  make_algorithm = lookup.lookup(algos.ALGOS, config.algo, "algo")
   optimizer = optim.make(config.optim, total)
-  check_freeze(config.optim.freeze, model, optimizer)
+  checks.freeze(config.optim.freeze, setup.model, optimizer)
   return Run(
-    config=config,
-    mesh=mesh,
-    mode=mode,
-    model=model,
-    tokenizer=tokenizer,
+    setup=setup,
     loader=loader,
     about=about,
     total=total,
-    algorithm=make_algorithm(config, model.apply),
+    algorithm=algorithm,
     optimizer=optimizer,
     hparams=hyper_params(config),
     identity=config.to_dict() | {"data_fingerprint": loader.fingerprint},
   )
 
 
-# Fields that may be None, and the smallest value of those that may be below 1.
-_OPTIONAL = {
-  *("init_from", "head_chunk", "model.window", "optim.clip_norm"),
-  *("data.train", "data.eval", "data.max_row_length"),
-  *("train.steps", "mesh.data"),
-}
-_LOWEST = {
-  **dict.fromkeys(("init_seed", "data.seed", "optim.warmup"), 0),
-  **dict.fromkeys(("model.rotary_dim", "optim.weight_decay"), 0),
-}
+def prepare_point(config, run):
+  """The Run of one point of a sweep.
 
-
-def check_values(config):
-  """Refuses numbers that no field can have.
-
-  Whole numbers are at least 1 and others above 0 but for `_LOWEST`; what is
-  not in `_OPTIONAL` is not None. Losses check their own fields.
+  Args:
+    config: of this point.
+    run: the point before it, or None. Where the two differ in traced fields
+      only (β, label smoothing, learning rate), data and compiled functions are
+      shared.
   """
-  for path, value in checkpoint.flatten(config.to_dict()).items():
-    if value is None and path not in _OPTIONAL:
-      raise ValueError(f"{path} = None: it needs a value")
-    if isinstance(value, bool | str | tuple | None) or path.startswith("loss."):
-      continue
-    low = _LOWEST.get(path, 1 if isinstance(value, int) else None)
-    if not (value > 0 if low is None else value >= low):
-      bound = "above 0" if low is None else f"at least {low}"
-      raise ValueError(f"{path} = {value} must be {bound}")
-  if config.data.max_row_length is not None and not config.data.packed:
-    raise ValueError("data.max_row_length has no effect with data.packed=False")
+  if run is None or _untraced(config) != _untraced(run.setup.config):
+    return prepare(config)
+  checks.values(config)
+  setup = run.setup._replace(config=config)
+  data = {"data_fingerprint": run.loader.fingerprint}
+  return run._replace(
+    setup=setup,
+    algorithm=make_algorithm(setup),
+    hparams=hyper_params(config),
+    identity=config.to_dict() | data,
+  )
 
 
-def check_freeze(freeze, model, optimizer):
-  """Refuses a pattern of optim.freeze that matches nothing, or everything."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  paths = [path for path, _ in tree.named(shapes)]
-  for pattern in freeze:
-    if not any(tree.matches([pattern], path) for path in paths):
-      raise ValueError(
-        f"optim.freeze: {pattern!r} matches no parameter"
-        f"{lookup.nearest(pattern, paths)}"
-      )
-  if not any(map(optimizer.trains, paths)):
-    raise ValueError(f"optim.freeze = {tuple(freeze)} leaves nothing to train")
+def _untraced(config):
+  """The fields of a config that are compiled in, flat."""
+  flat = checkpoint.flatten(config.to_dict())
+  _, numeric = base.split_fields(config.loss)
+  traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
+  return {k: v for k, v in flat.items() if k not in traced} | dict.fromkeys(
+    traced
+  )
+
+
+def make_algorithm(setup):
+  """The Algorithm that `config.algo` names."""
+  make = lookup.lookup(algos.ALGOS, setup.config.algo, "algo")
+  return make(setup.config, setup.model.apply)
 
 
 def build_model(config):
@@ -156,6 +175,7 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
   form = "sft" if config.algo == "sft" else "preference"
   field = "data.train" if training else "data.eval"
   records = sources.load(spec, form, policy, field)
+  weights = tuple(weight for weight, _ in sources.parse(spec, field))
   examples, changed = tokenize.encode(records, tokenizer, config.data, policy)
   layout = rows.Layout(
     config.data.packed,
@@ -163,6 +183,7 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
     row_multiple,
     config.data.max_row_length,
   )
+  size = loader_lib.epoch_size(loader_lib.mixture(examples, weights))
   loader = loader_lib.Loader(
     examples,
     layout,
@@ -170,10 +191,13 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
     seed=config.data.seed if training else None,
     budget=config.data.max_shapes,
     multiple=config.data.shape_multiple,
-    steps=total_steps(config, len(examples)) if training else None,
+    steps=total_steps(config, size) if training else None,
     window=config.model.window,
+    weights=weights,
   )
   notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
+  if size != len(examples):
+    notes["examples per epoch"] = size
   shapes = ", ".join(
     f"R{s.rows} T{s.length} S{s.scored} P{s.per_row} E{s.tile}"
     for s in loader.shapes
@@ -203,92 +227,112 @@ def hyper_params(config):
   return {k: jnp.float32(v) for k, v in numeric.items()}
 
 
-def initial_state(run):
-  """A placed TrainState at step 0, born sharded."""
-  config, mesh = run.config, run.mesh
-  spec = axes.spec
-  if run.mode == "pmap":
-    spec = lambda *_: jax.sharding.PartitionSpec()  # noqa: E731
-  rng = jax.random.key(config.init_seed)
-
-  def create(rng):
-    params = run.model.init(rng)
-    frozen = {"ref": params} if config.ref == "frozen" else {}
-    return state_lib.create(params, run.optimizer, frozen)
-
-  shardings = mesh_lib.shardings(mesh, jax.eval_shape(create, rng), spec)
-  state = run_lib.create(create, shardings, rng)
-  if config.init_from is not None:
-    params = checkpoint.load_params(config.init_from, state.params)
-    frozen = state.frozen
-    if "ref" in frozen:
-      frozen = {"ref": run_lib.place(params, shardings.frozen["ref"])}
-    state = state.replace(params=params, frozen=frozen)
-  return state
+def abstract_params(setup):
+  """The parameters as ShapeDtypeStructs with their shardings."""
+  shapes = jax.eval_shape(setup.model.init, jax.random.key(0))
+  shardings = mesh_lib.shardings(setup.mesh, shapes, partition_spec(setup.mode))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
 
 
-def place_batch(run, loader, number):
+def initial_params(setup):
+  """The parameters a run starts from, born sharded: also its reference."""
+  abstract = abstract_params(setup)
+  if setup.config.init_from is not None:
+    return checkpoint.load_params(setup.config.init_from, abstract)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  init = setup.once("init", lambda: run_lib.jitted(setup.model.init, shardings))
+  return init(jax.random.key(setup.config.init_seed))
+
+
+def saved_params(setup, workdir):
+  """The policy saved last in a run's folder."""
+  return checkpoint.load_params(workdir, abstract_params(setup), "the run")
+
+
+def initial_state(run, params):
+  """A TrainState at step 0; `params` are copied, so that it may be donated."""
+  setup = run.setup
+
+  def create(params):
+    copy = jax.tree.map(jnp.copy, params)
+    frozen = {"ref": copy} if setup.config.ref == "frozen" else {}
+    return state_lib.create(copy, run.optimizer, frozen)
+
+  def build():
+    shapes = jax.eval_shape(create, params)
+    return run_lib.jitted(
+      create, mesh_lib.shardings(setup.mesh, shapes, partition_spec(setup.mode))
+    )
+
+  return setup.once("create", build)(params)
+
+
+def partition_spec(mode):
+  """Function (path, shape, sizes) -> PartitionSpec of the state's arrays."""
+  if mode == "pmap":
+    return lambda *_: jax.sharding.PartitionSpec()
+  return axes.spec
+
+
+def place_batch(setup, loader, number):
   """Batch `number` of a loader on the mesh, and its Stats."""
   batch, stats = loader.batch(
-    number, functools.partial(mesh_lib.local_rows, run.mesh)
+    number, functools.partial(mesh_lib.local_rows, setup.mesh)
   )
-  return run_lib.place_batch(batch, run.mesh, run.mode), stats
+  return run_lib.place_batch(batch, setup.mesh, setup.mode), stats
 
 
-def compile_step(run, state):
-  """The train step over the mesh; donates its state."""
-  step = step_lib.make(
-    run.algorithm,
-    run.optimizer,
-    accumulation=run.config.train.accumulation,
-    axis_name=run_lib.axis_name(run.mode),
+def train_step(run, state):
+  """The compiled step over the mesh; donates its state."""
+  setup = run.setup
+
+  def build():
+    step = step_lib.make(
+      run.algorithm,
+      run.optimizer,
+      accumulation=setup.config.train.accumulation,
+      axis_name=run_lib.axis_name(setup.mode),
+    )
+    return run_lib.parallelize(step, setup.mesh, setup.mode, state)
+
+  return setup.once("step", build)
+
+
+def held_out_sums(setup, algorithm):
+  """The compiled (state, batch, hparams) -> sums of train.step.sums."""
+
+  def build():
+    sums = step_lib.sums(algorithm, axis_name=run_lib.axis_name(setup.mode))
+    return run_lib.evaluator(sums, setup.mesh, setup.mode)
+
+  return setup.once("sums", build)
+
+
+def held_out_loader(setup):
+  """(Loader, line about it) of data.eval."""
+  return setup.once(
+    "held out",
+    lambda: build_loader(
+      setup.config,
+      setup.tokenizer,
+      setup.config.data.eval,
+      training=False,
+      row_multiple=mesh_lib.row_parallelism(setup.mesh),
+    ),
   )
-  return run_lib.parallelize(step, run.mesh, run.mode, state)
 
 
 def step_flops(run, stats):
   """FLOPs that a step needs: 3 forward passes of work, 1 for the reference."""
-  passes = 3 + (run.config.ref == "frozen")
+  passes = 3 + (run.setup.config.ref == "frozen")
   return passes * model_config.matmul_flops(
-    run.model.config,
-    run.model.vocab_size,
+    run.setup.model.config,
+    run.setup.model.vocab_size,
     stats.tokens,
     stats.scored,
     stats.visible,
   )
-
-
-def build(config):
-  """(apply, params) of a config, on one device, for a notebook.
-
-  apply(params, batch) is a pure function to (hidden [R, T, D], Head).
-  """
-  model, _ = build_model(config)
-  params = jax.jit(model.init)(jax.random.key(config.init_seed))
-  return model.apply, params
-
-
-def batches(config):
-  """Yields the batches of a config's training data, as dicts of arrays."""
-  _, tokenizer = build_model(config)
-  loader, _ = build_loader(
-    config, tokenizer, config.data.train, training=True, row_multiple=1
-  )
-  for number in range(total_steps(config, loader.size)):
-    batch, _ = loader.batch(number)
-    yield jax.tree.map(jnp.asarray, batch)
-
-
-def objective(config, apply):
-  """The objective of a config, which prepares its batch itself.
-
-  Returns: pure function (params, frozen, batch, hparams) -> algos.base.Terms.
-  """
-  make_algorithm = lookup.lookup(algos.ALGOS, config.algo, "algo")
-  algorithm = make_algorithm(config, apply)
-
-  def terms(params, frozen, batch, hparams):
-    batch = algorithm.prepare(batch, frozen, {})
-    return algorithm.objective(params, frozen, batch, hparams)
-
-  return terms

@@ -9,14 +9,12 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from dpo_jax import assembly, tree
+from dpo_jax import assembly, scoring, tree
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.eval import preference
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import checkpoint, health, log
 from dpo_jax.train import state as state_lib
-from dpo_jax.train import step as step_lib
 
 
 class Result(NamedTuple):
@@ -33,12 +31,13 @@ class Result(NamedTuple):
   exit_code: int
 
 
-def fit(config, workdir):
+def fit(config, workdir, run=None):
   """Trains as `config` says, resuming what `workdir` holds.
 
   Args:
     config: locked ConfigDict with the fields of configs/base.py.
     workdir: run folder; gets config.json, metrics.jsonl and checkpoints/.
+    run: assembly.Run of this config, where it is already built.
   Returns: Result.
   Raises: ValueError for what the user can mend, before anything is written
     over; FloatingPointError when train.max_skipped updates in a row were not
@@ -47,8 +46,8 @@ def fit(config, workdir):
   first = jax.process_index() == 0
   lock = health.lock(workdir) if first else contextlib.nullcontext()
   with lock, health.stop_on_signal() as stop:
-    run = assembly.prepare(config)
-    state = assembly.initial_state(run)
+    run = assembly.prepare(config) if run is None else run
+    run, state = _start(run, workdir)
     keep = config.checkpoint.keep
     with checkpoint.Checkpointer(workdir, keep=keep) as checkpoints:
       restored = checkpoints.restore(state, run.identity)
@@ -56,8 +55,23 @@ def fit(config, workdir):
       return _train(run, state, checkpoints, workdir, stop)
 
 
+def _start(run, workdir):
+  """(Run with its reference, TrainState at step 0)."""
+  setup, config = run.setup, run.setup.config
+  params = assembly.initial_params(setup)
+  if config.ref == "cached":
+    scoring.attach_reference(setup, params, run.loader, workdir)
+    if config.data.eval is not None:
+      held_out, _ = assembly.held_out_loader(setup)
+      scoring.attach_reference(setup, params, held_out, workdir)
+    reference = {"reference": state_lib.fingerprint(params)}
+    run = run._replace(identity=run.identity | reference)
+  return run, assembly.initial_state(run, params)
+
+
 def _train(run, state, checkpoints, workdir, stop):
-  config, start, total = run.config, int(state.step), run.total
+  setup, config = run.setup, run.setup.config
+  start, total = int(state.step), run.total
   logger = log.Logger(
     workdir,
     every=config.log.every,
@@ -69,13 +83,14 @@ def _train(run, state, checkpoints, workdir, stop):
     resolved = json.dumps(config.to_dict(), indent=2) + "\n"
     (epath.Path(workdir) / "config.json").write_text(resolved)
   logger.say(run.about)
+  sizes = mesh_lib.sizes(setup.mesh)
   logger.say(
-    f"{tree.size(state.params):,} parameters on {run.mesh.devices.size} "
-    f"{jax.devices()[0].platform} device(s), mesh {mesh_lib.sizes(run.mesh)}, "
-    f"{run.mode}; steps {start} to {total}"
+    f"{tree.size(state.params):,} parameters on {setup.mesh.devices.size} "
+    f"{jax.devices()[0].platform} device(s), mesh {sizes}, {setup.mode}; "
+    f"steps {start} to {total}"
   )
   logger.status("compiling the first step …")
-  step = assembly.compile_step(run, state)
+  step = assembly.train_step(run, state)
   evaluate = _evaluator(run, logger)
   evaluation, number = None, start
 
@@ -87,7 +102,7 @@ def _train(run, state, checkpoints, workdir, stop):
       )
 
   batches = loader_lib.prefetch(
-    functools.partial(assembly.place_batch, run, run.loader),
+    functools.partial(assembly.place_batch, setup, run.loader),
     range(start, total),
   )
   with contextlib.closing(batches):
@@ -119,26 +134,10 @@ def _train(run, state, checkpoints, workdir, stop):
 
 def _evaluator(run, logger):
   """Function state -> metrics on data.eval, or None without it."""
-  if run.config.data.eval is None:
+  setup = run.setup
+  if setup.config.data.eval is None:
     return None
-  loader, about = assembly.build_loader(
-    run.config,
-    run.tokenizer,
-    run.config.data.eval,
-    training=False,
-    row_multiple=mesh_lib.row_parallelism(run.mesh),
+  logger.say(f"eval {assembly.held_out_loader(setup)[1]}")
+  return lambda state: preference.evaluate(
+    setup, run.algorithm, state, run.hparams
   )
-  logger.say(f"eval {about}")
-  sums = run_lib.evaluator(
-    step_lib.sums(run.algorithm, axis_name=run_lib.axis_name(run.mode)),
-    run.mesh,
-    run.mode,
-  )
-
-  def evaluate(state):
-    batches = (
-      assembly.place_batch(run, loader, n)[0] for n in range(loader.steps)
-    )
-    return preference.evaluate(sums, state, run.hparams, batches)
-
-  return evaluate

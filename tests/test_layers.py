@@ -9,9 +9,10 @@ LAYERS = (
   ("compat", "tree", "lookup", "ops"),
   ("models", "data", "parallel"),
   ("algos", "train"),
+  ("assembly", "checks"),
+  ("scoring",),
   ("eval",),
-  ("assembly",),
-  ("loop",),
+  ("loop", "notebook", "evaluation"),
   ("sweep", "plan", "report", "launch", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

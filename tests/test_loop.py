@@ -324,7 +324,7 @@ def test_the_evaluation_is_the_mean_over_all_comparisons(tmp_path):
   config = load("configs/dpo.py:smoke", "data.batch_size=960")
   run = assembly.prepare(config)
   loader, _ = assembly.build_loader(
-    config, run.tokenizer, "toy", training=False, row_multiple=1
+    config, run.setup.tokenizer, "toy", training=False, row_multiple=1
   )
   batch = loader.batch(0)[0]
   state = result.state

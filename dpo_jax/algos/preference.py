@@ -10,7 +10,7 @@ from dpo_jax import lookup
 from dpo_jax.algos import base
 from dpo_jax.ops import logprobs, losses
 
-_REFERENCES = ("frozen", "none")
+_REFERENCES = ("frozen", "cached", "none")
 
 
 def make(config, apply):
@@ -29,6 +29,8 @@ def make(config, apply):
     prepare = functools.partial(
       reference_logps, apply=apply, chunk=config.head_chunk
     )
+  elif config.ref == "cached":
+    prepare = cached_logps
   return base.Algorithm(
     objective=functools.partial(
       objective,
@@ -75,6 +77,17 @@ def reference_logps(batch, frozen, extra, *, apply, chunk):
     return batch
   logps = base.token_logps(apply, frozen["ref"], batch, chunk)
   return {**batch, "ref_token_logps": jax.lax.stop_gradient(logps)}
+
+
+def cached_logps(batch, frozen, extra):
+  """Checks that the batch brings its ref_token_logps."""
+  del frozen, extra
+  if "ref_token_logps" not in batch:
+    raise ValueError(
+      "ref = 'cached', but the batch has no ref_token_logps: give them to the "
+      "loader first (scoring.attach_reference), or set ref = 'frozen'"
+    )
+  return batch
 
 
 def objective(

@@ -1,20 +1,24 @@
 """Held-out means of an objective: of comparisons, or of SFT completions."""
 
+from dpo_jax import assembly
 from dpo_jax.ops import reduce
 
 
-def evaluate(sums, state, hparams, batches):
-  """Means over a whole evaluation set.
+def evaluate(setup, algorithm, state, hparams):
+  """Means over the whole of data.eval.
 
   Args:
-    sums: compiled train.step.sums.
-    state: TrainState.
+    setup: assembly.Setup.
+    algorithm: its Algorithm.
+    state: TrainState; params, frozen and extra are read.
     hparams: as in training.
-    batches: iterable of placed batches.
   Returns: {metric: float}; "loss" is the sum of the means of all losses.
   """
+  loader, _ = assembly.held_out_loader(setup)
+  sums = assembly.held_out_sums(setup, algorithm)
   nums, dens = {}, {}
-  for batch in batches:
+  for number in range(loader.steps):
+    batch, _ = assembly.place_batch(setup, loader, number)
     for total, part in zip(
       (nums, dens), sums(state, batch, hparams), strict=True
     ):

@@ -100,6 +100,31 @@ def completion_logps(token_logps, target_slot, slots):
   return jnp.sum(jnp.where(member, token_logps[..., None], 0.0), axis=1)
 
 
+def token_kl(hidden, head, ref_hidden, ref_head, source_index, mask, *, chunk):
+  """KL(π ‖ π_ref) of the next token at each scored position, in nats.
+
+      kl[r, s] = Σ_v π(v) [log π(v) − log π_ref(v)], given all before it
+
+  Args:
+    hidden, ref_hidden: [R, T, D] of policy and reference.
+    head, ref_head: their output layers.
+    source_index: i32[R, S] row positions that predict the scored tokens.
+    mask: bool[R, S]; 0 where False.
+    chunk: scored positions of a row per step; None does all at once.
+  Returns: f32[R, S].
+  """
+
+  def body(_, source):
+    ours = logits(attention.take_rows(hidden, source), head)
+    theirs = logits(attention.take_rows(ref_hidden, source), ref_head)
+    logp, logq = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
+    return None, jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+
+  (sources,) = _chunks(chunk, jnp.where(mask, source_index, 0))
+  _, kl = jax.lax.scan(body, None, sources)
+  return jnp.where(mask, _unchunk(kl, source_index.shape[1]), 0.0)
+
+
 def select(values, index):
   """values[r, index[r, ...]] of f32[R, N] by compare-and-sum."""
   member = index[..., None] == jnp.arange(values.shape[1])

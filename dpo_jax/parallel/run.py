@@ -45,12 +45,17 @@ def evaluator(fn, mesh, mode):
   return _pmap(fn, mesh, donate=())
 
 
+def forward(fn, mesh):
+  """Compiles fn(*trees, batch) over a mesh; each process gets all results."""
+  return _jit(fn, mesh, NamedSharding(mesh, P()), donate=())
+
+
 def _jit(fn, mesh, out_shardings, donate):
   compiled = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
 
-  def call(state, batch, hparams):
+  def call(*args):
     with jax.set_mesh(mesh):
-      return compiled(state, batch, hparams)
+      return compiled(*args)
 
   call.compiled = compiled
   return call
@@ -75,9 +80,9 @@ def place(values, shardings):
   )
 
 
-def create(fn, shardings, *args):
-  """Runs `fn` so that its result is born sharded."""
-  return jax.jit(fn, out_shardings=shardings)(*args)
+def jitted(fn, out_shardings):
+  """`fn` compiled so that its result is born sharded."""
+  return jax.jit(fn, out_shardings=out_shardings)
 
 
 def place_batch(batch, mesh, mode):

@@ -13,6 +13,9 @@ from dpo_jax.train import state as state_lib
 # A resumed run may differ from the saved one in these fields only: how long,
 # what is reported, and on which devices.
 FREE_FIELDS = (
+  "workdir",
+  "ref_store",
+  "sample.",
   "train.steps",
   "train.epochs",
   "checkpoint.",
@@ -208,14 +211,14 @@ def flatten(config, prefix=""):
   return flat
 
 
-def check_config(saved, current, where):
-  """Raises ValueError if a field that shapes the result was changed."""
+def check_config(saved, current, where, free=FREE_FIELDS):
+  """Raises ValueError if a field outside `free` was changed."""
   saved = flatten(json.loads(json.dumps(saved)))
   current = flatten(json.loads(json.dumps(current)))
   changed = [
     f"{key} (saved {saved.get(key)!r}, now {current.get(key)!r})"
     for key in sorted(saved.keys() | current.keys())
-    if saved.get(key) != current.get(key) and not key.startswith(FREE_FIELDS)
+    if saved.get(key) != current.get(key) and not key.startswith(free)
   ]
   if changed:
     raise ValueError(
@@ -224,21 +227,34 @@ def check_config(saved, current, where):
     )
 
 
-def load_params(workdir, target):
+def latest_step(workdir):
+  """The newest step saved in a run folder, or None."""
+  path = epath.Path(workdir).absolute() / "checkpoints"
+  if not path.exists():
+    return None
+  with ocp.CheckpointManager(path) as manager:
+    return manager.latest_step()
+
+
+def load_params(workdir, target, field="init_from"):
   """The policy saved last in another run's folder.
 
   Args:
     workdir: that run's folder.
-    target: tree of arrays giving shapes, dtypes and shardings.
+    target: tree of arrays, or of ShapeDtypeStructs with shardings.
+    field: what named the folder, for messages.
   Raises: ValueError if there is none, or its parameters do not fit.
   """
+  where = f"{field} = {workdir!s}"
   path = epath.Path(workdir).absolute() / "checkpoints"
   if not path.exists():
-    raise ValueError(f"init_from = {workdir!s} holds no checkpoints/ folder")
+    raise ValueError(
+      f"{where} holds no checkpoints/ folder; train that run first"
+    )
   with ocp.CheckpointManager(path) as manager:
     step = manager.latest_step()
     if step is None:
-      raise ValueError(f"init_from = {workdir!s} holds no finished checkpoint")
+      raise ValueError(f"{where} holds no finished checkpoint")
     try:
       meta = _read_meta(manager, step)
       target = {"params": target}
@@ -247,7 +263,7 @@ def load_params(workdir, target):
         for path, leaf in meta["leaves"].items()
         if path.startswith("params/")
       }
-      _check_leaves(saved, _leaves(target), f"init_from = {workdir!s}")
+      _check_leaves(saved, _leaves(target), where)
       abstract = _abstract(target)
       restore = ocp.args.PyTreeRestore(
         abstract,
@@ -256,12 +272,8 @@ def load_params(workdir, target):
       )
       params = _read_item(manager, step, "state", restore)["params"]
     except _Damaged as error:
-      raise ValueError(
-        f"init_from = {workdir!s}: step {step}: {error}"
-      ) from error
+      raise ValueError(f"{where}: step {step}: {error}") from error
   sums = state_lib.fingerprint({"params": params})
   if any(meta["checksums"][path] != value for path, value in sums.items()):
-    raise ValueError(
-      f"init_from = {workdir!s}: step {step}: checksums do not match"
-    )
+    raise ValueError(f"{where}: step {step}: checksums do not match")
   return params

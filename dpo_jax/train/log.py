@@ -55,6 +55,29 @@ def duration(seconds):
   )
 
 
+def progress(items, total, what, *, loud=True):
+  """Yields `items`, showing how many of `total` are done and the ETA.
+
+  A passing line on a terminal; elsewhere a line every ten seconds. The last
+  line stays and tells the time.
+  """
+  live = loud and sys.stdout.isatty()
+  begin = shown = time.perf_counter()
+  done = 0
+  for done, item in enumerate(items, 1):
+    yield item
+    now = time.perf_counter()
+    if loud and done < total and now - shown > (0.2 if live else 10):
+      shown = now
+      left = duration((now - begin) / done * (total - done))
+      text = f"{what} {done}/{total}  ETA {left}"
+      print(f"\r\x1b[K{text}" if live else text, end="" if live else "\n")
+      sys.stdout.flush()
+  if loud:
+    text = f"{what}: {done} in {duration(time.perf_counter() - begin)}"
+    print(f"\r\x1b[K{text}" if live else text, flush=True)
+
+
 class Logger:
   """Writes metrics.jsonl and the console.
 

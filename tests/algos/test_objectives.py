@@ -144,13 +144,13 @@ def test_a_run_counts_the_reference_pass_and_sets_its_precision(monkeypatch):
     assert jax.config.jax_default_matmul_precision == "default"
     _, stats = run.loader.batch(0)
     one = model_config.matmul_flops(
-      run.model.config, 257, stats.tokens, stats.scored, stats.visible
+      run.setup.model.config, 257, stats.tokens, stats.scored, stats.visible
     )
     assert assembly.step_flops(run, stats) == 4 * one
     alone = assembly.prepare(cli.load_config("configs/sft.py:smoke"))
     _, stats = alone.loader.batch(0)
     one = model_config.matmul_flops(
-      run.model.config, 257, stats.tokens, stats.scored, stats.visible
+      run.setup.model.config, 257, stats.tokens, stats.scored, stats.visible
     )
     assert assembly.step_flops(alone, stats) == 3 * one
   finally:

@@ -1,0 +1,129 @@
+"""The first experiment of the DPO paper in small, on real text, on two cores.
+
+    bash scripts/quickstart.sh
+
+Sentences of film reviews; the reward r* is a sentiment classifier trained on
+reviews of other films. A small decoder learns to write reviews, samples four
+continuations of each beginning, r* labels the pairs, and DPO trains on them at
+four β (arXiv:2305.18290 section 6, IMDb). `:stage=NAME` is the config of one
+stage; without it, of DPO. What was measured is in the README.
+"""
+
+from ml_collections import config_dict
+
+from configs import base, common
+
+BETAS = (0.05, 0.1, 1.0, 5.0)
+
+
+def sweep():
+  for beta in BETAS:
+    yield {"loss.beta": beta}
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(
+    arg, stage="dpo", root="runs/quickstart", quick=False, smoke=False
+  )
+  c = common.choose(arg.stage, STAGES)(arg.root, arg.quick)
+  return common.smoke(c) if arg.smoke else c
+
+
+def tokenizer(root, quick):
+  del quick
+  return config_dict.ConfigDict(
+    {
+      "algo": "tokenizer",
+      "workdir": f"{root}/tokenizer",
+      "data": {"train": "reviews:train"},
+      "vocab_size": 2048,
+    }
+  )
+
+
+def policy(root, quick):
+  """What all stages that hold a policy share."""
+  c = base.get_config()
+  c.tokenizer = f"{root}/tokenizer"
+  c.model = common.model("tiny")
+  # Half as many heads, twice as wide: attention is what costs most here.
+  c.model.heads = c.model.kv_heads = 2
+  c.model.head_dim = c.model.rotary_dim = 64
+  if quick:
+    c.model.layers = 2
+  c.optim = common.optim("adamw")
+  c.optim.clip_norm = 1.0
+  c.data.max_prompt_length = 16
+  c.data.max_completion_length = 32
+  c.data.shape_multiple = 8
+  c.data.max_shapes = 2
+  c.data.long_prompt = "keep_start"
+  c.sample.prefix = (2, 8)
+  c.sample.max_new_tokens = 32
+  c.sample.scorers = ("tfidf:reviews:train", "vader")
+  c.log.every = 20
+  return c
+
+
+def sft(root, quick):
+  c = policy(root, quick)
+  c.workdir = f"{root}/sft"
+  c.algo, c.ref, c.loss = "sft", "none", common.loss("sft")
+  c.data.train, c.data.eval = "reviews:train", "reviews:validation"
+  c.data.max_completion_length = 64
+  c.data.batch_size = 32
+  c.train.epochs = 1.0 if quick else 4.0
+  c.optim.learning_rate = 3e-3
+  c.optim.schedule = "cosine"
+  c.optim.warmup = 40
+  c.eval.every = 400
+  return c
+
+
+def pairs(root, quick):
+  """Four continuations of beginnings of training films' reviews, compared."""
+  c = policy(root, quick)
+  c.workdir = f"{root}/pairs"
+  c.init_from = f"{root}/sft"
+  c.sample.prompts = "reviews:train"
+  c.sample.count = 500 if quick else 2500
+  c.sample.draws = 4
+  c.sample.labels = "bradley_terry"
+  return c
+
+
+def held_out(root, quick):
+  """The same for films that neither the policy nor r* was trained on."""
+  c = pairs(root, quick)
+  c.workdir = f"{root}/held_out"
+  c.sample.prompts = "reviews:validation"
+  c.sample.count = 64 if quick else 256
+  return c
+
+
+def dpo(root, quick):
+  c = policy(root, quick)
+  c.workdir = root
+  c.init_from = f"{root}/sft"
+  c.ref = "cached"
+  c.loss = common.loss("dpo")
+  c.data.train = f"{root}/pairs/pairs.jsonl"
+  c.data.eval = f"{root}/held_out/pairs.jsonl"
+  c.data.batch_size = 32  # prompts, of six comparisons each
+  c.train.epochs = 1.0 if quick else 3.0
+  c.optim.learning_rate = 3e-4
+  c.optim.warmup = 20
+  c.eval.every = 1000
+  c.sample.prompts = "reviews:test"
+  c.sample.labelled = "reviews:test"
+  c.sample.count = 128 if quick else 512
+  return c
+
+
+STAGES = {
+  "tokenizer": tokenizer,
+  "sft": sft,
+  "pairs": pairs,
+  "held_out": held_out,
+  "dpo": dpo,
+}

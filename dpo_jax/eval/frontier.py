@@ -1,0 +1,80 @@
+"""Where a policy stands between reward and KL: measured on its own samples."""
+
+import collections
+import math
+
+import numpy as np
+
+from dpo_jax import scoring
+from dpo_jax.data import tokenize
+from dpo_jax.eval import generate, rewards
+from dpo_jax.train import log
+
+
+def measure(setup, params, ref):
+  """Samples of a policy for the prompts of `config.sample`, and what they tell.
+
+  Args:
+    setup: assembly.Setup; config.sample says which prompts, how many draws and
+      which scorers.
+    params, ref: placed parameters of policy and reference.
+  Returns: (summary, rows). summary: "samples", "means" ({"mean", "se"} of every
+    reward, "kl", "log_ratio" in nats and "length" in tokens), "distinct_1" and
+    "distinct_2". rows: a dict a sample, as generate.describe with "kl" and
+    "log_ratio".
+  """
+  options = setup.config.sample
+  scorers = [rewards.load(spec) for spec in options.scorers]
+  given = generate.prompts(setup)
+  batches = -(-len(given) * options.draws // options.batch_size)
+  drawn = [
+    draw
+    for batch in log.progress(
+      generate.draws(setup, params, given), batches, "batches drawn"
+    )
+    for draw in batch
+  ]
+  rows = generate.describe(drawn, scorers, options.draws)
+  examples = [
+    tokenize.Example(d.id, 0, d.prompt_ids, (d.ids,), ()) for d in drawn
+  ]
+  loader = scoring.loader_of(setup, examples)
+  for index, kl, ours, theirs in scoring.token_kl(setup, params, ref, loader):
+    rows[index]["kl"] = math.fsum(kl)
+    rows[index]["log_ratio"] = math.fsum(ours) - math.fsum(theirs)
+  names = [f"reward/{s.name}" for s in scorers] + ["kl", "log_ratio", "length"]
+  summary = {
+    "samples": len(rows),
+    "means": {name: mean(rows, name) for name in names},
+    "finished": sum(row["finished"] for row in rows) / len(rows),
+  }
+  eos = setup.tokenizer.eos_id
+  texts = [[i for i in d.ids if i != eos] for d in drawn]
+  for n in (1, 2):
+    summary[f"distinct_{n}"] = distinct(texts, n)
+  return summary, rows
+
+
+def mean(rows, name):
+  """Mean over prompts of each prompt's mean, and its standard error.
+
+  Draws of one prompt are not independent of one another; prompts are.
+  """
+  groups = collections.defaultdict(list)
+  for row in rows:
+    groups[row["id"]].append(row[name])
+  values = np.asarray([np.mean(group) for group in groups.values()])
+  spread = values.std(ddof=1) if len(values) > 1 else math.nan
+  se = float(spread / len(values) ** 0.5)
+  return {"mean": float(values.mean()), "se": se}
+
+
+def distinct(texts, n):
+  """Distinct n-grams over all n-grams of a list of token lists.
+
+  Source: Li et al. 2016, arXiv:1510.03055 section 4.
+  """
+  grams = [
+    tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)
+  ]
+  return len(set(grams)) / max(1, len(grams))

@@ -1,0 +1,214 @@
+"""Completions of a policy for the prompts of a source, scored and written."""
+
+import json
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpo_jax.data import pairs, sources, tokenize
+from dpo_jax.eval import rewards
+from dpo_jax.models import sample
+from dpo_jax.ops import reduce
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.train import log
+
+
+class Draw(NamedTuple):
+  """One completion.
+
+  Attributes:
+    id: of the draw: prompt number · draws + k.
+    prompt: text.
+    prompt_ids: with BOS.
+    completion: text.
+    ids: as drawn, EOS included if it came.
+    finished: whether EOS came within the limit.
+  """
+
+  id: int
+  prompt: str
+  prompt_ids: list[int]
+  completion: str
+  ids: list[int]
+  finished: bool
+
+
+def prompts(setup):
+  """The prompts of `config.sample`: list of (text, ids), seeded and distinct.
+
+  Raises: ValueError if there is no source of prompts, or none is usable.
+  """
+  config, options = setup.config, setup.config.sample
+  if options.prompts is None:
+    raise ValueError(
+      "sample.prompts is not set; give a source of prompts, for example "
+      "--config.sample.prompts=my.jsonl"
+    )
+  policy = sources.Policy(config.data.bad_records)
+  records = sources.load(options.prompts, "sft", policy, "sample.prompts")
+  if options.prefix is None:
+    texts = [record.prompt for record in records]
+  else:
+    encode, decode = setup.tokenizer.encode, setup.tokenizer.decode
+    whole = [record.prompt + record.completions[0] for record in records]
+    cut = pairs.beginnings(whole, encode, decode, options.prefix, options.seed)
+    texts = [text for _, text in cut]
+  texts = list(dict.fromkeys(texts))
+  order = np.random.default_rng(options.seed).permutation(len(texts))
+  chosen = [texts[i] for i in order[: options.count]]
+  if not chosen:
+    raise ValueError(f"sample.prompts = {options.prompts}: no usable prompt")
+  return tokenize.prompts(chosen, setup.tokenizer, config.data, policy)
+
+
+def draws(setup, params, given, *, skip=0):
+  """Yields batches of Draws, in order.
+
+  A completion depends on its prompt, its id and sample.seed, not on the batch
+  it is drawn in, so a run that stopped goes on with `skip`.
+
+  Args:
+    setup: assembly.Setup.
+    params: placed parameters of the policy.
+    given: list of (text, ids), as `prompts` returns.
+    skip: draws that are there already.
+  """
+  options, eos = setup.config.sample, setup.tokenizer.eos_id
+  ways = mesh_lib.row_parallelism(setup.mesh)
+  size = -(-options.batch_size // ways) * ways
+  work = [
+    (n * options.draws + k, text, ids)
+    for n, (text, ids) in enumerate(given)
+    for k in range(options.draws)
+  ][skip:]
+  longest = max(len(ids) for _, ids in given)
+  compiled = setup.once("sample", lambda: sample.compiled(setup.model))
+  sharding = NamedSharding(setup.mesh, PartitionSpec(reduce.ROWS))
+  for start in range(0, len(work), size):
+    here = work[start : start + size]
+    padded = here + [here[-1]] * (size - len(here))
+    tokens = np.zeros((size, longest), np.int32)
+    for row, (_, _, ids) in zip(tokens, padded, strict=True):
+      row[: len(ids)] = ids
+    lengths = np.asarray([len(ids) for _, _, ids in padded], np.int32)
+    numbers = np.asarray([number for number, _, _ in padded], np.int32)
+    with jax.set_mesh(setup.mesh):
+      out = compiled(
+        params,
+        *jax.device_put((tokens, lengths, numbers), sharding),
+        jax.random.key(options.seed),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        eos_id=eos,
+      )
+    drawn, ends, finished = map(
+      np.asarray, (out.tokens, out.lengths, out.finished)
+    )
+    batch = []
+    for i, (number, text, prompt_ids) in enumerate(here):
+      ids = drawn[i, : ends[i]].tolist()
+      completion = setup.tokenizer.decode(ids)
+      done = bool(finished[i])
+      batch.append(Draw(number, text, prompt_ids, completion, ids, done))
+    yield batch
+
+
+def write(setup, params, identity, workdir):
+  """Draws completions into `completions.jsonl`, and comparisons of them.
+
+  A run that stopped goes on where it was; what is complete is left alone. With
+  sample.labels other than "none" the comparisons go to `pairs.jsonl`.
+
+  Args:
+    setup: assembly.Setup.
+    params: placed parameters of the policy.
+    identity: plain dict of what the draws depend on.
+    workdir: folder.
+  Returns: list of dicts, one a draw, as in the file.
+  Raises: ValueError if the folder holds draws of something else.
+  """
+  options = setup.config.sample
+  scorers = [rewards.load(spec) for spec in options.scorers]
+  if options.labels != "none" and not scorers:
+    raise ValueError("sample.labels needs a scorer: set sample.scorers")
+  workdir = epath.Path(workdir)
+  path, given = workdir / "completions.jsonl", prompts(setup)
+  total = len(given) * options.draws
+  rows = _continue(path, identity, options.batch_size, total)
+  if len(rows) < total:
+    batches = draws(setup, params, given, skip=len(rows))
+    with path.open("a") as file:
+      for batch in log.progress(
+        batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
+      ):
+        new = describe(batch, scorers, options.draws)
+        file.write("".join(json.dumps(row) + "\n" for row in new))
+        file.flush()
+        rows += new
+  if options.labels != "none":
+    first = f"reward/{scorers[0].name}"
+    labelled = [{**row, "reward": row[first]} for row in rows]
+    out, left_out = pairs.records(labelled, options.labels, options.seed)
+    text = "".join(json.dumps(record) + "\n" for record in out)
+    partial = workdir / "pairs.jsonl.part"
+    partial.write_text(text)
+    partial.replace(workdir / "pairs.jsonl")
+    count = sum(len(record["pairs"]) for record in out)
+    missing = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
+    print(
+      f"{count} comparisons of {len(out)} prompts in {workdir / 'pairs.jsonl'}"
+      f"{f' (left out: {missing})' if missing else ''}"
+    )
+  return rows
+
+
+def describe(batch, scorers, count):
+  """Draws as plain dicts, with their rewards.
+
+  Args:
+    batch: list of Draw.
+    scorers: list of rewards.Scorer.
+    count: draws a prompt; "id" in the result numbers the prompts.
+  """
+  texts = [d.prompt for d in batch], [d.completion for d in batch]
+  scores = {f"reward/{s.name}": s.score(*texts) for s in scorers}
+  return [
+    {
+      "id": draw.id // count,
+      "prompt": draw.prompt,
+      "completion": draw.completion,
+      "finished": draw.finished,
+      "length": len(draw.ids),
+      **{name: round(float(values[i]), 6) for name, values in scores.items()},
+    }
+    for i, draw in enumerate(batch)
+  ]
+
+
+def _continue(path, identity, batch_size, total):
+  """The rows of whole batches that are there; the file is cut to them."""
+  about = path.parent / "completions.json"
+  if path.exists():
+    saved = json.loads(about.read_text()) if about.exists() else None
+    if saved != json.loads(json.dumps(identity)):
+      raise ValueError(
+        f"{path} was drawn from another policy or with other settings; use "
+        "a new --workdir, or delete it"
+      )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  about.write_text(json.dumps(identity))
+  lines = path.read_text().splitlines() if path.exists() else []
+  rows = []
+  for line in lines:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break  # cut short by a kill
+  if len(rows) < total:
+    rows = rows[: len(rows) // batch_size * batch_size]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return rows

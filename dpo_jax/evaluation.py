@@ -1,0 +1,81 @@
+"""The evaluation of a policy, as files of its run folder."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from dpo_jax import assembly, scoring
+from dpo_jax.eval import frontier, preference
+from dpo_jax.train import checkpoint
+from dpo_jax.train import state as state_lib
+
+
+def evaluate(setup, params, ref, workdir, step):
+  """Writes evaluation.json, and samples.jsonl where there are prompts.
+
+  Args:
+    setup: assembly.Setup.
+    params, ref: placed parameters of policy and reference.
+    workdir: run folder.
+    step: updates behind `params`.
+  Returns: the content of evaluation.json.
+  Raises: ValueError if the config names nothing to evaluate on.
+  """
+  config = setup.config
+  if config.data.eval is None and config.sample.prompts is None:
+    raise ValueError(
+      "nothing to evaluate on: set data.eval (held-out comparisons) or "
+      "sample.prompts (prompts to continue)"
+    )
+  workdir = epath.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  result = {"step": step}
+  if config.data.eval is not None:
+    result["comparisons"] = _held_out(setup, params, ref, workdir)
+  if config.sample.prompts is not None:
+    summary, rows = frontier.measure(setup, params, ref)
+    result |= summary
+    if jax.process_index() == 0:
+      _write(
+        workdir / "samples.jsonl",
+        "".join(json.dumps(row) + "\n" for row in rows),
+      )
+  # Written last: it says that the point is done, and with which config.
+  result["config"] = config.to_dict()
+  if jax.process_index() == 0:
+    _write(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
+  return result
+
+
+def done(config, workdir):
+  """Whether `workdir` holds the evaluation of this very config.
+
+  Raises: ValueError if it holds that of another.
+  """
+  path = epath.Path(workdir) / "evaluation.json"
+  if not path.exists():
+    return False
+  saved = json.loads(path.read_text())["config"]
+  checkpoint.check_config(saved, config.to_dict(), workdir, free=("workdir",))
+  return True
+
+
+def _held_out(setup, params, ref, workdir):
+  config = setup.config
+  loader, _ = assembly.held_out_loader(setup)
+  if config.ref == "cached":
+    scoring.attach_reference(setup, ref, loader, workdir)
+  zero = jnp.zeros((), jnp.int32)
+  frozen = {"ref": ref} if config.ref == "frozen" else {}
+  state = state_lib.TrainState(zero, params, {}, frozen, {}, zero)
+  algorithm = assembly.make_algorithm(setup)
+  hparams = assembly.hyper_params(config)
+  return preference.evaluate(setup, algorithm, state, hparams)
+
+
+def _write(path, text):
+  partial = path.parent / f"{path.name}.part"
+  partial.write_text(text)
+  partial.replace(path)

@@ -1,0 +1,107 @@
+"""Runs at many points of a config, one folder each, in one process."""
+
+import copy
+import functools
+import json
+
+from etils import epath
+
+from dpo_jax import assembly, evaluation, loop
+from dpo_jax.eval import rewards
+
+
+def point_name(overrides):
+  """`beta=0.1,seed=1` of {"loss.beta": 0.1, "data.seed": 1}."""
+  short = [key.rsplit(".", 1)[-1] for key in overrides]
+  keys = short if len(set(short)) == len(short) else list(overrides)
+  values = overrides.values()
+  return ",".join(f"{k}={v}" for k, v in zip(keys, values, strict=True))
+
+
+def at(config, overrides):
+  """A copy of a config with {"loss.beta": 0.1, …} set.
+
+  Raises: KeyError or TypeError for a field that is not there, or of another
+    type.
+  """
+  config = copy.deepcopy(config)
+  for key, value in overrides.items():
+    *parents, name = key.split(".")
+    functools.reduce(lambda node, part: node[part], parents, config)[name] = (
+      value
+    )
+  return config
+
+
+def sweep(config, points, workdir):
+  """Trains and evaluates every point; what is finished is skipped.
+
+  Data, compiled functions and the reference's log-probs are shared by points
+  that differ only in traced fields, such as β or the learning rate.
+
+  Args:
+    config: locked ConfigDict.
+    points: list of overrides, {"loss.beta": 0.1}.
+    workdir: gets a folder a point, `reference` (the policy all start from,
+      where there are prompts to sample) and sweep.json.
+  Returns: exit code: 0, or that of the signal that stopped it.
+  Raises: ValueError if a folder holds a point of another config.
+  """
+  workdir, points = epath.Path(workdir), list(points)
+  if not points:
+    raise ValueError("the sweep has no points")
+  config = _shared(config, workdir)
+  configs = [at(config, point) for point in points]
+  names = [point_name(point) for point in points]
+  if len(set(names)) < len(names):
+    raise ValueError(f"the sweep names a point twice: {sorted(names)}")
+  samples = config.sample.prompts is not None
+  _describe(config, points, names, workdir, "reference" if samples else None)
+  run = None
+  if samples and not evaluation.done(config, workdir / "reference"):
+    print("── reference")
+    run = assembly.prepare(config)
+    ref = assembly.initial_params(run.setup)
+    evaluation.evaluate(run.setup, ref, ref, workdir / "reference", 0)
+  for name, here in zip(names, configs, strict=True):
+    folder = workdir / name
+    print(f"── {name}", flush=True)
+    if evaluation.done(here, folder):
+      print("done before, skipped")
+      continue
+    run = assembly.prepare_point(here, run)
+    result = loop.fit(here, folder, run)
+    if result.exit_code:
+      return result.exit_code
+    if samples or here.data.eval is not None:
+      params = result.state.params
+      ref = assembly.initial_params(run.setup)
+      evaluation.evaluate(run.setup, params, ref, folder, run.total)
+  return 0
+
+
+def _shared(config, workdir):
+  """One store of reference log-probs for all points."""
+  if config.ref != "cached" or config.ref_store is not None:
+    return config
+  return at(config, {"ref_store": str(workdir / "ref_logps")})
+
+
+def _describe(config, points, names, workdir, reference):
+  workdir.mkdir(parents=True, exist_ok=True)
+  notes = []
+  if reference is not None and config.sample.labelled is not None:
+    scorers = [rewards.load(spec) for spec in config.sample.scorers]
+    notes = rewards.check(scorers, config.sample.labelled)
+    print("\n".join(notes))
+  about = {
+    "title": f"{config.loss.name} over "
+    + ", ".join(dict.fromkeys(key for point in points for key in point)),
+    "points": [
+      {"name": name, "overrides": point, "folder": name}
+      for name, point in zip(names, points, strict=True)
+    ],
+    "reference": reference,
+    "notes": notes,
+  }
+  (workdir / "sweep.json").write_text(json.dumps(about, indent=2) + "\n")
