@@ -32,8 +32,8 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "plan": ["libtpu"],
-    "log": ["tensorboard", "wandb"],
+    "log": ["tensorboard", "tensorboardX", "wandb"],
     "launch": ["submitit"],
-    "examples": ["scikit-learn"],
+    "examples": ["scikit-learn", "vaderSentiment"],
   },
 )

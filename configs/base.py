@@ -8,31 +8,29 @@ from ml_collections import config_dict
 
 from configs import common
 
+optional = config_dict.placeholder  # a field that may be None
+
 
 def get_config():
   c = config_dict.ConfigDict()
   c.algo = "preference"  # preference or sft
   c.loss = common.loss("dpo")  # the loss and its own fields
-  c.workdir = config_dict.placeholder(str)  # run folder, or None: --workdir
+  c.workdir = optional(str)  # run folder, or None: --workdir
   # The reference is the initial policy. frozen: a copy of its weights; cached:
   # its log-probs, computed once and kept on disk; none: no reference.
   c.ref = "frozen"
-  c.ref_store = config_dict.placeholder(
-    str
-  )  # of "cached"; None: the run folder
+  c.ref_store = optional(str)  # of "cached"; None: the run folder
   c.init_seed = 0  # of the random initial parameters
-  c.init_from = config_dict.placeholder(
-    str
-  )  # run folder to start from, or None
+  c.init_from = optional(str)  # run folder to start from, or None
   c.model = common.model("tiny")  # decoder shape, see models/config.py
   c.tokenizer = "bytes"  # bytes, a Hugging Face name, or a local folder
-  c.head_chunk = config_dict.placeholder(int)  # scored positions per head chunk
+  c.head_chunk = optional(int)  # scored positions per head chunk
   c.optim = common.optim("rmsprop")  # the optimiser and its own fields
   c.precision = "highest"  # of f32 matmuls: highest, high or default
 
   c.data = d = config_dict.ConfigDict()
-  d.train = config_dict.placeholder(str)  # file or generated source
-  d.eval = config_dict.placeholder(str)  # held-out comparisons, or None
+  d.train = optional(str)  # file or generated source
+  d.eval = optional(str)  # held-out comparisons, or None
   d.batch_size = 64  # examples per step
   d.max_prompt_length = 256  # tokens, BOS included
   d.max_completion_length = 256  # tokens, EOS included; longer ones are cut
@@ -40,18 +38,14 @@ def get_config():
   d.bad_records = "error"  # error at the first, or skip and count
   d.packed = True  # several examples share a row
   d.shared = True  # completions share one copy of the prompt
-  d.max_row_length = config_dict.placeholder(int)  # tokens in a packed row
+  d.max_row_length = optional(int)  # tokens in a packed row
   d.max_shapes = 3  # compilations that batch shapes may cost
   d.shape_multiple = 32  # T, S and E are multiples of this
   d.seed = 0  # of the order of the data
 
   c.sample = s = config_dict.ConfigDict()
-  s.prompts = config_dict.placeholder(
-    str
-  )  # source of prompts, None: no samples
-  s.prefix = config_dict.placeholder(
-    tuple
-  )  # (2, 8): prompts are text beginnings
+  s.prompts = optional(str)  # source of prompts, None: no samples
+  s.prefix = optional(tuple)  # (2, 8): prompts are text beginnings
   s.count = 512  # prompts; all if there are fewer
   s.draws = 1  # completions of each
   s.max_new_tokens = 64  # tokens, EOS included
@@ -60,18 +54,18 @@ def get_config():
   s.batch_size = 256  # completions at once
   s.seed = 0  # of prompts, draws and labels
   s.scorers = ()  # see eval/rewards.py; the first is the ground truth r*
-  s.labelled = config_dict.placeholder(str)  # source to check the scorers on
+  s.labelled = optional(str)  # source to check the scorers on
   s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
 
   c.train = t = config_dict.ConfigDict()
-  t.steps = config_dict.placeholder(int)  # updates, or None for train.epochs
+  t.steps = optional(int)  # updates, or None for train.epochs
   t.epochs = 1.0  # passes over the data when train.steps is None
   t.accumulation = 1  # microbatches per update
   t.max_skipped = 10  # stop after so many non-finite updates in a row
 
   c.mesh = m = config_dict.ConfigDict()
   m.mode = "jit"  # jit over the mesh, or pmap (data parallelism only)
-  m.data = config_dict.placeholder(int)  # None: the devices the others leave
+  m.data = optional(int)  # None: the devices the others leave
   m.fsdp = 1  # splits parameters, and rows
   m.tensor = 1  # splits heads, mlp and vocabulary
   m.context = 1  # splits sequences; not built
@@ -84,5 +78,5 @@ def get_config():
   c.log = config_dict.ConfigDict()
   c.log.every = 10  # steps
   c.log.tensorboard = False  # event files in the run folder
-  c.log.wandb = config_dict.placeholder(str)  # project of Weights & Biases
+  c.log.wandb = optional(str)  # project of Weights & Biases
   return c

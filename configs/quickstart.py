@@ -51,6 +51,7 @@ def policy(root, quick):
   c.model.head_dim = c.model.rotary_dim = 64
   if quick:
     c.model.layers = 2
+  c.model.unroll = c.model.layers
   c.optim = common.optim("adamw")
   c.optim.clip_norm = 1.0
   c.data.max_prompt_length = 16
@@ -72,7 +73,7 @@ def sft(root, quick):
   c.data.train, c.data.eval = "reviews:train", "reviews:validation"
   c.data.max_completion_length = 64
   c.data.batch_size = 32
-  c.train.epochs = 1.0 if quick else 4.0
+  c.train.epochs = 1.0 if quick else 3.0
   c.optim.learning_rate = 3e-3
   c.optim.schedule = "cosine"
   c.optim.warmup = 40
@@ -86,7 +87,7 @@ def pairs(root, quick):
   c.workdir = f"{root}/pairs"
   c.init_from = f"{root}/sft"
   c.sample.prompts = "reviews:train"
-  c.sample.count = 500 if quick else 2500
+  c.sample.count = 500 if quick else 2000
   c.sample.draws = 4
   c.sample.labels = "bradley_terry"
   return c
@@ -110,8 +111,9 @@ def dpo(root, quick):
   c.data.train = f"{root}/pairs/pairs.jsonl"
   c.data.eval = f"{root}/held_out/pairs.jsonl"
   c.data.batch_size = 32  # prompts, of six comparisons each
-  c.train.epochs = 1.0 if quick else 3.0
+  c.train.epochs = 2.0
   c.optim.learning_rate = 3e-4
+  c.optim.schedule = "linear"
   c.optim.warmup = 20
   c.eval.every = 1000
   c.sample.prompts = "reviews:test"

@@ -16,6 +16,7 @@ _NAMES = {
   "load_config": "dpo_jax.cli",
   "objective": "dpo_jax.notebook",
   "parallelize": "dpo_jax.notebook",
+  "sweep": "dpo_jax.sweeps",
   "train_step": "dpo_jax.notebook",
 }
 

@@ -27,7 +27,7 @@ import time
 
 import ml_collections
 
-from dpo_jax import lookup
+from dpo_jax import allocator, lookup
 
 _USAGE = __doc__
 
@@ -213,15 +213,14 @@ def sample(config, workdir, module):
 
 def sweep(config, workdir, module):
   """Trains and evaluates the points of the config file's `sweep()`."""
-  from dpo_jax import report
-  from dpo_jax import sweep as sweep_lib
+  from dpo_jax import report, sweeps
 
   if not hasattr(module, "sweep"):
     raise ValueError(
       f"{module.__file__} has no sweep(): add one that yields the points, "
       'for example {"loss.beta": 0.1}'
     )
-  code = sweep_lib.sweep(config, module.sweep(), workdir)
+  code = sweeps.sweep(config, module.sweep(), workdir)
   if code == 0:
     page = report.write(workdir)
     print(report.table(report.rows(workdir), "text"))
@@ -286,6 +285,7 @@ def _run(argv):
     workdir = config.get("workdir") if workdir is None else workdir
   if workdir is None:
     raise ValueError(f"{argv[0]} needs --workdir")
+  allocator.keep_pages()
   begin = time.perf_counter()
   code = fn(config, workdir, module)
   minutes, seconds = divmod(round(time.perf_counter() - begin), 60)

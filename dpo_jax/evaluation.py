@@ -11,6 +11,9 @@ from dpo_jax.eval import frontier, preference
 from dpo_jax.train import checkpoint
 from dpo_jax.train import state as state_lib
 
+# Fields that change neither the policy nor what is measured of it.
+_NO_MATTER = ("workdir", "ref_store", "checkpoint.", "eval.", "log.", "mesh.")
+
 
 def evaluate(setup, params, ref, workdir, step):
   """Writes evaluation.json, and samples.jsonl where there are prompts.
@@ -50,16 +53,19 @@ def evaluate(setup, params, ref, workdir, step):
 
 
 def done(config, workdir):
-  """Whether `workdir` holds the evaluation of this very config.
+  """Whether `workdir` holds the evaluation that `config` asks for.
 
-  Raises: ValueError if it holds that of another.
+  Not if it was evaluated in another way, or after fewer steps: the policy there
+  can go on and be evaluated anew.
+
+  Raises: ValueError if the policy there is of another config.
   """
   path = epath.Path(workdir) / "evaluation.json"
   if not path.exists():
     return False
-  saved = json.loads(path.read_text())["config"]
-  checkpoint.check_config(saved, config.to_dict(), workdir, free=("workdir",))
-  return True
+  saved, now = json.loads(path.read_text())["config"], config.to_dict()
+  checkpoint.check_config(saved, now, workdir)
+  return not checkpoint.differences(saved, now, _NO_MATTER)
 
 
 def _held_out(setup, params, ref, workdir):

@@ -13,7 +13,7 @@ from dpo_jax import assembly, scoring, tree
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.eval import preference
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.train import checkpoint, health, log
+from dpo_jax.train import checkpoint, health, log, trackers
 from dpo_jax.train import state as state_lib
 
 
@@ -72,14 +72,16 @@ def _start(run, workdir):
 def _train(run, state, checkpoints, workdir, stop):
   setup, config = run.setup, run.setup.config
   start, total = int(state.step), run.total
+  first = jax.process_index() == 0
   logger = log.Logger(
     workdir,
     every=config.log.every,
     total=total,
     start=start,
-    loud=jax.process_index() == 0,
+    loud=first,
+    trackers=trackers.make(config, workdir, start) if first else (),
   )
-  if jax.process_index() == 0:
+  if first:
     resolved = json.dumps(config.to_dict(), indent=2) + "\n"
     (epath.Path(workdir) / "config.json").write_text(resolved)
   logger.say(run.about)
@@ -105,7 +107,7 @@ def _train(run, state, checkpoints, workdir, stop):
     functools.partial(assembly.place_batch, setup, run.loader),
     range(start, total),
   )
-  with contextlib.closing(batches):
+  with contextlib.closing(batches), contextlib.closing(logger):
     for number, (batch, stats) in zip(itertools.count(start + 1), batches):
       state, metrics = step(state, batch, run.hparams)
       check(

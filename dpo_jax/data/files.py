@@ -13,7 +13,7 @@ from etils import epath
 from dpo_jax.data import records
 
 # Columns of a .csv whose cells are JSON, as they hold no text.
-_JSON_COLUMNS = {"completions", "label", "messages", "pairs"}
+_JSON_COLUMNS = {"completions", "label", "messages", "pairs", "tokens"}
 
 
 def read_bytes(path):

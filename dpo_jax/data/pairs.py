@@ -70,10 +70,10 @@ def records(draws, labels, seed):
   """Draws as records of comparisons.
 
   Args:
-    draws: list of dicts with "id", "prompt", "completion", "finished" and
+    draws: list of dicts with "id", "prompt", "completion", "tokens" and
       "reward", those of one prompt together.
     labels, seed: see `compare`.
-  Returns: (list of {"prompt", "completions", "finished", "pairs"}, Counter of
+  Returns: (list of {"prompt", "completions", "tokens", "pairs"}, Counter of
     what was left out).
   """
   groups, left_out = collections.defaultdict(list), collections.Counter()
@@ -90,12 +90,11 @@ def records(draws, labels, seed):
       len(texts) - 1
     ) // 2 - len(pairs)
     if pairs:
-      finished = [draw["finished"] for draw in kept]
       out.append(
         {
           "prompt": kept[0]["prompt"],
           "completions": texts,
-          "finished": finished,
+          "tokens": [draw["tokens"] for draw in kept],
           "pairs": pairs,
         }
       )

@@ -27,6 +27,7 @@ class Record(NamedTuple):
     origin: "file:line" for messages to the user.
     labels: one per completion in the form "label", else None.
     source: which part of a mixture.
+    tokens: ids of each completion as a policy drew it, or None.
   """
 
   prompt: str | tuple[dict, ...]
@@ -35,6 +36,7 @@ class Record(NamedTuple):
   origin: str
   labels: tuple[float, ...] | None = None
   source: int = 0
+  tokens: tuple[list[int], ...] | None = None
 
 
 class BadRecord(ValueError):
@@ -65,7 +67,9 @@ def make(row, form, origin):
 def _preference(row, origin):
   if "completions" in row:
     prompt, completions = _completions(row, origin)
-    return Record(prompt, completions, _pairs(row, completions, origin), origin)
+    pairs = _pairs(row, completions, origin)
+    tokens = _tokens(row, completions, origin) if "tokens" in row else None
+    return Record(prompt, completions, pairs, origin, tokens=tokens)
   prompt, sides = _sides(row, ("chosen", "rejected"), origin)
   if sides[0] == sides[1]:
     raise BadRecord(
@@ -172,6 +176,20 @@ def _completions(row, origin):
     _check_text(value, where)
     out.append(value)
   return prompt, tuple(out)
+
+
+def _tokens(row, completions, origin):
+  """Ids of each completion, which must be text."""
+  lists = _field(row, "tokens", list, origin)
+  good = len(lists) == len(completions) and isinstance(completions[0], str)
+  good = good and all(isinstance(ids, list) and ids for ids in lists)
+  if not good or any(type(i) is not int or i < 0 for ids in lists for i in ids):
+    raise BadRecord(
+      "bad tokens",
+      f"{origin}: 'tokens' must hold a non-empty list of ids for each of "
+      f"{len(completions)} completions that are text",
+    )
+  return tuple(lists)
 
 
 def _pairs(row, completions, origin):

@@ -5,8 +5,8 @@ them or their labels. A spec names where they come from:
 
     my.jsonl        one JSON object a line
     my.csv          the first line names the columns; an empty cell is a missing
-                    field; "completions", "pairs", "messages" and "label" hold
-                    JSON
+                    field; "completions", "pairs", "messages", "tokens" and
+                    "label" hold JSON
     my.parquet      one row a record; a null is a missing field
     hf:NAME_OR_FOLDER[@CONFIG][:SPLIT]
                     a Hugging Face data set, of the hub or saved in a folder;
@@ -26,7 +26,9 @@ The forms of a row. Fields that no form names are ignored.
 
     preference      {"prompt", "chosen", "rejected"}
                     {"prompt", "completions": [...],
-                     "pairs": [[winner, loser], …]}
+                     "pairs": [[winner, loser], …]}, and perhaps "tokens": the
+                    ids of each completion as it was drawn, EOS included if it
+                    came; without it the text is encoded
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
                     preferences, of which it takes the first completion
     label           {"text", "label"}, {"prompt", "completion", "label"}; the

@@ -5,6 +5,8 @@ completion are also encoded as one text; where that begins with the prompt's
 ids, the rest is the completion, else the two would merge (as a rule because a
 token straddles the boundary) and the completion is encoded alone, counted as
 "boundary merge". Messages keep the end that their chat template gives them.
+Completions that bring their tokens keep them: what a policy drew is often not
+how the tokenizer would spell it, and its log-prob is that of what was drawn.
 """
 
 import collections
@@ -146,16 +148,16 @@ def encode(records, tokenizer, options, policy):
   )
   examples, changed = [], collections.Counter()
   for (number, record, ended), prompt in zip(texts, prompts, strict=True):
-    completions = []
-    for text in record.completions:
-      ids = next(joined)
-      if ids[: len(prompt)] == prompt:
-        ids = ids[len(prompt) :]
-      else:
-        ids = _encode_alone(tokenizer, text)
-        changed["boundary merge"] += 1
-      completions.append(_end(ids, tokenizer.eos_id, ended, options, changed))
+    whole = [next(joined) for _ in record.completions]
     try:
+      if record.tokens is None:
+        completions = [
+          _end(ids, tokenizer.eos_id, ended, changed)
+          for ids in _behind(prompt, whole, record, tokenizer, changed)
+        ]
+      else:
+        completions = _drawn(record, tokenizer)
+      completions = [_cut(ids, options, changed) for ids in completions]
       prompt = _begin(prompt, tokenizer, options, record.origin, changed)
       _check_completions(completions, tokenizer.eos_id, record)
     except sources.BadRecord as error:
@@ -217,8 +219,30 @@ def _begin(prompt, tokenizer, options, origin, changed):
   return bos + prompt or [tokenizer.eos_id]
 
 
-def _end(ids, eos_id, ended, options, changed):
-  """The completion with exactly one EOS, or cut and without one.
+def _behind(prompt, whole, record, tokenizer, changed):
+  """Yields the ids of each completion, whose joined texts are `whole`."""
+  for ids, text in zip(whole, record.completions, strict=True):
+    if ids[: len(prompt)] == prompt:
+      yield ids[len(prompt) :]
+    else:
+      changed["boundary merge"] += 1
+      yield _encode_alone(tokenizer, text)
+
+
+def _drawn(record, tokenizer):
+  """The tokens that a record brings, if they are this tokenizer's."""
+  for ids, text in zip(record.tokens, record.completions, strict=True):
+    if max(ids) >= tokenizer.vocab_size or tokenizer.decode(ids) != text:
+      raise sources.BadRecord(
+        "bad tokens",
+        f"{record.origin}: 'tokens' do not spell {text!r:.40} with this "
+        "tokenizer; use the one they were drawn with, or take 'tokens' out",
+      )
+  return list(record.tokens)
+
+
+def _end(ids, eos_id, ended, changed):
+  """The completion with exactly one EOS.
 
   Messages that their template ended keep that end, which may be the EOS.
   """
@@ -229,6 +253,11 @@ def _end(ids, eos_id, ended, options, changed):
     while ids and ids[-1] == eos_id:
       ids = ids[:-1]
     ids = [*ids, eos_id]
+  return ids
+
+
+def _cut(ids, options, changed):
+  """The completion, or its first data.max_completion_length tokens."""
   if len(ids) > options.max_completion_length:
     changed["completion cut"] += 1
     ids = ids[: options.max_completion_length]

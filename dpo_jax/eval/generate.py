@@ -183,6 +183,7 @@ def describe(batch, scorers, count):
       "completion": draw.completion,
       "finished": draw.finished,
       "length": len(draw.ids),
+      "tokens": draw.ids,
       **{name: round(float(values[i]), 6) for name, values in scores.items()},
     }
     for i, draw in enumerate(batch)

@@ -27,6 +27,8 @@ class ModelConfig:
     dtype: "float32" or "bfloat16", of the activations; parameters are f32.
     attention: implementation in ops.attention.ATTENTION.
     remat: recompute each block in the backward pass.
+    unroll: layers per turn of the loop over layers. More compile longer; all of
+      a small model's spare the copies in and out of the loop.
   """
 
   layers: int
@@ -52,6 +54,7 @@ class ModelConfig:
   dtype: str = "float32"
   attention: str = "tiled"
   remat: bool = False
+  unroll: int = 1
 
   def __post_init__(self):
     allowed = {
@@ -66,6 +69,11 @@ class ModelConfig:
         raise ValueError(
           f"model.{field} = {getattr(self, field)!r} (allowed: {values})"
         )
+    if self.unroll > self.layers:
+      raise ValueError(
+        f"model.unroll = {self.unroll} is more than model.layers = "
+        f"{self.layers}"
+      )
     if self.heads % self.kv_heads:
       raise ValueError(
         f"model.heads = {self.heads} is not a multiple of "

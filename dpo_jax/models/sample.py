@@ -41,24 +41,33 @@ def compiled(model):
 def nucleus(logits, top_p):
   """Hides all but the smallest set of tokens whose probability reaches top_p.
 
-  The most likely token always stays. `top_p` may be traced; 1 keeps all.
+  The most likely token always stays. `top_p` may be traced; 1 keeps all, and
+  then the vocabulary is not sorted, which on a CPU costs more than the model.
   """
-  order = jnp.argsort(-logits, axis=-1)
-  ranked = jnp.take_along_axis(logits, order, axis=-1)
-  probs = jax.nn.softmax(ranked, axis=-1)
-  before = jnp.cumsum(probs, axis=-1) - probs
-  ranked = jnp.where((before < top_p) | (top_p >= 1), ranked, _HIDDEN)
-  back = jnp.argsort(order, axis=-1)
-  return jnp.take_along_axis(ranked, back, axis=-1)
+
+  def hide(logits):
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    ranked = jnp.where(before < top_p, ranked, _HIDDEN)
+    back = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(ranked, back, axis=-1)
+
+  return jax.lax.cond(top_p < 1, hide, lambda logits: logits, logits)
 
 
 def _draw(logits, rngs, step, temperature, top_p):
   """(token, its log-prob at temperature 1); temperature 0 is greedy."""
-  scaled = logits / jnp.maximum(temperature, 1e-6)
+  scaled = nucleus(logits / jnp.maximum(temperature, 1e-6), top_p)
   keys = jax.vmap(jax.random.fold_in, (0, None))(rngs, step)
-  drawn = jax.vmap(jax.random.categorical)(keys, nucleus(scaled, top_p))
-  greedy = jnp.argmax(logits, axis=-1)
-  token = jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+  noise = jax.vmap(lambda key, x: jax.random.gumbel(key, x.shape))(keys, scaled)
+  # One argmax serves both: adding Gumbel noise draws from the softmax. It is
+  # spelled out, as XLA's own is a scalar loop on CPUs, slower than the model.
+  score = jnp.where(temperature > 0, scaled + noise, logits)
+  best = score == jnp.max(score, axis=-1, keepdims=True)
+  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  token = jnp.min(jnp.where(best, index, score.shape[-1] - 1), axis=-1)
   logps = jax.nn.log_softmax(logits, axis=-1)
   return token, jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]
 

@@ -127,9 +127,9 @@ class Attention(nn.Module):
       fn = attention.ATTENTION[c.attention]
       out = fn(q, k, v, context.layout, **kwargs)
     else:
-      write = jax.vmap(lambda buffer, i, new: buffer.at[i].set(new))
+      write = jax.vmap(lambda buffer, i, new: buffer.at[:, i].set(new))
       cache = tuple(
-        write(buffer, context.positions, new)
+        write(buffer, context.positions, jnp.swapaxes(new, 1, 2))
         for buffer, new in zip(cache, (k, v), strict=True)
       )
       out = attention.cached(q, *cache, context.positions, **kwargs)
@@ -218,6 +218,7 @@ class Decoder(nn.Module):
       split_rngs={"params": True},
       in_axes=(nn.broadcast, 0),
       length=c.layers,
+      unroll=c.unroll,
     )
     x, cache = stack(c, name="layers")(x, context, cache)
     x = _norm(c, "final_norm")(x)
@@ -268,7 +269,8 @@ def build(config, vocab_size):
     return logprobs.logits(hidden, head_of(params)), cache
 
   def init_cache(batch_size, length):
-    shape = (config.layers, batch_size, length, config.kv_heads)
+    # Heads before positions: a step's products then need no transposed copy.
+    shape = (config.layers, batch_size, config.kv_heads, length)
     zeros = jnp.zeros((*shape, config.head_dim), config.dtype)
     return zeros, zeros
 

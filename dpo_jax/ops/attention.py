@@ -144,9 +144,10 @@ def cached(q, k, v, positions, *, window, scale):
 
   Args:
     q: [B, T, N, H] queries of the new tokens.
-    k, v: [B, S, K, H] cache, the new tokens already in it.
+    k, v: [B, K, S, H] cache, the new tokens already in it.
     positions: i32[B, T] of the new tokens.
   """
+  k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
   slots = jnp.arange(k.shape[1])
   mask = slots <= positions[..., None]
   if window is not None:

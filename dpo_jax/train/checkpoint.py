@@ -211,15 +211,20 @@ def flatten(config, prefix=""):
   return flat
 
 
-def check_config(saved, current, where, free=FREE_FIELDS):
-  """Raises ValueError if a field outside `free` was changed."""
+def differences(saved, current, free):
+  """Lines about the fields outside `free` in which two configs differ."""
   saved = flatten(json.loads(json.dumps(saved)))
   current = flatten(json.loads(json.dumps(current)))
-  changed = [
+  return [
     f"{key} (saved {saved.get(key)!r}, now {current.get(key)!r})"
     for key in sorted(saved.keys() | current.keys())
     if saved.get(key) != current.get(key) and not key.startswith(free)
   ]
+
+
+def check_config(saved, current, where):
+  """Raises ValueError if a field outside FREE_FIELDS was changed."""
+  changed = differences(saved, current, FREE_FIELDS)
   if changed:
     raise ValueError(
       f"{where} belongs to a run with another config: {'; '.join(changed)}. "

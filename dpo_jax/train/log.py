@@ -85,16 +85,17 @@ class Logger:
   never waits for the step that was just dispatched.
   """
 
-  def __init__(self, workdir, *, every, total, start, loud=True):
+  def __init__(self, workdir, *, every, total, start, loud=True, trackers=()):
     """Args:
     workdir: run folder; metrics.jsonl is appended to.
     every: steps between log lines.
     total, start: last step and the step to start from.
     loud: whether to print; one process does.
+    trackers: of train.trackers; get what metrics.jsonl gets.
     """
     self._path = epath.Path(workdir) / "metrics.jsonl"
     self._every, self._total, self._start = every, total, start
-    self._loud = loud
+    self._loud, self._trackers = loud, trackers
     self._live = loud and sys.stdout.isatty()
     self._peak, self._peak_is = peak_flops() if loud else (1.0, "")
     self._paused = 0.0  # seconds that training did not run
@@ -195,6 +196,13 @@ class Logger:
       row = {"step": number, "kind": kind, **numbers}
       with self._path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+    for tracker in self._trackers:
+      tracker.write(kind, number, values)
+
+  def close(self):
+    """Waits until the trackers have written all."""
+    for tracker in self._trackers:
+      tracker.close()
 
   def _bar(self, number):
     done = round(20 * number / max(1, self._total))

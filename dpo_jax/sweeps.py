@@ -76,7 +76,8 @@ def sweep(config, points, workdir):
     if samples or here.data.eval is not None:
       params = result.state.params
       ref = assembly.initial_params(run.setup)
-      evaluation.evaluate(run.setup, params, ref, folder, run.total)
+      step = int(result.state.step)
+      evaluation.evaluate(run.setup, params, ref, folder, step)
   return 0
 
 

@@ -1,0 +1,29 @@
+"""How this process gives memory back to the system: on CPUs, not at all."""
+
+import ctypes
+import sys
+
+# Options of glibc's mallopt (malloc.h).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_pages():
+  """Keeps freed memory for the next allocation.
+
+  A step frees and allocates the same buffers again. By default glibc returns
+  large ones to the system at once, and each then comes back as fresh pages that
+  the kernel must clear: on two cores, a fifth to a third of a training step.
+  Does nothing where there is no glibc.
+
+  Returns: whether it took effect.
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  if not sys.platform.startswith("linux") or mallopt is None:
+    return False
+  settings = {
+    _MMAP_MAX: 0,
+    _TRIM_THRESHOLD: 2**31 - 1,
+    _TOP_PAD: 2**27,
+    _ARENA_MAX: 1,
+  }
+  return all([mallopt(option, value) for option, value in settings.items()])

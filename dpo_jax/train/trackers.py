@@ -1,0 +1,87 @@
+"""TensorBoard and Weights & Biases, where the config asks for them.
+
+Both come with the extra `log` and are imported when a run opens them.
+"""
+
+import uuid
+from collections.abc import Callable
+from typing import NamedTuple
+
+from etils import epath
+
+
+class Tracker(NamedTuple):
+  """Somewhere else that metrics go.
+
+  Attributes:
+    write: function (kind, step, {name: float}); kind is "train" or "eval".
+    close: function () that waits until all is written.
+  """
+
+  write: Callable
+  close: Callable
+
+
+def make(config, workdir, start):
+  """The trackers that `config.log` asks for.
+
+  Args:
+    config: ConfigDict of the run; reads log, and is recorded with the run.
+    workdir: run folder; gets tensorboard/ or wandb/.
+    start: step that the run starts from; later ones of an earlier try are
+      replaced.
+  Returns: list of Tracker.
+  Raises: ValueError naming the package to install.
+  """
+  workdir, trackers = epath.Path(workdir), []
+  if config.log.tensorboard:
+    trackers.append(_tensorboard(workdir, start))
+  if config.log.wandb is not None:
+    trackers.append(_wandb(config, workdir))
+  return trackers
+
+
+def _tensorboard(workdir, start):
+  try:
+    import tensorboardX
+  except ImportError as error:
+    raise ValueError(_needs("tensorboard", "tensorboardX")) from error
+  writer = tensorboardX.SummaryWriter(
+    str(workdir / "tensorboard"), purge_step=start + 1
+  )
+
+  def write(kind, step, values):
+    for name, value in values.items():
+      writer.add_scalar(f"{kind}/{name}", value, step)
+
+  return Tracker(write, writer.close)
+
+
+def _wandb(config, workdir):
+  try:
+    import wandb
+  except ImportError as error:
+    raise ValueError(_needs("wandb", "wandb")) from error
+  name = workdir / "wandb_run"  # a resumed run goes on under its own name
+  if not name.exists():
+    name.write_text(uuid.uuid4().hex)
+  run = wandb.init(
+    project=config.log.wandb,
+    name=workdir.name,
+    id=name.read_text(),
+    resume="allow",
+    dir=str(workdir),
+    config=config.to_dict(),
+  )
+
+  def write(kind, step, values):
+    run.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
+
+  return Tracker(write, run.finish)
+
+
+def _needs(field, package):
+  return (
+    f"log.{field} needs {package}: pip install 'dpo_jax[log]', or leave the "
+    "field out"
+  )
