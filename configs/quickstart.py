@@ -87,7 +87,7 @@ def pairs(root, quick):
   c.workdir = f"{root}/pairs"
   c.init_from = f"{root}/sft"
   c.sample.prompts = "reviews:train"
-  c.sample.count = 500 if quick else 2000
+  c.sample.count = 500 if quick else 2400
   c.sample.draws = 4
   c.sample.labels = "bradley_terry"
   return c
@@ -99,6 +99,7 @@ def held_out(root, quick):
   c.workdir = f"{root}/held_out"
   c.sample.prompts = "reviews:validation"
   c.sample.count = 64 if quick else 256
+  c.sample.seed = 1
   return c
 
 
@@ -111,13 +112,14 @@ def dpo(root, quick):
   c.data.train = f"{root}/pairs/pairs.jsonl"
   c.data.eval = f"{root}/held_out/pairs.jsonl"
   c.data.batch_size = 32  # prompts, of six comparisons each
-  c.train.epochs = 2.0
-  c.optim.learning_rate = 3e-4
+  c.train.epochs = 1.0
+  c.optim.learning_rate = 5e-4
   c.optim.schedule = "linear"
-  c.optim.warmup = 20
+  c.optim.warmup = 10
   c.eval.every = 1000
   c.sample.prompts = "reviews:test"
   c.sample.labelled = "reviews:test"
+  c.sample.seed = 2  # at every β: its samples differ by the policy alone
   c.sample.count = 128 if quick else 512
   return c
 

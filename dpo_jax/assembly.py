@@ -69,6 +69,12 @@ class Run(NamedTuple):
   identity: dict
 
 
+def check(config):
+  """Refuses values that no run can have, before anything is built."""
+  checks.values(config)
+  lookup.lookup(algos.ALGOS, config.algo, "algo")(config, apply=None)
+
+
 def prepare_model(config):
   """The Setup of a config; allocates no parameters.
 

@@ -90,6 +90,8 @@ def _parse_value(key, text, kind):
       return text
     if kind is type(None):
       return _guess(text)
+    if kind is tuple and not set(text) & set("([\"'"):
+      return tuple(text.split(","))
     value = ast.literal_eval(text.capitalize() if kind is bool else text)
     if kind is tuple and isinstance(value, str | list):
       value = (value,) if isinstance(value, str) else tuple(value)

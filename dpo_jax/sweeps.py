@@ -6,8 +6,9 @@ import json
 
 from etils import epath
 
-from dpo_jax import assembly, evaluation, loop
+from dpo_jax import assembly, evaluation, lookup, loop
 from dpo_jax.eval import rewards
+from dpo_jax.train import checkpoint
 
 
 def point_name(overrides):
@@ -21,15 +22,24 @@ def point_name(overrides):
 def at(config, overrides):
   """A copy of a config with {"loss.beta": 0.1, …} set.
 
-  Raises: KeyError or TypeError for a field that is not there, or of another
-    type.
+  Raises: ValueError for a field that is not there, or of another type.
   """
-  config = copy.deepcopy(config)
+  config, fields = copy.deepcopy(config), checkpoint.flatten(config.to_dict())
   for key, value in overrides.items():
+    if key not in fields:
+      raise ValueError(
+        f"the sweep sets {key}, which is not a field of the config"
+        f"{lookup.nearest(key, fields)}"
+      )
     *parents, name = key.split(".")
-    functools.reduce(lambda node, part: node[part], parents, config)[name] = (
-      value
-    )
+    node = functools.reduce(lambda node, part: node[part], parents, config)
+    try:
+      node[name] = value
+    except TypeError as error:
+      raise ValueError(
+        f"the sweep sets {key} = {value!r}, which must be of type "
+        f"{node.get_type(name).__name__}"
+      ) from error
   return config
 
 
@@ -52,6 +62,8 @@ def sweep(config, points, workdir):
     raise ValueError("the sweep has no points")
   config = _shared(config, workdir)
   configs = [at(config, point) for point in points]
+  for here in configs:
+    assembly.check(here)
   names = [point_name(point) for point in points]
   if len(set(names)) < len(names):
     raise ValueError(f"the sweep names a point twice: {sorted(names)}")

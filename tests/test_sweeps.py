@@ -1,0 +1,190 @@
+"""A sweep: what its points share, what is skipped, what can be added later."""
+
+import contextlib
+import functools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from dpo_jax import assembly, cli, evaluation, loop, sweeps
+from dpo_jax.ops import losses
+from tests import conftest
+
+POINTS = ({"loss.beta": 0.1}, {"loss.beta": 5.0})
+SAMPLED = (
+  "ref=cached",
+  "sample.prompts=toy",
+  "sample.count=8",
+  "sample.max_new_tokens=4",
+  "sample.batch_size=8",
+  "sample.scorers=vader",
+)
+
+
+def load(*overrides):
+  config = str(conftest.ROOT / "configs/dpo.py:smoke")
+  return cli.load_config(config, ("train.steps=3", *overrides))
+
+
+def files(workdir):
+  """{path: bytes} of a folder."""
+  return {
+    str(path.relative_to(workdir)): path.read_bytes()
+    for path in pathlib.Path(workdir).rglob("*")
+    if path.is_file()
+  }
+
+
+def metrics(workdir, name):
+  lines = (workdir / name / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@contextlib.contextmanager
+def traces():
+  """A list that gets an entry whenever the DPO loss is traced."""
+  dpo, seen = losses.LOSSES["dpo"], []
+
+  @functools.wraps(dpo.fn)
+  def fn(*args, **kwargs):
+    seen.append(True)
+    return dpo.fn(*args, **kwargs)
+
+  losses.LOSSES["dpo"] = dpo._replace(fn=fn)
+  try:
+    yield seen
+  finally:
+    losses.LOSSES["dpo"] = dpo
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+  """A finished sweep of two β: (workdir, traces of the loss while it ran)."""
+  workdir = tmp_path_factory.mktemp("sweep")
+  with traces() as seen:
+    assert sweeps.sweep(load(*SAMPLED), POINTS, workdir) == 0
+  return workdir, len(seen)
+
+
+def test_all_points_share_one_compilation(swept, tmp_path):
+  with traces() as seen:
+    sweeps.sweep(load(*SAMPLED), POINTS[:1], tmp_path)
+  assert swept[1] == len(seen) > 0
+
+
+def test_a_point_of_a_sweep_is_the_run_of_its_config_alone(swept, tmp_path):
+  workdir, _ = swept
+  config = load("ref=cached", "loss.beta=5.0")
+  loop.fit(config, tmp_path / "alone")
+  ours, alone = metrics(workdir, "beta=5.0"), metrics(tmp_path, "alone")
+  timing = ("tokens_per_second", "mfu")
+  for a, b in zip(ours, alone, strict=True):
+    assert {k: v for k, v in a.items() if k not in timing} == {
+      k: v for k, v in b.items() if k not in timing
+    }
+
+
+def test_the_reference_pass_is_made_once(swept):
+  workdir, _ = swept
+  # Training and held-out data are one here, so both β need one entry.
+  assert len(list((workdir / "ref_logps").glob("*.npy"))) == 1
+  assert not list(workdir.glob("beta=*/ref_logps"))
+
+
+def test_the_reference_itself_is_at_kl_zero_and_even_odds(swept):
+  workdir, _ = swept
+  there = json.loads((workdir / "reference/evaluation.json").read_text())
+  assert abs(there["means"]["kl"]["mean"]) < 1e-5
+  assert there["comparisons"]["rewards/accuracies"] == 0.5
+  np.testing.assert_allclose(there["comparisons"]["loss"], np.log(2), rtol=1e-5)
+
+
+def test_a_finished_sweep_is_left_alone(swept, monkeypatch):
+  workdir, _ = swept
+  before = files(workdir)
+  monkeypatch.setattr(loop, "fit", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(
+    evaluation, "evaluate", lambda *_: pytest.fail("evaluated again")
+  )
+  assert sweeps.sweep(load(*SAMPLED), POINTS, workdir) == 0
+  assert files(workdir) == before
+
+
+def test_more_points_and_other_samples_train_only_what_is_new(tmp_path):
+  config = load(*SAMPLED)
+  sweeps.sweep(config, POINTS[:1], tmp_path)
+  before = files(tmp_path)
+  more = load(*SAMPLED, "sample.count=16")
+  assert sweeps.sweep(more, [*POINTS[:1], {"loss.beta": 1.0}], tmp_path) == 0
+  after = files(tmp_path)
+  trained = [p for p in before if "checkpoints/" in p or "metrics" in p]
+  assert {p: after[p] for p in trained} == {p: before[p] for p in trained}
+  for name in ("reference", "beta=0.1", "beta=1.0"):
+    there = json.loads((tmp_path / name / "evaluation.json").read_text())
+    assert there["samples"] == 16
+
+
+def test_another_policy_in_the_folder_is_refused_and_loses_nothing(swept):
+  workdir, _ = swept
+  before = files(workdir)
+  config = load(*SAMPLED, "optim.learning_rate=1e-4")
+  with pytest.raises(ValueError, match=r"optim.learning_rate \(saved 0.001"):
+    sweeps.sweep(config, POINTS, workdir)
+  del before["sweep.json"]
+  assert before.items() <= files(workdir).items()
+
+
+def test_a_stopped_point_ends_the_sweep_with_its_exit_code(
+  tmp_path, monkeypatch
+):
+  fit = loop.fit
+  monkeypatch.setattr(loop, "fit", lambda *a: fit(*a)._replace(exit_code=130))
+  assert sweeps.sweep(load(), POINTS, tmp_path) == 130
+  assert not (tmp_path / "beta=0.1/evaluation.json").exists()
+  assert not (tmp_path / "beta=5.0").exists()
+  monkeypatch.setattr(loop, "fit", fit)
+  assert sweeps.sweep(load(), POINTS, tmp_path) == 0
+  assert (tmp_path / "beta=5.0/evaluation.json").exists()
+
+
+def test_points_that_differ_in_a_compiled_field_each_build_their_own(tmp_path):
+  config = load("train.steps=1")
+  points = [{"data.seed": 0}, {"data.seed": 1}]
+  assert sweeps.sweep(config, points, tmp_path) == 0
+  losses_of = [
+    metrics(tmp_path, f"seed={s}")[0]["logps/chosen"] for s in (0, 1)
+  ]
+  assert losses_of[0] != losses_of[1]
+
+
+@pytest.mark.parametrize(
+  ("points", "message"),
+  [
+    ([], "no points"),
+    ([{"loss.beta": 0.1}, {"loss.beta": 0.1}], "names a point twice"),
+    ([{"loss.betta": 0.1}], "loss.betta.*did you mean 'loss.beta'"),
+    ([{"loss.beta": "big"}], "loss.beta = 'big', which must be of type float"),
+    ([{"loss.beta": -1.0}], "loss.beta = -1.0 must be above 0"),
+  ],
+)
+def test_points_that_cannot_be_are_refused_before_anything_is_trained(
+  tmp_path, points, message
+):
+  with pytest.raises(ValueError, match=message):
+    sweeps.sweep(load(), points, tmp_path)
+  assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_names_of_points_are_short_where_that_is_clear():
+  name = sweeps.point_name
+  assert name({"loss.beta": 0.1, "data.seed": 1}) == "beta=0.1,seed=1"
+  assert name({"data.seed": 0, "sample.seed": 1}) == "data.seed=0,sample.seed=1"
+
+
+def test_assembly_tells_traced_fields_from_compiled_ones():
+  run = assembly.prepare(load())
+  assert assembly.prepare_point(load("loss.beta=2.0"), run).loader is run.loader
+  other = assembly.prepare_point(load("data.batch_size=4"), run)
+  assert other.loader is not run.loader
