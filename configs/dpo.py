@@ -5,7 +5,8 @@
 
 `configs/dpo.py:loss=ipo` selects another loss with its own defaults,
 `:model=pythia-70m` another shape, `:smoke` two steps of a micro model on
-generated pairs. The optimiser's constants are the paper's (arXiv:2305.18290
+generated pairs; `dpo-jax sweep` in the place of `train` runs the paper's β.
+The optimiser's constants are the paper's (arXiv:2305.18290
 appendix B) but for the learning rate: the model here is small and starts from
 random parameters unless `--config.init_from` names a run folder, so the
 paper's 1e-6 would not move it. For a pre-trained model set
@@ -13,6 +14,11 @@ paper's 1e-6 would not move it. For a pre-trained model set
 """
 
 from configs import base, common
+
+
+def sweep():
+  for beta in (0.05, 0.1, 1.0, 5.0):
+    yield {"loss.beta": beta}
 
 
 def get_config(arg=None):

@@ -13,11 +13,9 @@ from ml_collections import config_dict
 
 from configs import base, common
 
-BETAS = (0.05, 0.1, 1.0, 5.0)
-
 
 def sweep():
-  for beta in BETAS:
+  for beta in (0.05, 0.1, 1.0, 5.0):
     yield {"loss.beta": beta}
 
 
@@ -112,15 +110,16 @@ def dpo(root, quick):
   c.data.train = f"{root}/pairs/pairs.jsonl"
   c.data.eval = f"{root}/held_out/pairs.jsonl"
   c.data.batch_size = 32  # prompts, of six comparisons each
-  c.train.epochs = 1.0
+  c.train.epochs = 3.0 if quick else 1.0
   c.optim.learning_rate = 5e-4
   c.optim.schedule = "linear"
   c.optim.warmup = 10
+  c.log.every = 5
   c.eval.every = 1000
   c.sample.prompts = "reviews:test"
   c.sample.labelled = "reviews:test"
   c.sample.seed = 2  # at every β: its samples differ by the policy alone
-  c.sample.count = 128 if quick else 512
+  c.sample.count = 256 if quick else 512
   return c
 
 

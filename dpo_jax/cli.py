@@ -132,8 +132,7 @@ def _import_file(path):
 
 
 def _paths(config, prefix=""):
-  for key in config:
-    value = config.get_ref(key).get()
+  for key, value in config.items():
     if hasattr(value, "to_dict"):
       yield from _paths(value, f"{prefix}{key}.")
     else:
@@ -298,7 +297,7 @@ def _run(argv):
 def main(argv=None):
   """Runs a verb; user mistakes end in one line on stderr and exit code 2."""
   argv = sys.argv[1:] if argv is None else argv
-  if not argv or argv[0] in ("-h", "--help", "help"):
+  if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
     print(_USAGE)
     return 0
   try:

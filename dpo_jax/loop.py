@@ -43,6 +43,7 @@ def fit(config, workdir, run=None):
     over; FloatingPointError when train.max_skipped updates in a row were not
     finite.
   """
+  assembly.check(config)
   first = jax.process_index() == 0
   lock = health.lock(workdir) if first else contextlib.nullcontext()
   with lock, health.stop_on_signal() as stop:

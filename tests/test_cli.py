@@ -1,6 +1,7 @@
 """What a user can get wrong on the command line, and what they are told."""
 
 import json
+import pathlib
 import pkgutil
 
 import pytest
@@ -62,7 +63,7 @@ PLAIN = {"prompt": "p", "chosen": "a", "rejected": "b"}
     (b'{"prompt": "\xff"}\n', "my.jsonl:1: not UTF-8"),
     (lines({**PLAIN, "prompt": "p" * 400}),
      "my.jsonl:1: field 'prompt' has 400 tokens, more than "
-     "data.max_prompt_length = 256"),
+     "data.max_prompt_length = 64"),
     (b"", "my.jsonl: no usable record"),
   ],
 )  # fmt: skip
@@ -144,12 +145,124 @@ def test_a_wrong_setting_gets_one_line_that_says_what_to_do(
 
 
 def test_help_and_unknown_verbs(capsys):
-  assert cli.main([]) == 0
-  assert "train" in capsys.readouterr().out
+  for words in ([], ["--help"], ["help"], ["train", "--help"]):
+    assert cli.main(words) == 0
+    assert "--config.FIELD=VALUE" in capsys.readouterr().out
   assert cli.main(["trian"]) == 2
   assert "did you mean 'train'?" in capsys.readouterr().err
   assert cli.main(["train"]) == 2
   assert "train needs --config" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+  """The words of a sweep command, and the folder in which it ran."""
+  workdir = tmp_path_factory.mktemp("sweep")
+  words = [
+    "sweep",
+    f"--config={dpo_jax.__path__[0]}/../configs/dpo.py:smoke",
+    "--config.sample.prompts=toy",
+    "--config.sample.count=8",
+    "--config.sample.batch_size=8",
+    "--config.sample.max_new_tokens=4",
+    "--config.sample.scorers=vader",
+    f"--workdir={workdir}",
+  ]
+  assert cli.main(words) == 0
+  return words, workdir
+
+
+def test_a_sweep_ends_with_its_table_and_where_the_report_is(swept, capsys):
+  words, workdir = swept
+  assert cli.main(words) == 0
+  out = capsys.readouterr().out.splitlines()
+  (start,) = (n for n, line in enumerate(out) if line.startswith("run "))
+  table = out[start:]
+  names = ["reference", *(f"beta={b}" for b in ("0.05", "0.1", "1.0", "5.0"))]
+  assert [line.split()[0] for line in table[1:6]] == names
+  assert table[6] == f"report: {workdir}/report.html"
+  assert out.count("done before, skipped") == 4
+
+
+def test_the_report_is_written_again_from_the_folder(swept, capsys):
+  _, workdir = swept
+  before = (workdir / "report.html").read_bytes()
+  (workdir / "report.html").unlink()
+  assert cli.main(["report", f"--workdir={workdir}"]) == 0
+  assert (workdir / "report.html").read_bytes() == before
+  assert "beta=5.0" in capsys.readouterr().out
+
+
+def test_eval_takes_the_config_of_the_run_and_the_sweep_sees_what_it_did(
+  swept, capsys
+):
+  words, workdir = swept
+  path = workdir / "beta=0.1/evaluation.json"
+  before = json.loads(path.read_text())
+  point = f"--workdir={workdir}/beta=0.1"
+  assert cli.main(["eval", point, "--config.sample.count=4"]) == 0
+  assert json.loads(path.read_text())["samples"] == 4
+  assert "reward/vader" in capsys.readouterr().out
+  assert cli.main(words) == 0
+  assert capsys.readouterr().out.count("done before, skipped") == 3
+  assert json.loads(path.read_text()) == before
+
+
+def test_sample_draws_from_a_run_and_goes_on_where_it_is(swept, capsys):
+  _, workdir = swept
+  words = ["sample", f"--workdir={workdir}/beta=5.0"]
+  words += ["--config.sample.count=2", "--config.sample.draws=3"]
+  assert cli.main(words) == 0
+  assert capsys.readouterr().out.count(" ⟶") == 3
+  path = workdir / "beta=5.0/completions.jsonl"
+  before = path.read_bytes()
+  assert len(before.splitlines()) == 6
+  assert cli.main(words) == 0
+  assert path.read_bytes() == before
+  assert cli.main([*words, "--config.sample.seed=1"]) == 2
+  assert "drawn from another policy or with other settings" in (
+    capsys.readouterr().err
+  )
+  assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    ("eval --workdir=nowhere",
+     "nowhere/config.json: no such file; is --workdir the folder of a run?"),
+    ("sample --workdir=nowhere", "nowhere/config.json: no such file"),
+    ("report --workdir=nowhere", "nowhere holds no sweep"),
+    ("report", "report needs --workdir"),
+    ("sweep --config=configs/dpo.py:smoke", "sweep needs --workdir"),
+    ("sweep --config=configs/sft.py:smoke --workdir=x", "has no sweep()"),
+    ("sweep --config=configs/dpo.py:smoke,loss=sft --workdir=x",
+     "the sweep sets loss.beta, which is not a field"),
+    ("eval --config=configs/dpo.py:smoke --workdir=nowhere",
+     "the run = nowhere holds no checkpoints/ folder"),
+    ("sample --config=configs/dpo.py:smoke --workdir=nowhere",
+     "nowhere holds no trained policy"),
+    ("train --config=configs/quickstart.py:stage=dpoo",
+     "did you mean 'dpo'?"),
+    ("train --config=configs/dpo.py:smoke --workdir=x "
+     "--config.sample.labels=bradley", "sample.labels = 'bradley'"),
+    ("train --config=configs/dpo.py:smoke --workdir=x "
+     "--config.sample.prefix=(8,2)", "sample.prefix = (8, 2)"),
+    ("train --config=configs/dpo.py:smoke --workdir=x "
+     "--config.ref_store=y", "ref_store has no effect with ref = 'frozen'"),
+  ],
+)  # fmt: skip
+def test_a_wrong_verb_or_folder_gets_one_line_and_writes_nothing(
+  words, message, capsys, monkeypatch, tmp_path
+):
+  root = pathlib.Path(dpo_jax.__path__[0]).parent
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "configs").symlink_to(root / "configs")
+  assert cli.main(words.split()) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert len(error.splitlines()) == 1
+  assert [p.name for p in tmp_path.iterdir()] == ["configs"]
 
 
 def test_another_config_in_the_same_folder_is_refused_and_loses_nothing(
@@ -182,6 +295,7 @@ def test_overrides_take_the_types_of_their_fields():
       "data.packed=false",
       "mesh.data=4",
       "optim.freeze=('embed',)",
+      "sample.scorers=tfidf:my.csv,vader",
       "optim.clip_norm=None",
     ],
   )
@@ -193,6 +307,7 @@ def test_overrides_take_the_types_of_their_fields():
   assert config.data.packed is False
   assert config.mesh.data == 4
   assert config.optim.freeze == ("embed",)
+  assert config.sample.scorers == ("tfidf:my.csv", "vader")
   assert config.optim.clip_norm is None
   with pytest.raises(AttributeError):
     config.new_field = 1

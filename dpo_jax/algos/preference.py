@@ -25,12 +25,10 @@ def make(config, apply):
   static, numeric = base.split_fields(config.loss)
   _check_fields(config.loss, loss)
   prepare = base.no_preparation
-  if config.ref == "frozen":
+  if config.ref != "none":
     prepare = functools.partial(
       reference_logps, apply=apply, chunk=config.head_chunk
     )
-  elif config.ref == "cached":
-    prepare = cached_logps
   return base.Algorithm(
     objective=functools.partial(
       objective,
@@ -71,23 +69,21 @@ def _check_ranges(loss):
 
 
 def reference_logps(batch, frozen, extra, *, apply, chunk):
-  """Adds ref_token_logps f32[R, S], unless the batch brings them."""
+  """Adds ref_token_logps f32[R, S], unless the batch brings them.
+
+  Raises: ValueError if there is neither a cached nor a frozen reference.
+  """
   del extra
   if "ref_token_logps" in batch:
     return batch
+  if "ref" not in frozen:
+    raise ValueError(
+      "the batch brings no ref_token_logps and there is no frozen reference: "
+      "give the loader its own (scoring.attach_reference), or set "
+      "ref = 'frozen'"
+    )
   logps = base.token_logps(apply, frozen["ref"], batch, chunk)
   return {**batch, "ref_token_logps": jax.lax.stop_gradient(logps)}
-
-
-def cached_logps(batch, frozen, extra):
-  """Checks that the batch brings its ref_token_logps."""
-  del frozen, extra
-  if "ref_token_logps" not in batch:
-    raise ValueError(
-      "ref = 'cached', but the batch has no ref_token_logps: give them to the "
-      "loader first (scoring.attach_reference), or set ref = 'frozen'"
-    )
-  return batch
 
 
 def objective(

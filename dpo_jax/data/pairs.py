@@ -26,12 +26,18 @@ def beginnings(texts, encode, decode, span, seed):
     starts = [
       start
       for n, start in zip(range(span[0], span[1] + 1), starts, strict=True)
-      if n < len(ids) and text.startswith(start) and text[len(start)] == " "
+      if n < len(ids) and _word_follows(text, start)
     ]
     draw = rng.random()  # drawn for every text: one cut moves no other
     if starts:
       out.append((index, starts[int(draw * len(starts))]))
   return out
+
+
+def _word_follows(text, start):
+  """Whether `text` is `start`, a space and something more."""
+  rest = text.removeprefix(start)
+  return text.startswith(start) and rest[:1] == " " and bool(rest.strip())
 
 
 def compare(completions, rewards, labels, seed):
@@ -46,8 +52,11 @@ def compare(completions, rewards, labels, seed):
     labels: "bradley_terry" or "deterministic".
     seed: of the draws, a list of ints.
   Returns: list of [winner, loser].
+  Raises: ValueError for a reward that is not finite.
   Source: arXiv:2305.18290 Eq. 1.
   """
+  if not np.all(np.isfinite(rewards)):
+    raise ValueError(f"rewards {rewards} cannot be compared: not all finite")
   rng = np.random.default_rng(seed)
   pairs = []
   for i in range(len(completions)):
@@ -86,7 +95,7 @@ def records(draws, labels, seed):
     texts = [draw["completion"] for draw in kept]
     rewards = [draw["reward"] for draw in kept]
     pairs = compare(texts, rewards, labels, [seed, number])
-    left_out["pairs of equal completions"] += len(texts) * (
+    left_out["pairs of equal completions or rewards"] += len(texts) * (
       len(texts) - 1
     ) // 2 - len(pairs)
     if pairs:

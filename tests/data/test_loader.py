@@ -389,6 +389,93 @@ def test_the_promised_fill_is_that_of_the_planned_batches():
   assert batches.fill == tokens / sum(b["tokens"].size for b in built)
 
 
+def numbered(count):
+  """Examples whose ids are not their indices, as after skipped records."""
+  items = worlds.examples(count, seed=2, completions=4)
+  return [e._replace(example_id=3 * e.example_id + 5) for e in items]
+
+
+def codes_of(example):
+  """One number a scored token: which example, completion and position."""
+  return [
+    10_000 * example.example_id + 100 * c + len(example.prompt) + k
+    for c, ids in enumerate(example.completions)
+    for k in range(len(ids))
+  ]
+
+
+def codes(batch, padding):
+  """The same numbers for [R, S], from the arrays of the batch."""
+  _, per_row, completions = batch["completion_weights"].shape
+  slot, row = batch["target_slot"], np.arange(len(batch["tokens"]))[:, None]
+  real = slot < per_row * completions
+  p, c = np.divmod(np.where(real, slot, 0), completions)
+  position = batch["positions"][row, batch["target_index"]]
+  code = 10_000 * batch["example_id"][row, p] + 100 * c + position
+  return np.where(real, code, padding)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("seed", [0, None])
+def test_unpack_gives_every_example_its_own_scored_positions(
+  packed, shared, seed
+):
+  items = numbered(10)
+  batches = make(items, packed=packed, shared=shared, row_multiple=3, seed=seed)
+  for number in range(batches.steps):
+    batch, _ = batches.batch(number)
+    got = list(batches.unpack(number, codes(batch, padding=-1)))
+    want = sorted(batches.indices(number).tolist())
+    assert sorted(index for index, _ in got) == want
+    for index, values in got:
+      assert values.tolist() == codes_of(items[index])
+
+
+@LAYOUTS
+def test_in_order_yields_each_example_once_in_file_order(packed, shared):
+  items = numbered(10)
+  batches = make(items, packed=packed, shared=shared, seed=3)
+  once = batches.in_order()
+  assert once.fingerprint == batches.fingerprint
+  assert (once.size, once.steps) == (10, 3)
+  want = [e.example_id for e in items]
+  for number in range(once.steps):
+    batch, _ = once.batch(number)
+    assert ids_of(batch) == want[4 * number : 4 * number + 4]
+
+
+def test_counts_are_the_scored_tokens_of_each_example():
+  items = numbered(10)
+  want = [sum(map(len, e.completions)) for e in items]
+  batches = make(items)
+  assert batches.counts == batches.in_order().counts == want
+
+
+@LAYOUTS
+def test_set_reference_puts_values_at_the_scored_positions(packed, shared):
+  items = numbered(10)
+  batches = make(items, packed=packed, shared=shared, row_multiple=3)
+  plain, _ = batches.batch(0)
+  assert not batches.has_reference
+  assert "ref_token_logps" not in plain
+  # f32 holds the codes exactly: they are whole and below 2²⁴.
+  batches.set_reference([np.asarray(codes_of(e), np.float32) for e in items])
+  assert batches.has_reference
+  for number in range(2 * batches.steps):  # straddles epochs
+    batch, _ = batches.batch(number)
+    got = batch.pop("ref_token_logps")
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, codes(batch, padding=0))
+    if number == 0:
+      assert_same(batch, plain)
+
+
+def test_a_reference_of_another_number_of_examples_is_an_error():
+  batches = make(numbered(4))
+  with pytest.raises(ValueError, match="shorter"):
+    batches.set_reference([np.zeros(n) for n in batches.counts[:3]])
+
+
 @pytest.fixture
 def ended():
   """A function that waits for every thread the test started to end."""

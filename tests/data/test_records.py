@@ -1,8 +1,8 @@
-"""Labels and messages: every form, and every bad row with its place."""
+"""Labels, messages, drawn tokens: every form, every bad row with its place."""
 
 import pytest
 
-from dpo_jax.data import records
+from dpo_jax.data import records, sources
 
 
 def user(content):
@@ -297,3 +297,109 @@ def test_bad_messages_are_an_error_naming_field_and_message(
   for word in ("my.jsonl:7: ", *words):
     assert word in str(error)
   assert "\n" not in str(error)
+
+
+DRAWN = {
+  "prompt": "p",
+  "completions": [" a", " b", "c"],
+  "pairs": [[2, 0], [0, 1]],
+  "tokens": [[5, 0], [7], [8, 8, 256]],
+}
+
+
+def test_tokens_are_kept_beside_their_completions():
+  got = records.make(DRAWN, "preference", "f:1")
+  assert got == records.Record(
+    "p",
+    (" a", " b", "c"),
+    ((2, 0), (0, 1)),
+    "f:1",
+    tokens=([5, 0], [7], [8, 8, 256]),
+  )
+
+
+def test_a_record_without_tokens_has_none():
+  row = {k: v for k, v in DRAWN.items() if k != "tokens"}
+  assert records.make(row, "preference", "f:1").tokens is None
+
+
+@pytest.mark.parametrize(
+  ("row", "form"),
+  [
+    ({"prompt": "p", "chosen": "a", "rejected": "b"}, "preference"),
+    ({k: v for k, v in DRAWN.items() if k != "pairs"}, "sft"),
+    ({"prompt": "p", "completion": "a"}, "sft"),
+    (LABELLED, "label"),
+  ],
+)
+def test_other_forms_do_not_look_at_tokens(row, form):
+  got = records.make({**row, "tokens": "?"}, form, "f:1")
+  assert got.tokens is None
+  row = {k: v for k, v in row.items() if k != "tokens"}
+  assert got == records.make(row, form, "f:1")
+
+
+BAD_TOKENS = {
+  "too few": [[5, 0], [7]],
+  "too many": [[5, 0], [7], [8], [9]],
+  "none": [],
+  "an empty list": [[5, 0], [], [8]],
+  "no list": [[5, 0], 7, [8]],
+  "null": [[5, 0], None, [8]],
+  "ids for one completion": [5, 7, 8],
+  "text": [[5, 0], "7", [8]],
+  "ids as text": [[5, 0], ["7"], [8]],
+  "a negative id": [[5, 0], [-1], [8]],
+  "a bool": [[5, 0], [True], [8]],
+  "a float": [[5, 0], [7.0], [8]],
+  "a null among ids": [[5, 0], [None], [8]],
+  "deeper": [[5, 0], [[7]], [8]],
+}
+
+
+@pytest.mark.parametrize("tokens", BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_malformed_tokens_are_an_error_naming_what_is_wanted(tokens):
+  error = error_of({**DRAWN, "tokens": tokens}, "preference")
+  assert error.reason == "bad tokens"
+  for word in ("my.jsonl:7: 'tokens'", "non-empty list of ids", "each of 3"):
+    assert word in str(error)
+  assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+  ("tokens", "kind"), [("567", "str"), ({"0": [5]}, "dict"), (None, "NoneType")]
+)
+def test_tokens_that_are_no_list_are_of_the_wrong_type(tokens, kind):
+  error = error_of({**DRAWN, "tokens": tokens}, "preference")
+  assert error.reason == "wrong type"
+  assert f"my.jsonl:7: field 'tokens' must be list, not {kind}" in str(error)
+
+
+def test_messages_cannot_have_tokens():
+  error = error_of({**RANKED, "tokens": [[5], [7]]}, "preference")
+  assert error.reason == "bad tokens"
+  assert "my.jsonl:7: 'tokens'" in str(error)
+  assert "completions that are text" in str(error)
+
+
+CSV = """prompt,completions,pairs,tokens
+p,"[""a"", ""b""]","[[1, 0]]","[[5, 0], [7]]"
+q,"[""a"", ""b""]","[[0, 1]]",
+"""
+
+
+def test_tokens_in_a_csv_are_read_as_json(tmp_path):
+  path = tmp_path / "my.csv"
+  path.write_text(CSV)
+  got = sources.load(str(path), "preference", sources.Policy("error"))
+  assert [r.tokens for r in got] == [([5, 0], [7]), None]
+  assert [r.pairs for r in got] == [((1, 0),), ((0, 1),)]
+
+
+def test_tokens_in_a_csv_that_are_not_json_are_an_error(tmp_path):
+  path = tmp_path / "my.csv"
+  path.write_text(CSV.replace("[[5, 0], [7]]", "5 0; 7"))
+  with pytest.raises(
+    ValueError, match=r"my\.csv:2: field 'tokens' is not JSON"
+  ):
+    sources.load(str(path), "preference", sources.Policy("error"))

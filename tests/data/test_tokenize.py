@@ -1,4 +1,4 @@
-"""BOS, EOS, cutting, and the boundary between prompt and completion."""
+"""BOS, EOS, cutting, the boundary behind the prompt, and drawn tokens."""
 
 import json
 import types
@@ -383,6 +383,129 @@ def test_examples_keep_the_part_of_the_mixture_they_come_from():
   texts = [record("p", "a"), record("q", "b")._replace(source=2)]
   examples, _, _ = encode(texts, BYTES)
   assert [e.source for e in examples] == [0, 2]
+
+
+def drawn(tokenizer, prompt, *tokens, line=1):
+  """A record of completions that bring their tokens, the first the winner."""
+  texts = tuple(map(tokenizer.decode, tokens))
+  pairs = ((0, 1),) if len(tokens) == 2 else ()
+  return sources.Record(prompt, texts, pairs, f"my.jsonl:{line}", tokens=tokens)
+
+
+def by_character(tokenizer, text):
+  """Ids of a text, one character at a time."""
+  return [i for ids in tokenizer.encode(list(text)) for i in ids]
+
+
+def test_drawn_tokens_are_kept_where_the_tokenizer_spells_otherwise(bpe):
+  ways = [
+    by_character(bpe, " warmth."),
+    bpe.encode([" warm"])[0] + bpe.encode(["th."])[0],
+    bpe.encode([" warmth."])[0],
+  ]
+  assert len(set(map(tuple, ways))) == 3
+  assert set(map(bpe.decode, ways)) == {" warmth."}
+  for ids in ways:
+    # The second prompt merges with what follows it, were it encoded.
+    for prompt in ("the plot is", "the plot is" + " war"):
+      tail = ids if prompt == "the plot is" else by_character(bpe, "mth.")
+      text = drawn(bpe, prompt, [*tail, bpe.eos_id], bpe.encode([" dull"])[0])
+      examples, changed, _ = encode([text], bpe)
+      assert examples[0].completions == text.tokens
+      assert examples[0].prompt == [bpe.bos_id, *bpe.encode([prompt])[0]]
+      assert examples[0].pairs == ((0, 1, 1.0),)
+      assert not changed
+
+
+def test_no_eos_is_added_to_drawn_tokens_and_a_drawn_one_stays(tokenizer):
+  (ids,) = tokenizer.encode([" warm"])
+  (other,) = tokenizer.encode([" dull"])
+  text = drawn(tokenizer, "the plot is", [*ids, tokenizer.eos_id], other)
+  examples, changed, _ = encode([text], tokenizer)
+  assert examples[0].completions == ([*ids, tokenizer.eos_id], other)
+  assert not changed
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte-level"])
+def test_drawn_bytes_that_are_no_character_are_kept(loaded, name):
+  tokenizer = BYTES if name == "bytes" else loaded[name][0]
+  (ids,) = tokenizer.encode(["文"])
+  assert len(ids) == 3
+  text = drawn(tokenizer, "p", ids[:2], [*ids[1:], tokenizer.eos_id])
+  assert "�" in text.completions[0]
+  examples, _, _ = encode([text], tokenizer)
+  assert examples[0].completions == text.tokens
+
+
+def test_records_with_and_without_tokens_stand_side_by_side(bpe):
+  ids = by_character(bpe, " warm.")
+  texts = [
+    PAIRS[0],
+    drawn(bpe, "the cast was", ids, [*ids[:3], bpe.eos_id]),
+    PAIRS[1],
+  ]
+  examples, _, _ = encode(texts, bpe)
+  assert examples[1].completions == texts[1].tokens
+  for at in (0, 2):
+    alone = encode_one(texts[at], bpe)
+    assert (examples[at].prompt, list(examples[at].completions)) == alone
+
+
+def not_of(tokenizer):
+  """name: tokens of " warm." that `tokenizer` would not have drawn."""
+  (ids,) = tokenizer.encode([" warm."])
+  return {
+    "another tokenizer": list(b" warm."),
+    "a token less": ids[:-1],
+    "a token more": [*ids, ids[-1]],
+    "beyond the vocabulary": [*ids, tokenizer.vocab_size],
+    "far beyond the vocabulary": [*ids, 2**40],
+  }
+
+
+@pytest.mark.parametrize("name", not_of(BYTES))
+def test_tokens_that_do_not_spell_the_text_are_refused_or_skipped(bpe, name):
+  (dull,) = bpe.encode([" dull"])
+  good = drawn(bpe, "the plot is", bpe.encode([" warm."])[0], dull, line=4)
+  bad = good._replace(tokens=(dull, not_of(bpe)[name]), origin="my.jsonl:5")
+  bad = bad._replace(completions=good.completions[::-1])
+  with pytest.raises(ValueError) as caught:
+    encode([good, bad], bpe)
+  error = caught.value.__cause__
+  assert isinstance(error, sources.BadRecord)
+  assert error.reason == "bad tokens"
+  assert str(error).startswith("my.jsonl:5: 'tokens' do not spell ' warm.'")
+  examples, _, skipped = encode([bad, good], bpe, on_bad="skip")
+  assert [e.example_id for e in examples] == [1]
+  assert examples[0].completions == good.tokens
+  assert skipped == {"bad tokens": 1}
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tokenizer):
+  """Some decoders leave such ids out, and the text is right."""
+  (ids,) = tokenizer.encode([" warm."])
+  good = drawn(tokenizer, "the plot is", ids)
+  assert encode([good], tokenizer)[0][0].completions == (ids,)
+  bad = good._replace(tokens=([*ids, tokenizer.vocab_size],))
+  with pytest.raises(ValueError, match=r"my\.jsonl:1: 'tokens' do not spell"):
+    encode([bad], tokenizer)
+
+
+def test_an_eos_inside_drawn_tokens_is_refused(tokenizer):
+  (ids,) = tokenizer.encode([" warm."])
+  text = drawn(tokenizer, "the plot is", [ids[0], tokenizer.eos_id, *ids[1:]])
+  with pytest.raises(ValueError, match="contains the EOS"):
+    encode([text], tokenizer)
+
+
+def test_drawn_tokens_are_cut_as_others_are(tokenizer):
+  ids = by_character(tokenizer, "warm and clever.")
+  text = drawn(tokenizer, "p", [*ids, tokenizer.eos_id], ids[1:5])
+  for limit in (4, len(ids), len(ids) + 1):
+    examples, changed, _ = encode([text], tokenizer, max_completion=limit)
+    whole = limit == len(ids) + 1
+    assert examples[0].completions == (text.tokens[0][:limit], ids[1:5])
+    assert changed == ({} if whole else {"completion cut": 1})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,285 @@
+"""Prompts and draws by seed alone, resumed files, comparisons of what came."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import assembly, cli
+from dpo_jax.data import sources, tokenize
+from dpo_jax.eval import generate, rewards
+from tests import conftest, worlds
+
+IDENTITY = {"policy": "mine", "sample": {"prefix": (2, 8)}}
+
+
+def load(*overrides):
+  config = str(conftest.ROOT / "configs/dpo.py:smoke")
+  sampled = (
+    *("sample.prompts=toy", "sample.count=12", "sample.draws=4"),
+    *("sample.max_new_tokens=12", "sample.batch_size=8"),
+  )
+  return cli.load_config(config, (*sampled, *overrides))
+
+
+@pytest.fixture(scope="module")
+def setup():
+  return assembly.prepare_model(load())
+
+
+@pytest.fixture(scope="module")
+def params(setup):
+  initial = jax.device_get(assembly.initial_params(setup))
+  return jax.device_get(worlds.noisy(initial, 5, 0.3))
+
+
+def at(setup, *overrides):
+  """The same model with other fields of config.sample."""
+  return setup._replace(config=load(*overrides))
+
+
+def drawn(setup, params, **kwargs):
+  given = generate.prompts(setup)
+  return [d for b in generate.draws(setup, params, given, **kwargs) for d in b]
+
+
+@pytest.fixture(scope="module")
+def draws(setup, params):
+  return drawn(setup, params)
+
+
+def test_prompts_are_distinct_seeded_and_no_more_than_asked_for(setup):
+  records = sources.load("toy", "sft", sources.Policy("error"))
+  there = {record.prompt for record in records}
+  given = generate.prompts(setup)
+  texts = [text for text, _ in given]
+  assert len(set(texts)) == len(texts) == 12 < len(there)
+  assert set(texts) < there
+  assert [ids for _, ids in given] == setup.tokenizer.encode(texts)
+  assert generate.prompts(setup) == given
+  assert generate.prompts(at(setup, "sample.seed=1")) != given
+  # Fewer are the first of more; all of them are not more than there are.
+  assert generate.prompts(at(setup, "sample.count=5")) == given[:5]
+  everything = generate.prompts(at(setup, "sample.count=1000"))
+  assert len(everything) == len(there)
+  assert {text for text, _ in everything} == there
+
+
+def test_beginnings_have_as_many_tokens_as_the_prefix_says(setup, tmp_path):
+  texts = [f"a {n} of b or c it is {n}" for n in range(9)]
+  texts += ["unbreakable from the start", "a b"]
+  path = tmp_path / "texts.jsonl"
+  path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+  here = (f"sample.prompts={path}", "sample.count=100")
+  given = generate.prompts(at(setup, *here, "sample.prefix=(3, 8)"))
+  lengths = {len(ids) for _, ids in given}
+  assert min(lengths) >= 3
+  assert max(lengths) <= 8
+  assert len(lengths) > 1
+  for text, ids in given:
+    assert setup.tokenizer.decode(ids) == text
+    assert any(t.startswith(f"{text} ") for t in texts)
+  assert not {text[0] for text, _ in given} - {"a"}
+
+
+def test_without_prompts_there_is_nothing_to_draw(setup):
+  with pytest.raises(ValueError, match=r"sample.prompts is not set"):
+    generate.prompts(at(setup, "sample.prompts=None"))
+
+
+def test_a_draw_does_not_depend_on_its_batch_or_on_where_it_resumes(
+  setup, params, draws
+):
+  assert [d.id for d in draws] == list(range(48))
+  large = at(setup, "sample.batch_size=40")  # the last batch has 8
+  assert drawn(large, params) == draws
+  assert drawn(setup, params, skip=11) == draws[11:]
+
+
+def test_draws_differ_by_prompt_number_and_seed(setup, params, draws):
+  assert len({tuple(d.ids) for d in draws}) > 40
+  other = drawn(at(setup, "sample.seed=1"), params)
+  assert not {tuple(d.ids) for d in draws} & {tuple(d.ids) for d in other}
+
+
+def test_a_draw_ends_with_the_eos_or_at_the_limit(setup, draws):
+  eos = setup.tokenizer.eos_id
+  assert 0 < sum(d.finished for d in draws) < len(draws)
+  given = generate.prompts(setup)
+  for d in draws:
+    assert (d.prompt, d.prompt_ids) == given[d.id // 4]
+    assert d.completion == setup.tokenizer.decode(d.ids)
+    assert d.finished == (d.ids[-1] == eos)
+    assert eos not in d.ids[:-1]
+    assert d.finished or len(d.ids) == 12
+    assert 1 <= len(d.ids) <= 12
+
+
+def test_temperature_zero_draws_one_completion_of_a_prompt(setup, params):
+  greedy = drawn(at(setup, "sample.temperature=0.0"), params)
+  by_prompt = {d.prompt: d.ids for d in greedy}
+  assert len(by_prompt) == 12
+  assert all(d.ids == by_prompt[d.prompt] for d in greedy)
+  assert len(set(map(tuple, by_prompt.values()))) > 1
+
+
+@pytest.fixture(scope="module")
+def whole(setup, params, tmp_path_factory):
+  """The bytes of completions.jsonl of an unbroken run of six batches."""
+  workdir = tmp_path_factory.mktemp("whole")
+  here = at(setup, "sample.scorers=vader")
+  rows = generate.write(here, params, IDENTITY, workdir)
+  assert len(rows) == 48
+  return (workdir / "completions.jsonl").read_bytes()
+
+
+def test_a_file_has_a_line_for_each_draw(whole, draws):
+  rows = [json.loads(line) for line in whole.splitlines()]
+  vader = rewards.load("vader")
+  for row, d in zip(rows, draws, strict=True):
+    (score,) = vader.score([d.prompt], [d.completion])
+    assert row == {
+      "id": d.id // 4,
+      "prompt": d.prompt,
+      "completion": d.completion,
+      "finished": d.finished,
+      "length": len(d.ids),
+      "tokens": d.ids,
+      "reward/vader": score,
+    }
+
+
+def ends(data):
+  """Where each line ends, its newline counted."""
+  return np.cumsum([len(line) for line in data.splitlines(keepends=True)])
+
+
+CUTS = {
+  "at the start": (0, lambda data: 0),
+  "in the first line": (0, lambda data: 9),
+  "in a line of the third batch": (16, lambda data: int(ends(data)[20]) - 7),
+  "before a newline": (16, lambda data: int(ends(data)[22]) - 1),
+  "between two batches": (24, lambda data: int(ends(data)[23])),
+  "in the last line": (40, lambda data: len(data) - 3),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_file_that_was_cut_short_ends_as_that_of_an_unbroken_run(
+  name, setup, params, whole, tmp_path, monkeypatch
+):
+  skip, where = CUTS[name]
+  (tmp_path / "completions.json").write_text(json.dumps(IDENTITY))
+  (tmp_path / "completions.jsonl").write_bytes(whole[: where(whole)])
+  right, skipped = generate.draws, []
+
+  def recorded(*args, **kwargs):
+    skipped.append(kwargs["skip"])
+    return right(*args, **kwargs)
+
+  monkeypatch.setattr(generate, "draws", recorded)
+  here = at(setup, "sample.scorers=vader")
+  rows = generate.write(here, params, IDENTITY, tmp_path)
+  assert skipped == [skip]
+  assert (tmp_path / "completions.jsonl").read_bytes() == whole
+  assert rows == [json.loads(line) for line in whole.splitlines()]
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"id": 12, "pro'])
+def test_a_complete_file_is_left_alone(
+  tail, setup, params, whole, tmp_path, monkeypatch
+):
+  (tmp_path / "completions.json").write_text(json.dumps(IDENTITY))
+  (tmp_path / "completions.jsonl").write_bytes(whole + tail)
+  monkeypatch.setattr(
+    generate, "draws", lambda *_, **__: pytest.fail("drawn again")
+  )
+  here = at(setup, "sample.scorers=vader")
+  rows = generate.write(here, params, IDENTITY, tmp_path)
+  assert rows == [json.loads(line) for line in whole.splitlines()]
+  assert (tmp_path / "completions.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("saved", [{**IDENTITY, "policy": "another"}, None])
+def test_draws_of_something_else_are_refused_and_kept(
+  saved, setup, params, whole, tmp_path
+):
+  if saved is not None:
+    (tmp_path / "completions.json").write_text(json.dumps(saved))
+  (tmp_path / "completions.jsonl").write_bytes(whole)
+  with pytest.raises(ValueError, match="another policy or with other settings"):
+    generate.write(setup, params, IDENTITY, tmp_path)
+  assert (tmp_path / "completions.jsonl").read_bytes() == whole
+
+
+def test_labels_need_a_scorer(setup, params, tmp_path):
+  here = at(setup, "sample.labels=bradley_terry")
+  with pytest.raises(ValueError, match=r"sample.labels needs a scorer"):
+    generate.write(here, params, IDENTITY, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def codes(monkeypatch):
+  """A scorer of any bytes: `codes:N` is the sum of their codes modulo N."""
+
+  def make(modulus):
+    return lambda prompts, completions: np.asarray(
+      [sum(map(ord, text)) % int(modulus) for text in completions], float
+    )
+
+  monkeypatch.setitem(rewards.SCORERS, "codes", make)
+
+
+def records_of(workdir):
+  path = str(workdir / "pairs.jsonl")
+  return sources.load(path, "preference", sources.Policy("error"))
+
+
+@pytest.mark.parametrize("labels", ["bradley_terry", "deterministic"])
+def test_comparisons_train_on_the_tokens_that_were_drawn(
+  labels, setup, params, draws, codes, tmp_path
+):
+  here = at(setup, f"sample.labels={labels}", "sample.scorers=codes:97")
+  rows = generate.write(here, params, IDENTITY, tmp_path)
+  records = records_of(tmp_path)
+  examples, changed = tokenize.encode(
+    records, setup.tokenizer, here.config.data, sources.Policy("error")
+  )
+  assert not changed
+  assert len(examples) == 12
+  by_prompt = {}
+  for d in draws:
+    if d.completion:
+      by_prompt.setdefault(tuple(d.prompt_ids), []).append(d.ids)
+  assert any(len(d.ids) > 1 and d.finished for d in draws)
+  assert {tuple(e.prompt): list(e.completions) for e in examples} == by_prompt
+  reward = {tuple(row["tokens"]): row["reward/codes"] for row in rows}
+  ranked = [
+    reward[tuple(e.completions[w])] > reward[tuple(e.completions[l])]
+    for e in examples
+    for w, l, _ in e.pairs
+  ]
+  assert len(ranked) > 60
+  # With gaps of tens a Bradley–Terry loss is rare, but for ties.
+  assert all(ranked) if labels == "deterministic" else np.mean(ranked) > 0.9
+
+
+def test_labels_do_not_change_the_draws_and_are_seeded(
+  setup, params, whole, codes, tmp_path
+):
+  labels = ("sample.labels=bradley_terry", "sample.scorers=codes:2,vader")
+  texts = []
+  for name in ("one", "other"):
+    generate.write(at(setup, *labels), params, IDENTITY, tmp_path / name)
+    texts.append((tmp_path / name / "pairs.jsonl").read_bytes())
+  assert texts[0] == texts[1]
+  plain = [json.loads(line) for line in whole.splitlines()]
+  lines = (tmp_path / "one/completions.jsonl").read_text().splitlines()
+  for row, want in zip(map(json.loads, lines), plain, strict=True):
+    assert row.pop("reward/codes") in (0, 1)
+    assert row == want
+  # Rewards of 0 and 1 leave the labels to chance, σ(0) and σ(1).
+  pairs = [p for record in records_of(tmp_path / "one") for p in record.pairs]
+  assert 0.2 < np.mean([winner < loser for winner, loser in pairs]) < 0.8
