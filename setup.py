@@ -17,6 +17,7 @@ setuptools.setup(
     "flax>=0.12",
     # 0.10 is the newest JAX for Python 3.11; 0.11 and 0.12 need 3.12.
     "jax>=0.10,<0.13",
+    "jinja2",
     "matplotlib",
     "ml_collections",
     "numpy",

@@ -25,8 +25,6 @@ import pathlib
 import sys
 import time
 
-import ml_collections
-
 from dpo_jax import allocator, lookup
 
 _USAGE = __doc__
@@ -48,7 +46,10 @@ def load_config(spec, overrides=()):
 def _load(spec, overrides):
   """(locked config, its module or None)."""
   if spec.endswith(".json"):
-    path, module, config = spec, None, _saved_config(spec)
+    from dpo_jax.train import checkpoint
+
+    path, module = spec, None
+    config = checkpoint.saved_config(pathlib.Path(spec).parent)
   else:
     path, _, arg = spec.partition(":")
     module = _import_file(path)
@@ -65,20 +66,6 @@ def _load(spec, overrides):
     node = functools.reduce(lambda node, part: node[part], parents, config)
     node[name] = _parse_value(key, text, node.get_type(name))
   return config, module
-
-
-def _saved_config(path):
-  """The config of a run folder; fields that were None take any value."""
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise ValueError(f"{path}: no such file; is --workdir the folder of a run?")
-
-  def plain(value):
-    if isinstance(value, dict):
-      return {k: plain(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
-
-  return ml_collections.ConfigDict(plain(json.loads(path.read_text())))
 
 
 def _parse_value(key, text, kind):

@@ -1,6 +1,7 @@
 """The evaluation of a policy, as files of its run folder."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def evaluate(setup, params, ref, workdir, step):
   # Written last: it says that the point is done, and with which config.
   result["config"] = config.to_dict()
   if jax.process_index() == 0:
-    _write(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    text = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n"
+    _write(workdir / "evaluation.json", text)
   return result
 
 
@@ -79,6 +81,15 @@ def _held_out(setup, params, ref, workdir):
   algorithm = assembly.make_algorithm(setup)
   hparams = assembly.hyper_params(config)
   return preference.evaluate(setup, algorithm, state, hparams)
+
+
+def _plain(value):
+  """Values as JSON has them: what is not finite is null."""
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
 
 
 def _write(path, text):

@@ -73,6 +73,11 @@ def _start(run, workdir):
 def _train(run, state, checkpoints, workdir, stop):
   setup, config = run.setup, run.setup.config
   start, total = int(state.step), run.total
+  if start > total:
+    raise ValueError(
+      f"{workdir} is at step {start} already, and the config asks for {total}; "
+      "raise train.steps or train.epochs, or use a new --workdir"
+    )
   first = jax.process_index() == 0
   logger = log.Logger(
     workdir,

@@ -104,7 +104,7 @@ def _describe(config, points, names, workdir, reference):
   workdir.mkdir(parents=True, exist_ok=True)
   notes = []
   if reference is not None and config.sample.labelled is not None:
-    scorers = [rewards.load(spec) for spec in config.sample.scorers]
+    scorers = rewards.load_all(config.sample.scorers)
     notes = rewards.check(scorers, config.sample.labelled)
     print("\n".join(notes))
   about = {

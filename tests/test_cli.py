@@ -230,7 +230,7 @@ def test_sample_draws_from_a_run_and_goes_on_where_it_is(swept, capsys):
   ("words", "message"),
   [
     ("eval --workdir=nowhere",
-     "nowhere/config.json: no such file; is --workdir the folder of a run?"),
+     "nowhere/config.json: no such file; is nowhere the folder of a run?"),
     ("sample --workdir=nowhere", "nowhere/config.json: no such file"),
     ("report --workdir=nowhere", "nowhere holds no sweep"),
     ("report", "report needs --workdir"),

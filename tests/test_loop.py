@@ -72,6 +72,14 @@ def test_dpo_learns_the_toy_task_and_continues_a_finished_run(tmp_path):
 
 
 @slow
+def test_fewer_steps_than_are_saved_are_refused_and_lose_nothing(tmp_path):
+  loop.fit(load("configs/dpo.py:smoke", "train.steps=3"), tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_bytes()
+  with pytest.raises(ValueError, match="is at step 3 already"):
+    loop.fit(load("configs/dpo.py:smoke", "train.steps=2"), tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
 def test_evaluation_does_not_depend_on_devices_or_on_the_last_batch(tmp_path):
   """960 comparisons in batches of 50: the last one has 10."""
   values = []

@@ -24,7 +24,7 @@ def measure(setup, params, ref):
     "log_ratio".
   """
   options = setup.config.sample
-  scorers = [rewards.load(spec) for spec in options.scorers]
+  scorers = rewards.load_all(options.scorers)
   given = generate.prompts(setup)
   batches = -(-len(given) * options.draws // options.batch_size)
   drawn = [

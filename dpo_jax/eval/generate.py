@@ -59,9 +59,13 @@ def prompts(setup):
   texts = list(dict.fromkeys(texts))
   order = np.random.default_rng(options.seed).permutation(len(texts))
   chosen = [texts[i] for i in order[: options.count]]
-  if not chosen:
-    raise ValueError(f"sample.prompts = {options.prompts}: no usable prompt")
-  return tokenize.prompts(chosen, setup.tokenizer, config.data, policy)
+  out = tokenize.prompts(chosen, setup.tokenizer, config.data, policy)
+  if not out:
+    raise ValueError(
+      f"sample.prompts = {options.prompts}: no usable prompt (skipped: "
+      f"{policy.skipped})"
+    )
+  return out
 
 
 def draws(setup, params, given, *, skip=0):
@@ -132,7 +136,7 @@ def write(setup, params, identity, workdir):
   Raises: ValueError if the folder holds draws of something else.
   """
   options = setup.config.sample
-  scorers = [rewards.load(spec) for spec in options.scorers]
+  scorers = rewards.load_all(options.scorers)
   if options.labels != "none" and not scorers:
     raise ValueError("sample.labels needs a scorer: set sample.scorers")
   workdir = epath.Path(workdir)

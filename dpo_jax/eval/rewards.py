@@ -17,18 +17,17 @@ All read prompt and completion as one text, but for `implicit`, which scores the
 completion given the prompt.
 """
 
+import collections
 import functools
-import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import ml_collections
 import numpy as np
-from etils import epath
 
 from dpo_jax import assembly, lookup, scoring
 from dpo_jax.data import sources, tokenize
+from dpo_jax.train import checkpoint
 
 
 class Scorer(NamedTuple):
@@ -54,6 +53,21 @@ def load(spec):
   if (argument == "") != (name == "vader"):
     raise ValueError(f"scorer {spec!r}: see the forms in eval/rewards.py")
   return Scorer(name, make(argument))
+
+
+def load_all(specs):
+  """The Scorers of some specs; their names are distinct.
+
+  Raises: ValueError for a spec that is there twice.
+  """
+  if len(set(specs)) < len(specs):
+    raise ValueError(f"sample.scorers names a scorer twice: {tuple(specs)}")
+  scorers = [load(spec) for spec in specs]
+  count = collections.Counter(scorer.name for scorer in scorers)
+  return [
+    scorer if count[scorer.name] == 1 else scorer._replace(name=spec)
+    for spec, scorer in zip(specs, scorers, strict=True)
+  ]
 
 
 def auc(scores, labels):
@@ -180,12 +194,12 @@ def _only_logit(logits):
 
 
 def _implicit(folder):
-  path = epath.Path(folder) / "config.json"
-  if not path.exists():
-    raise ValueError(f"scorer implicit:{folder}: no config.json there")
-  config = ml_collections.ConfigDict(json.loads(path.read_text()))
+  config = checkpoint.saved_config(folder)
   if "beta" not in config.loss:
     raise ValueError(f"scorer implicit:{folder}: its loss has no β")
+  # As much as the model can read: a reward of part of a text is another's.
+  room = config.model.max_positions - config.data.max_prompt_length
+  config.data.max_completion_length = room
   setup = assembly.prepare_model(config.lock())
   policy = assembly.saved_params(setup, folder)
   ref = assembly.initial_params(setup)
@@ -195,9 +209,14 @@ def _implicit(folder):
       sources.Record(p, (c,), (), f"text {i}")
       for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
     ]
-    examples, _ = tokenize.encode(
+    examples, changed = tokenize.encode(
       records, setup.tokenizer, config.data, sources.Policy("error")
     )
+    if changed["completion cut"]:
+      raise ValueError(
+        f"scorer implicit:{folder}: {changed['completion cut']} texts are "
+        f"longer than the {room} tokens that its model can read"
+      )
     loader = scoring.loader_of(setup, examples)
     ratios = np.zeros(len(examples))
     for params, sign in ((policy, 1.0), (ref, -1.0)):

@@ -6,6 +6,7 @@ import warnings
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from ml_collections import config_dict
 
 from dpo_jax import tree
 from dpo_jax.train import state as state_lib
@@ -230,6 +231,23 @@ def check_config(saved, current, where):
       f"{where} belongs to a run with another config: {'; '.join(changed)}. "
       "Use a new --workdir, or set these fields back"
     )
+
+
+def saved_config(workdir):
+  """The config of a run folder, unlocked; fields that were None take any value.
+
+  Raises: ValueError if there is none.
+  """
+  path = epath.Path(workdir) / "config.json"
+  if not path.exists():
+    raise ValueError(f"{path}: no such file; is {workdir} the folder of a run?")
+
+  def plain(value):  # JSON has no tuples, and configs no lists
+    if isinstance(value, dict):
+      return {k: plain(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+  return config_dict.ConfigDict(plain(json.loads(path.read_text())))
 
 
 def latest_step(workdir):

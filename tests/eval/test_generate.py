@@ -88,6 +88,12 @@ def test_without_prompts_there_is_nothing_to_draw(setup):
     generate.prompts(at(setup, "sample.prompts=None"))
 
 
+def test_no_usable_prompt_is_an_error(setup):
+  config = ("data.max_prompt_length=2", "data.bad_records=skip")
+  with pytest.raises(ValueError, match=r"no usable prompt .*long prompt"):
+    generate.prompts(at(setup, *config))
+
+
 def test_a_draw_does_not_depend_on_its_batch_or_on_where_it_resumes(
   setup, params, draws
 ):
