@@ -95,7 +95,7 @@ def smoke(c):
   c.model = model("micro")
   c.tokenizer = "bytes"
   c.init_from = None
-  c.data.train = c.data.eval = "toy"
+  c.data.train, c.data.eval = "toy", "toy:64"
   c.data.max_prompt_length = c.data.max_completion_length = 64
   c.data.batch_size = 8
   c.train.steps = 2

@@ -17,8 +17,10 @@ def keep_pages():
 
   Returns: whether it took effect.
   """
+  if not sys.platform.startswith("linux"):
+    return False
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if not sys.platform.startswith("linux") or mallopt is None:
+  if mallopt is None:
     return False
   settings = {
     _MMAP_MAX: 0,

@@ -208,10 +208,9 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
     f"R{s.rows} T{s.length} S{s.scored} P{s.per_row} E{s.tile}"
     for s in loader.shapes
   )
-  comparisons = sum(len(e.pairs) for e in examples)
   about = (
-    f"{spec}: {len(examples)} examples, {comparisons} comparisons; shapes "
-    f"{shapes}; fill {loader.fill:.2f}"
+    f"{spec}: {len(examples)} examples, {loader.comparisons} comparisons; "
+    f"shapes {shapes}; fill {loader.fill:.2f}"
   )
   if notes:
     about += "; " + ", ".join(f"{n} {what}" for what, n in notes.items())

@@ -42,6 +42,11 @@ def values(config):
   if config.sample.top_p > 1:
     raise ValueError(f"sample.top_p = {config.sample.top_p} must be at most 1")
   lookup.lookup(LABELS, config.sample.labels, "sample.labels")
+  if config.sample.labels != "none" and config.sample.draws < 2:
+    raise ValueError(
+      f"sample.labels = {config.sample.labels!r} compares the draws of a "
+      "prompt: sample.draws must be at least 2"
+    )
   prefix = config.sample.prefix
   if prefix is not None and not (
     len(prefix) == 2

@@ -25,6 +25,8 @@ import pathlib
 import sys
 import time
 
+from etils import epath
+
 from dpo_jax import allocator, lookup
 
 _USAGE = __doc__
@@ -49,7 +51,7 @@ def _load(spec, overrides):
     from dpo_jax.train import checkpoint
 
     path, module = spec, None
-    config = checkpoint.saved_config(pathlib.Path(spec).parent)
+    config = checkpoint.saved_config(epath.Path(spec).parent)
   else:
     path, _, arg = spec.partition(":")
     module = _import_file(path)
@@ -139,13 +141,14 @@ def train(config, workdir, module):
 def _tokenizer(config, workdir):
   from dpo_jax.data import bpe, sources
 
-  about = pathlib.Path(workdir) / "tokenizer.about.json"
+  about = epath.Path(workdir) / "tokenizer.about.json"
   if about.exists():
     if json.loads(about.read_text()) != json.loads(config.to_json()):
       raise ValueError(f"{workdir} holds a tokenizer of another config")
     print(f"{workdir}: trained before, skipped")
     return 0
   records = sources.load(config.data.train, "sft", sources.Policy("error"))
+  sources.refuse_messages(records, "the tokenizer's data.train")
   texts = [r.prompt + c for r in records for c in r.completions]
   size = bpe.train(texts, config.vocab_size, workdir)
   about.write_text(config.to_json())
@@ -160,10 +163,11 @@ def evaluate(config, workdir, module):
   from dpo_jax.train import checkpoint
 
   setup = assembly.prepare_model(config)
-  ref = assembly.initial_params(setup)
   policy = assembly.saved_params(setup, workdir)
-  step = checkpoint.latest_step(workdir)
-  result = evaluation.evaluate(setup, policy, ref, workdir, step)
+  ref = assembly.initial_params(setup)
+  meta = checkpoint.check_run(workdir, config.to_dict(), ref)
+  made = evaluation.made_of(meta["step"], meta["data_fingerprint"], ref)
+  result = evaluation.evaluate(setup, policy, ref, workdir, made)
   for name, value in result.get("comparisons", {}).items():
     print(f"{name:24} {value:.4g}")
   for name, value in result.get("means", {}).items():
@@ -180,10 +184,13 @@ def sample(config, workdir, module):
   from dpo_jax.train import state as state_lib
 
   setup = assembly.prepare_model(config)
-  if checkpoint.latest_step(workdir) is not None:
+  step = checkpoint.latest_step(workdir)
+  if step is not None:
     policy = assembly.saved_params(setup, workdir)
+    print(f"the policy of {workdir}, step {step}")
   elif config.init_from is not None:
     policy = assembly.initial_params(setup)
+    print(f"the policy of init_from = {config.init_from}")
   else:
     raise ValueError(
       f"{workdir} holds no trained policy, and init_from names none"
@@ -191,6 +198,8 @@ def sample(config, workdir, module):
   identity = {
     "sample": config.sample.to_dict(),
     "policy": state_lib.fingerprint(policy),
+    "model": config.model.to_dict(),
+    "precision": config.precision,
     "tokenizer": config.tokenizer,
   }
   rows = generate.write(setup, policy, identity, workdir)
@@ -204,9 +213,10 @@ def sweep(config, workdir, module):
   from dpo_jax import report, sweeps
 
   if not hasattr(module, "sweep"):
+    where = "a run's config.json" if module is None else module.__file__
     raise ValueError(
-      f"{module.__file__} has no sweep(): add one that yields the points, "
-      'for example {"loss.beta": 0.1}'
+      f"{where} has no sweep(): name a config file that has one, which yields "
+      'the points, for example {"loss.beta": 0.1}'
     )
   code = sweeps.sweep(config, module.sweep(), workdir)
   if code == 0:
@@ -263,7 +273,7 @@ def _run(argv):
   options, overrides = _parse(argv[1:])
   workdir, spec = options.get("workdir"), options.get("config")
   if spec is None and saved and workdir is not None:
-    spec = str(pathlib.Path(workdir) / "config.json")
+    spec = str(epath.Path(workdir) / "config.json")
   if argv[0] == "report" and "config" not in options:
     config = module = None
   elif spec is None:

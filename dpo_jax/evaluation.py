@@ -16,14 +16,15 @@ from dpo_jax.train import state as state_lib
 _NO_MATTER = ("workdir", "ref_store", "checkpoint.", "eval.", "log.", "mesh.")
 
 
-def evaluate(setup, params, ref, workdir, step):
+def evaluate(setup, params, ref, workdir, made):
   """Writes evaluation.json, and samples.jsonl where there are prompts.
 
   Args:
     setup: assembly.Setup.
     params, ref: placed parameters of policy and reference.
     workdir: run folder.
-    step: updates behind `params`.
+    made: plain dict of how the policy was made, as `done` compares it; "step"
+      is the updates behind `params`.
   Returns: the content of evaluation.json.
   Raises: ValueError if the config names nothing to evaluate on.
   """
@@ -35,9 +36,10 @@ def evaluate(setup, params, ref, workdir, step):
     )
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  result = {"step": step}
+  result = dict(made)
   if config.data.eval is not None:
     result["comparisons"] = _held_out(setup, params, ref, workdir)
+    result["count"] = assembly.held_out_loader(setup)[0].comparisons
   if config.sample.prompts is not None:
     summary, rows = frontier.measure(setup, params, ref)
     result |= summary
@@ -54,18 +56,37 @@ def evaluate(setup, params, ref, workdir, step):
   return result
 
 
-def done(config, workdir):
+def made_of(step, data, ref):
+  """How a policy was made: its updates, its data, and what it started from.
+
+  Args:
+    step: updates.
+    data: fingerprint of the training data, or None.
+    ref: parameters of the reference.
+  """
+  sums = state_lib.fingerprint(ref)
+  return {"step": step, "data": data, "reference": sums}
+
+
+def done(config, workdir, made):
   """Whether `workdir` holds the evaluation that `config` asks for.
 
-  Not if it was evaluated in another way, or after fewer steps: the policy there
-  can go on and be evaluated anew.
+  Not if it was evaluated in another way, after fewer steps, or if data or
+  reference are others now: training again says what is to be done about that.
 
+  Args:
+    config: ConfigDict.
+    workdir: run folder.
+    made: what `evaluate` was given, or would be.
   Raises: ValueError if the policy there is of another config.
   """
   path = epath.Path(workdir) / "evaluation.json"
   if not path.exists():
     return False
-  saved, now = json.loads(path.read_text())["config"], config.to_dict()
+  there = json.loads(path.read_text())
+  if any(there.get(name) != value for name, value in made.items()):
+    return False
+  saved, now = there["config"], config.to_dict()
   checkpoint.check_config(saved, now, workdir)
   return not checkpoint.differences(saved, now, _NO_MATTER)
 

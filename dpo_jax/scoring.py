@@ -106,6 +106,8 @@ def attach_reference(setup, params, loader, workdir):
   """
   if loader.has_reference:
     return
+  if jax.process_count() > 1:
+    raise ValueError("ref = 'cached' runs in one process; set ref = 'frozen'")
   folder = setup.config.ref_store or epath.Path(workdir) / "ref_logps"
   in_order = loader.in_order()
   parts = {

@@ -54,14 +54,14 @@ def sweep(config, points, workdir):
     points: list of overrides, {"loss.beta": 0.1}.
     workdir: gets a folder a point, `reference` (the policy all start from,
       where there are prompts to sample) and sweep.json.
-  Returns: exit code: 0, or that of the signal that stopped it.
+  Returns: exit code: 0; that of the signal that stopped it; or 1 if a point's
+    training failed because nothing was finite (the others are still made).
   Raises: ValueError if a folder holds a point of another config.
   """
   workdir, points = epath.Path(workdir), list(points)
   if not points:
     raise ValueError("the sweep has no points")
-  config = _shared(config, workdir)
-  configs = [at(config, point) for point in points]
+  configs = [_sharing(at(config, point), workdir) for point in points]
   for here in configs:
     assembly.check(here)
   names = [point_name(point) for point in points]
@@ -69,32 +69,55 @@ def sweep(config, points, workdir):
     raise ValueError(f"the sweep names a point twice: {sorted(names)}")
   samples = config.sample.prompts is not None
   _describe(config, points, names, workdir, "reference" if samples else None)
-  run = None
-  if samples and not evaluation.done(config, workdir / "reference"):
-    print("── reference")
-    run = assembly.prepare(config)
-    ref = assembly.initial_params(run.setup)
-    evaluation.evaluate(run.setup, ref, ref, workdir / "reference", 0)
+  run, failed = None, []
+  if samples:
+    print("── reference", flush=True)
+    run = _reference(_sharing(config, workdir), workdir / "reference")
   for name, here in zip(names, configs, strict=True):
-    folder = workdir / name
     print(f"── {name}", flush=True)
-    if evaluation.done(here, folder):
-      print("done before, skipped")
-      continue
     run = assembly.prepare_point(here, run)
-    result = loop.fit(here, folder, run)
-    if result.exit_code:
-      return result.exit_code
-    if samples or here.data.eval is not None:
-      params = result.state.params
-      ref = assembly.initial_params(run.setup)
-      step = int(result.state.step)
-      evaluation.evaluate(run.setup, params, ref, folder, step)
-  return 0
+    try:
+      code = _point(run, workdir / name)
+    except FloatingPointError as error:
+      print(f"{name}: {error}", flush=True)
+      failed.append(name)
+      continue
+    if code:
+      return code
+  if failed:
+    print(f"failed: {', '.join(failed)}; the other points are done")
+  return 1 if failed else 0
 
 
-def _shared(config, workdir):
-  """One store of reference log-probs for all points."""
+def _reference(config, folder):
+  """Evaluates the policy that all points start from; returns its Run."""
+  run = assembly.prepare(config)
+  ref = assembly.initial_params(run.setup)
+  made = evaluation.made_of(0, run.loader.fingerprint, ref)
+  if evaluation.done(config, folder, made):
+    print("done before, skipped")
+  else:
+    evaluation.evaluate(run.setup, ref, ref, folder, made)
+  return run
+
+
+def _point(run, folder):
+  """Trains and evaluates a point, unless it is done; returns its exit code."""
+  config = run.setup.config
+  ref = assembly.initial_params(run.setup)
+  made = evaluation.made_of(run.total, run.loader.fingerprint, ref)
+  if evaluation.done(config, folder, made):
+    print("done before, skipped")
+    return 0
+  result = loop.fit(config, folder, run)
+  held_out = config.data.eval is not None
+  if not result.exit_code and (held_out or config.sample.prompts is not None):
+    evaluation.evaluate(run.setup, result.state.params, ref, folder, made)
+  return result.exit_code
+
+
+def _sharing(config, workdir):
+  """The config with one store of reference log-probs for all points."""
   if config.ref != "cached" or config.ref_store is not None:
     return config
   return at(config, {"ref_store": str(workdir / "ref_logps")})

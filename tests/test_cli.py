@@ -181,7 +181,7 @@ def test_a_sweep_ends_with_its_table_and_where_the_report_is(swept, capsys):
   names = ["reference", *(f"beta={b}" for b in ("0.05", "0.1", "1.0", "5.0"))]
   assert [line.split()[0] for line in table[1:6]] == names
   assert table[6] == f"report: {workdir}/report.html"
-  assert out.count("done before, skipped") == 4
+  assert out.count("done before, skipped") == 5
 
 
 def test_the_report_is_written_again_from_the_folder(swept, capsys):
@@ -204,7 +204,7 @@ def test_eval_takes_the_config_of_the_run_and_the_sweep_sees_what_it_did(
   assert json.loads(path.read_text())["samples"] == 4
   assert "reward/vader" in capsys.readouterr().out
   assert cli.main(words) == 0
-  assert capsys.readouterr().out.count("done before, skipped") == 3
+  assert capsys.readouterr().out.count("done before, skipped") == 4
   assert json.loads(path.read_text()) == before
 
 
@@ -220,15 +220,40 @@ def test_sample_draws_from_a_run_and_goes_on_where_it_is(swept, capsys):
   assert cli.main(words) == 0
   assert path.read_bytes() == before
   assert cli.main([*words, "--config.sample.seed=1"]) == 2
-  assert "drawn from another policy or with other settings" in (
+  assert "drawn from another policy, prompts or settings" in (
     capsys.readouterr().err
   )
   assert path.read_bytes() == before
 
 
+def test_eval_refuses_a_reference_that_was_trained_on(tmp_path, capsys):
+  def main(*words):
+    code = cli.main(list(words))
+    return code, capsys.readouterr().err
+
+  configs = f"{dpo_jax.__path__[0]}/../configs"
+  sft = ["train", f"--config={configs}/sft.py:smoke", f"--workdir={tmp_path}/a"]
+  assert main(*sft)[0] == 0
+  dpo = f"--config={configs}/dpo.py:smoke"
+  start = f"--config.init_from={tmp_path}/a"
+  run = f"--workdir={tmp_path}/b"
+  assert main("train", dpo, start, run)[0] == 0
+  assert main("eval", run)[0] == 0
+  code, err = main("eval", run, dpo)  # a random reference
+  assert code == 2
+  assert "init_from (saved " in err
+  assert main(*sft, "--config.train.steps=3")[0] == 0
+  code, err = main("eval", run)
+  assert code == 2
+  assert "is not the reference that this run was trained with" in err
+
+
 @pytest.mark.parametrize(
   ("words", "message"),
   [
+    ("sweep --config=configs/dpo.json --workdir=x", "config.json: no such"),
+    ("train --config=configs/dpo.py:smoke --workdir=x "
+     "--config.sample.labels=bradley_terry", "sample.draws must be at least 2"),
     ("eval --workdir=nowhere",
      "nowhere/config.json: no such file; is nowhere the folder of a run?"),
     ("sample --workdir=nowhere", "nowhere/config.json: no such file"),

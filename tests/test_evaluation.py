@@ -21,6 +21,9 @@ def load(*overrides):
   return cli.load_config(config, (*sampled, *overrides))
 
 
+MADE = {"step": 7, "data": "of mine", "reference": {"embed/tokens": 1}}
+
+
 @pytest.fixture(scope="module")
 def setup():
   return assembly.prepare_model(load())
@@ -37,7 +40,7 @@ def trees(setup):
 def evaluated(setup, trees, tmp_path_factory):
   """(workdir, result) of an evaluation by samples alone."""
   workdir = tmp_path_factory.mktemp("evaluated") / "new"
-  return workdir, evaluation.evaluate(setup, *trees, workdir, 7)
+  return workdir, evaluation.evaluate(setup, *trees, workdir, MADE)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_comparisons_do_not_depend_on_how_the_reference_is_kept(
   for ref in ("frozen", "cached"):
     here = (f"mesh.mode={mode}", f"ref={ref}", "sample.prompts=None")
     setup = assembly.prepare_model(load(*here, f"data.eval={held_out}"))
-    result = evaluation.evaluate(setup, *trees, tmp_path / ref, 0)
+    result = evaluation.evaluate(setup, *trees, tmp_path / ref, MADE)
     assert "samples" not in result
     assert not (tmp_path / ref / "samples.jsonl").exists()
     results.append(result["comparisons"])
@@ -93,7 +96,7 @@ def test_an_evaluation_with_nothing_to_evaluate_on_is_refused(
 ):
   here = setup._replace(config=load("sample.prompts=None"))
   with pytest.raises(ValueError, match=r"set data.eval .* or sample.prompts"):
-    evaluation.evaluate(here, *trees, tmp_path / "new", 0)
+    evaluation.evaluate(here, *trees, tmp_path / "new", MADE)
   assert not (tmp_path / "new").exists()
 
 
@@ -104,8 +107,8 @@ def test_a_failed_evaluation_is_not_done(setup, trees, tmp_path, monkeypatch):
   monkeypatch.setitem(rewards.SCORERS, "broken", lambda _: broken)
   config = load("sample.scorers=broken:mine")
   with pytest.raises(ZeroDivisionError, match="the scorer broke"):
-    evaluation.evaluate(setup._replace(config=config), *trees, tmp_path, 7)
-  assert not evaluation.done(config, tmp_path)
+    evaluation.evaluate(setup._replace(config=config), *trees, tmp_path, MADE)
+  assert not evaluation.done(config, tmp_path, MADE)
   assert not (tmp_path / "evaluation.json").exists()
 
 
@@ -120,14 +123,14 @@ def test_a_failed_evaluation_leaves_the_one_before_it(
 
   monkeypatch.setattr(frontier, "measure", broken)
   with pytest.raises(ZeroDivisionError, match="no samples"):
-    evaluation.evaluate(setup, *trees, workdir, 8)
+    evaluation.evaluate(setup, *trees, workdir, MADE)
   assert {path: path.read_bytes() for path in workdir.iterdir()} == before
-  assert evaluation.done(load(), workdir)
+  assert evaluation.done(load(), workdir, MADE)
 
 
 def test_nothing_is_done_in_a_folder_without_an_evaluation(tmp_path):
-  assert not evaluation.done(load(), tmp_path)
-  assert not evaluation.done(load(), tmp_path / "new")
+  assert not evaluation.done(load(), tmp_path, MADE)
+  assert not evaluation.done(load(), tmp_path / "new", MADE)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_nothing_is_done_in_a_folder_without_an_evaluation(tmp_path):
 def test_what_changes_neither_policy_nor_measure_is_still_done(
   override, evaluated
 ):
-  assert evaluation.done(load(override), evaluated[0])
+  assert evaluation.done(load(override), evaluated[0], MADE)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_what_changes_neither_policy_nor_measure_is_still_done(
   ],
 )
 def test_another_measure_or_more_steps_are_not_done(override, evaluated):
-  assert not evaluation.done(load(override), evaluated[0])
+  assert not evaluation.done(load(override), evaluated[0], MADE)
 
 
 @pytest.mark.parametrize(
@@ -176,5 +179,12 @@ def test_an_evaluation_of_another_policy_is_refused(
   override, message, evaluated
 ):
   with pytest.raises(ValueError, match=message) as caught:
-    evaluation.done(load(override), evaluated[0])
+    evaluation.done(load(override), evaluated[0], MADE)
   assert str(evaluated[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"), [("step", 6), ("data", "other"), ("reference", {"a": 1})]
+)
+def test_a_policy_that_was_made_otherwise_is_not_done(name, value, evaluated):
+  assert not evaluation.done(load(), evaluated[0], {**MADE, name: value})

@@ -80,12 +80,13 @@ def test_fewer_steps_than_are_saved_are_refused_and_lose_nothing(tmp_path):
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@slow
 def test_evaluation_does_not_depend_on_devices_or_on_the_last_batch(tmp_path):
   """960 comparisons in batches of 50: the last one has 10."""
   values = []
   meshes = [(), ("mesh.fsdp=2", "mesh.tensor=2"), ("mesh.mode=pmap",)]
   for i, mesh in enumerate(meshes):
-    overrides = ("data.batch_size=50", "train.steps=1", *mesh)
+    overrides = ("data.batch_size=50", "train.steps=1", "data.eval=toy", *mesh)
     config = load("configs/dpo.py:smoke", *overrides)
     values.append(loop.fit(config, tmp_path / str(i)).evaluation)
   for other in values[1:]:
@@ -327,7 +328,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
 @slow
 def test_the_evaluation_is_the_mean_over_all_comparisons(tmp_path):
   """Batches of 50 of 960, the last one smaller, against one batch of all."""
-  overrides = ("data.batch_size=50", "train.steps=1")
+  overrides = ("data.batch_size=50", "train.steps=1", "data.eval=toy")
   result = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
   config = load("configs/dpo.py:smoke", "data.batch_size=960")
   run = assembly.prepare(config)

@@ -104,4 +104,4 @@ def test_the_same_commands_again_change_no_result(quick):
   before = results()
   out = run(root)
   assert results() == before
-  assert out.count("done before, skipped") == 4
+  assert out.count("done before, skipped") == 5

@@ -88,8 +88,8 @@ def test_a_point_of_a_sweep_is_the_run_of_its_config_alone(swept, tmp_path):
 
 def test_the_reference_pass_is_made_once(swept):
   workdir, _ = swept
-  # Training and held-out data are one here, so both β need one entry.
-  assert len(list((workdir / "ref_logps").glob("*.npy"))) == 1
+  # An entry for the training data and one for the held-out data.
+  assert len(list((workdir / "ref_logps").glob("*.npy"))) == 2
   assert not list(workdir.glob("beta=*/ref_logps"))
 
 
@@ -136,6 +136,7 @@ def test_another_policy_in_the_folder_is_refused_and_loses_nothing(swept):
   assert before.items() <= files(workdir).items()
 
 
+@pytest.mark.slow
 def test_a_stopped_point_ends_the_sweep_with_its_exit_code(
   tmp_path, monkeypatch
 ):
@@ -149,6 +150,41 @@ def test_a_stopped_point_ends_the_sweep_with_its_exit_code(
   assert (tmp_path / "beta=5.0/evaluation.json").exists()
 
 
+def test_a_point_where_nothing_is_finite_does_not_stop_the_others(
+  tmp_path, monkeypatch, capsys
+):
+  fit = loop.fit
+
+  def diverging(config, *rest):
+    if config.loss.beta == 0.1:
+      raise FloatingPointError("10 updates in a row were not finite")
+    return fit(config, *rest)
+
+  monkeypatch.setattr(loop, "fit", diverging)
+  assert sweeps.sweep(load(), POINTS, tmp_path) == 1
+  assert (tmp_path / "beta=5.0/evaluation.json").exists()
+  assert not (tmp_path / "beta=0.1/evaluation.json").exists()
+  out = capsys.readouterr().out
+  assert "beta=0.1: 10 updates in a row were not finite" in out
+  assert "failed: beta=0.1" in out
+
+
+@pytest.mark.slow
+def test_a_finished_point_is_not_kept_once_its_data_have_changed(tmp_path):
+  data = tmp_path / "my.jsonl"
+  rows = [
+    {"prompt": f"The plot {i}", "chosen": " is fine.", "rejected": " is bad."}
+    for i in range(8)
+  ]
+  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  config = load(f"data.train={data}")
+  assert sweeps.sweep(config, POINTS, tmp_path / "sweep") == 0
+  data.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+  with pytest.raises(ValueError, match=r"data_fingerprint \(saved"):
+    sweeps.sweep(config, POINTS, tmp_path / "sweep")
+
+
+@pytest.mark.slow
 def test_points_that_differ_in_a_compiled_field_each_build_their_own(tmp_path):
   config = load("train.steps=1")
   points = [{"data.seed": 0}, {"data.seed": 1}]

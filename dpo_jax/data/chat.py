@@ -36,11 +36,7 @@ def render_record(record, apply_template):
   """
   if isinstance(record.prompt, str):
     return Rendered(record, False)
-  if apply_template is None:
-    raise ValueError(
-      f"{record.origin}: messages need a tokenizer with a chat template, which "
-      "this one has not; name the tokenizer of a chat model, or give text"
-    )
+  _need_template(record, apply_template)
   end = end_of_turn(apply_template)
   prompt, completions, ended = None, [], bool(end.strip())
   for messages in record.completions:
@@ -57,6 +53,25 @@ def render_record(record, apply_template):
     completions.append(text)
   made = record._replace(prompt=prompt, completions=tuple(completions))
   return Rendered(made, ended)
+
+
+def prompt_text(record, apply_template):
+  """The prompt of a record as text, with the head of a reply after messages.
+
+  Args, Raises: see `render_record`.
+  """
+  if isinstance(record.prompt, str):
+    return record.prompt
+  _need_template(record, apply_template)
+  return _apply(apply_template, list(record.prompt), True)
+
+
+def _need_template(record, apply_template):
+  if apply_template is None:
+    raise ValueError(
+      f"{record.origin}: messages need a tokenizer with a chat template, which "
+      "this one has not; name the tokenizer of a chat model, or give text"
+    )
 
 
 def render(prompt_messages, completion_messages, apply_template):

@@ -247,6 +247,11 @@ class Loader:
     return self._need.scored.tolist()
 
   @property
+  def comparisons(self):
+    """Comparisons of all examples."""
+    return sum(len(example.pairs) for example in self._examples)
+
+  @property
   def has_reference(self):
     """Whether `set_reference` was called."""
     return self._examples[0].ref_logps is not None

@@ -52,7 +52,7 @@ def make(row, form, origin):
 
   Args:
     row: what was read, as a rule a dict.
-    form: "preference", "sft" or "label".
+    form: "preference", "sft", "label" or "prompt".
     origin: "file:line".
   Raises: BadRecord.
   """
@@ -94,6 +94,19 @@ def _sft(row, origin):
   return Record(prompt, sides[:1], (), origin)
 
 
+def _prompt_only(row, origin):
+  if "prompt" in row and not _holds_messages(row.get("chosen")):
+    return Record(_prompt(row, origin), (), (), origin)
+  prompt = _sft(row, origin).prompt
+  if not prompt:
+    raise BadRecord(
+      "missing field",
+      f"{origin}: the record has no prompt; set sample.prefix, for example "
+      "(2, 8), to take the beginnings of texts",
+    )
+  return Record(prompt, (), (), origin)
+
+
 def _label(row, origin):
   if "text" in row or "completion" not in row:
     prompt, sides = "", (_text(row, "text", origin),)
@@ -111,7 +124,12 @@ def _label(row, origin):
   return Record(prompt, sides, (), origin, labels=(value,))
 
 
-FORMS = {"preference": _preference, "sft": _sft, "label": _label}
+FORMS = {
+  "preference": _preference,
+  "sft": _sft,
+  "label": _label,
+  "prompt": _prompt_only,
+}
 
 
 def _sides(row, names, origin):

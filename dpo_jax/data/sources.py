@@ -11,7 +11,7 @@ them or their labels. A spec names where they come from:
     hf:NAME_OR_FOLDER[@CONFIG][:SPLIT]
                     a Hugging Face data set, of the hub or saved in a folder;
                     SPLIT is train unless named: hf:stanfordnlp/imdb:test
-    toy             generated film remarks: kind ones chosen, unkind rejected
+    toy, toy:COUNT  generated film remarks: kind ones chosen, unkind rejected
     reviews:SPLIT, plots:SPLIT
                     sentences of film reviews with labels, and plots; SPLIT is
                     train, validation or test (see data/reviews.py)
@@ -31,6 +31,7 @@ The forms of a row. Fields that no form names are ignored.
                     came; without it the text is encoded
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
                     preferences, of which it takes the first completion
+    prompt          {"prompt"} of any of these
     label           {"text", "label"}, {"prompt", "completion", "label"}; the
                     label is a finite number or a bool
 
@@ -106,7 +107,7 @@ def load(spec, form, policy, field="data.train"):
 
   Args:
     spec: see the module docstring; weights are for the loader.
-    form: "preference", "sft" or "label".
+    form: "preference", "sft", "label" or "prompt".
     policy: Policy for bad records; counts what it skips.
     field: the config field that names the source, for messages.
   Returns: list of Record, of every part at least one.
@@ -130,6 +131,13 @@ def load(spec, form, policy, field="data.train"):
         f"{source}: no usable record (skipped: {policy.skipped})"
       )
   return out
+
+
+def refuse_messages(records, field):
+  """Raises ValueError for records whose prompt is messages, not text."""
+  for record in records:
+    if not isinstance(record.prompt, str):
+      raise ValueError(f"{record.origin}: {field} needs text, not messages")
 
 
 def _rows(source, policy, field):
@@ -158,14 +166,16 @@ def _rows(source, policy, field):
   return lookup.lookup(SOURCES, name, field)  # raises
 
 
-def _toy():
-  """960 comparisons of film remarks: a task any small model can learn."""
+def _toy(count="960"):
+  """Comparisons of film remarks: a task any small model can learn."""
+  if not count.isdigit():
+    raise ValueError(f"the source 'toy:{count}' must be toy:COUNT")
   rng = random.Random(0)
   things = ("plot", "cast", "script", "music", "ending", "pace")
   verbs = ("is", "was", "seems", "felt")
   kind = ("warm", "clever", "moving", "funny", "lovely", "bright")
   unkind = ("dull", "clumsy", "empty", "slow", "ugly", "grim")
-  for _ in range(960):
+  for _ in range(int(count)):
     prompt = f"The {rng.choice(things)} {rng.choice(verbs)}"
     good, bad = rng.sample(kind, 2), rng.sample(unkind, 2)
     yield {

@@ -156,7 +156,7 @@ def encode(records, tokenizer, options, policy):
           for ids in _behind(prompt, whole, record, tokenizer, changed)
         ]
       else:
-        completions = _drawn(record, tokenizer)
+        completions = _drawn(record, prompt, tokenizer)
       completions = [_cut(ids, options, changed) for ids in completions]
       prompt = _begin(prompt, tokenizer, options, record.origin, changed)
       _check_completions(completions, tokenizer.eos_id, record)
@@ -229,10 +229,26 @@ def _behind(prompt, whole, record, tokenizer, changed):
       yield _encode_alone(tokenizer, text)
 
 
-def _drawn(record, tokenizer):
+def continuation(tokenizer, prompt, ids):
+  """The text that `ids` add to a prompt's.
+
+  Not what they spell alone: some tokenizers leave out a first space.
+
+  Args:
+    tokenizer: Tokenizer.
+    prompt, ids: lists of ids.
+  """
+  head, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
+  if whole.startswith(head):
+    return whole[len(head) :]
+  return tokenizer.decode(ids)  # they end a character that the prompt began
+
+
+def _drawn(record, prompt, tokenizer):
   """The tokens that a record brings, if they are this tokenizer's."""
   for ids, text in zip(record.tokens, record.completions, strict=True):
-    if max(ids) >= tokenizer.vocab_size or tokenizer.decode(ids) != text:
+    known = max(ids) < tokenizer.vocab_size
+    if not known or continuation(tokenizer, prompt, ids) != text:
       raise sources.BadRecord(
         "bad tokens",
         f"{record.origin}: 'tokens' do not spell {text!r:.40} with this "

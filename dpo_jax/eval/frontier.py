@@ -20,8 +20,9 @@ def measure(setup, params, ref):
     params, ref: placed parameters of policy and reference.
   Returns: (summary, rows). summary: "samples", "means" ({"mean", "se"} of every
     reward, "kl", "log_ratio" in nats and "length" in tokens), "distinct_1" and
-    "distinct_2". rows: a dict a sample, as generate.describe with "kl" and
-    "log_ratio".
+    "distinct_2"; no KL unless temperature and top_p are 1, since else the
+    samples are not the policy's. rows: a dict a sample, as generate.describe
+    with "kl" and "log_ratio".
   """
   options = setup.config.sample
   scorers = rewards.load_all(options.scorers)
@@ -38,11 +39,11 @@ def measure(setup, params, ref):
   examples = [
     tokenize.Example(d.id, 0, d.prompt_ids, (d.ids,), ()) for d in drawn
   ]
-  loader = scoring.loader_of(setup, examples)
-  for index, kl, ours, theirs in scoring.token_kl(setup, params, ref, loader):
-    rows[index]["kl"] = math.fsum(kl)
-    rows[index]["log_ratio"] = math.fsum(ours) - math.fsum(theirs)
-  names = [f"reward/{s.name}" for s in scorers] + ["kl", "log_ratio", "length"]
+  names = [f"reward/{s.name}" for s in scorers] + ["length"]
+  # Of other distributions than π itself these would be no estimates of the KL.
+  if options.temperature == 1 and options.top_p == 1:
+    _add_kl(setup, params, ref, examples, rows)
+    names[-1:-1] = ["kl", "log_ratio"]
   summary = {
     "samples": len(rows),
     "means": {name: mean(rows, name) for name in names},
@@ -53,6 +54,14 @@ def measure(setup, params, ref):
   for n in (1, 2):
     summary[f"distinct_{n}"] = distinct(texts, n)
   return summary, rows
+
+
+def _add_kl(setup, params, ref, examples, rows):
+  """Adds "kl" and "log_ratio" to the rows of some samples of `params`."""
+  loader = scoring.loader_of(setup, examples)
+  for index, kl, ours, theirs in scoring.token_kl(setup, params, ref, loader):
+    rows[index]["kl"] = math.fsum(kl)
+    rows[index]["log_ratio"] = math.fsum(ours) - math.fsum(theirs)
 
 
 def mean(rows, name):

@@ -1,5 +1,6 @@
 """Completions of a policy for the prompts of a source, scored and written."""
 
+import hashlib
 import json
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.data import pairs, sources, tokenize
+from dpo_jax.data import chat, pairs, sources, tokenize
 from dpo_jax.eval import rewards
 from dpo_jax.models import sample
 from dpo_jax.ops import reduce
@@ -47,11 +48,16 @@ def prompts(setup):
       "sample.prompts is not set; give a source of prompts, for example "
       "--config.sample.prompts=my.jsonl"
     )
+  if any(w != 1 for w, _ in sources.parse(options.prompts, "sample.prompts")):
+    raise ValueError("sample.prompts: weights have no effect; leave them out")
   policy = sources.Policy(config.data.bad_records)
-  records = sources.load(options.prompts, "sft", policy, "sample.prompts")
+  form = "prompt" if options.prefix is None else "sft"
+  records = sources.load(options.prompts, form, policy, "sample.prompts")
   if options.prefix is None:
-    texts = [record.prompt for record in records]
+    apply_template = setup.tokenizer.apply_template
+    texts = [chat.prompt_text(record, apply_template) for record in records]
   else:
+    sources.refuse_messages(records, "sample.prefix")
     encode, decode = setup.tokenizer.encode, setup.tokenizer.decode
     whole = [record.prompt + record.completions[0] for record in records]
     cut = pairs.beginnings(whole, encode, decode, options.prefix, options.seed)
@@ -80,6 +86,8 @@ def draws(setup, params, given, *, skip=0):
     given: list of (text, ids), as `prompts` returns.
     skip: draws that are there already.
   """
+  if jax.process_count() > 1:
+    raise ValueError("sampling runs in one process; sample the run afterwards")
   options, eos = setup.config.sample, setup.tokenizer.eos_id
   ways = mesh_lib.row_parallelism(setup.mesh)
   size = -(-options.batch_size // ways) * ways
@@ -115,7 +123,7 @@ def draws(setup, params, given, *, skip=0):
     batch = []
     for i, (number, text, prompt_ids) in enumerate(here):
       ids = drawn[i, : ends[i]].tolist()
-      completion = setup.tokenizer.decode(ids)
+      completion = tokenize.continuation(setup.tokenizer, prompt_ids, ids)
       done = bool(finished[i])
       batch.append(Draw(number, text, prompt_ids, completion, ids, done))
     yield batch
@@ -141,6 +149,8 @@ def write(setup, params, identity, workdir):
     raise ValueError("sample.labels needs a scorer: set sample.scorers")
   workdir = epath.Path(workdir)
   path, given = workdir / "completions.jsonl", prompts(setup)
+  digest = hashlib.blake2b(repr(given).encode(), digest_size=8).hexdigest()
+  identity = {**identity, "prompts": digest}
   total = len(given) * options.draws
   rows = _continue(path, identity, options.batch_size, total)
   if len(rows) < total:
@@ -201,8 +211,9 @@ def _continue(path, identity, batch_size, total):
     saved = json.loads(about.read_text()) if about.exists() else None
     if saved != json.loads(json.dumps(identity)):
       raise ValueError(
-        f"{path} was drawn from another policy or with other settings; use "
-        "a new --workdir, or delete it"
+        f"{path} was drawn from another policy, prompts or settings; delete "
+        "it, or use a new --workdir (and name the policy's run by "
+        "--config.init_from)"
       )
   path.parent.mkdir(parents=True, exist_ok=True)
   about.write_text(json.dumps(identity))

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from dpo_jax import assembly, lookup, scoring
@@ -96,7 +97,9 @@ def check(scorers, spec):
 
 def labelled(spec):
   """(texts, labels f64[n]) of a labelled source."""
-  records = sources.load(spec, "label", sources.Policy("error"))
+  field = "a scorer's source, or sample.labelled"
+  records = sources.load(spec, "label", sources.Policy("error"), field)
+  sources.refuse_messages(records, field)
   texts = [r.prompt + text for r in records for text in r.completions]
   return texts, np.asarray([v for r in records for v in r.labels])
 
@@ -200,7 +203,9 @@ def _implicit(folder):
   # As much as the model can read: a reward of part of a text is another's.
   room = config.model.max_positions - config.data.max_prompt_length
   config.data.max_completion_length = room
+  ours = jax.config.jax_default_matmul_precision
   setup = assembly.prepare_model(config.lock())
+  jax.config.update("jax_default_matmul_precision", ours)
   policy = assembly.saved_params(setup, folder)
   ref = assembly.initial_params(setup)
 
@@ -212,16 +217,18 @@ def _implicit(folder):
     examples, changed = tokenize.encode(
       records, setup.tokenizer, config.data, sources.Policy("error")
     )
-    if changed["completion cut"]:
+    cut = changed["completion cut"] + changed["prompt cut"]
+    if cut:
       raise ValueError(
-        f"scorer implicit:{folder}: {changed['completion cut']} texts are "
-        f"longer than the {room} tokens that its model can read"
+        f"scorer implicit:{folder}: {cut} texts are longer than its model can "
+        f"read: {config.data.max_prompt_length} tokens of prompt, {room} after"
       )
     loader = scoring.loader_of(setup, examples)
     ratios = np.zeros(len(examples))
     for params, sign in ((policy, 1.0), (ref, -1.0)):
-      for index, logps in scoring.token_logps(setup, params, loader):
-        ratios[index] += sign * math.fsum(logps)
+      with jax.default_matmul_precision(config.precision):
+        for index, logps in scoring.token_logps(setup, params, loader):
+          ratios[index] += sign * math.fsum(logps)
     return config.loss.beta * ratios
 
   return score

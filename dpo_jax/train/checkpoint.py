@@ -250,6 +250,35 @@ def saved_config(workdir):
   return config_dict.ConfigDict(plain(json.loads(path.read_text())))
 
 
+def check_run(workdir, config, ref):
+  """Refuses a config or a reference that is not the one a run was trained with.
+
+  Args:
+    workdir: run folder with a checkpoint.
+    config: plain dict.
+    ref: parameters of what is taken for its reference.
+  Returns: {"step", "data_fingerprint"} of the newest checkpoint.
+  Raises: ValueError naming the field, or init_from.
+  """
+  path = epath.Path(workdir).absolute() / "checkpoints"
+  with ocp.CheckpointManager(path) as manager:
+    step = manager.latest_step()
+    try:
+      meta = _read_meta(manager, step)
+    except _Damaged as error:
+      raise ValueError(f"{path}: step {step}: {error}") from error
+  about = {k: v for k, v in meta["config"].items() if k not in config}
+  check_config(meta["config"], {**config, **about}, path)
+  frozen = {k.removeprefix("ref/"): v for k, v in meta["frozen"].items()}
+  trained_with = about.get("reference") or frozen
+  if trained_with and trained_with != state_lib.fingerprint(ref):
+    raise ValueError(
+      f"{path}: init_from = {config['init_from']} is not the reference that "
+      "this run was trained with; was it trained on? Put it back"
+    )
+  return {"step": step, "data_fingerprint": about["data_fingerprint"]}
+
+
 def latest_step(workdir):
   """The newest step saved in a run folder, or None."""
   path = epath.Path(workdir).absolute() / "checkpoints"

@@ -320,13 +320,22 @@ def test_a_folder_is_read_as_a_data_set_and_the_error_says_how(tmp_path):
   ("spec", "words"),
   [
     ("reviews", "'reviews' needs an argument"),
-    ("toy:x", "'toy' takes nothing"),
+    ("plain:x", "'plain' takes nothing"),
   ],
 )
-def test_a_source_with_or_without_its_argument_is_an_error(spec, words):
+def test_a_source_with_or_without_its_argument_is_an_error(
+  spec, words, monkeypatch
+):
+  monkeypatch.setitem(sources.SOURCES, "plain", lambda: [GOOD])
   message = error_of(spec)
   assert f"data.train = {spec!r}" in message
   assert words in message
+
+
+def test_toy_has_as_many_comparisons_as_asked_for():
+  few, all_ = load("toy:64")[0], load("toy")[0]
+  assert [r[:3] for r in few] == [r[:3] for r in all_[:64]]
+  assert "must be toy:COUNT" in error_of("toy:x")
 
 
 def test_a_notebook_adds_a_source_of_rows(monkeypatch):

@@ -387,7 +387,8 @@ def test_examples_keep_the_part_of_the_mixture_they_come_from():
 
 def drawn(tokenizer, prompt, *tokens, line=1):
   """A record of completions that bring their tokens, the first the winner."""
-  texts = tuple(map(tokenizer.decode, tokens))
+  (before,) = tokenizer.encode([prompt])
+  texts = tuple(tokenize.continuation(tokenizer, before, t) for t in tokens)
   pairs = ((0, 1),) if len(tokens) == 2 else ()
   return sources.Record(prompt, texts, pairs, f"my.jsonl:{line}", tokens=tokens)
 
@@ -545,3 +546,20 @@ def test_a_damaged_tokenizer_file_is_an_error_with_its_folder(tmp_path, text):
 def test_a_tokenizer_without_an_eos_is_an_error(tmp_path):
   with pytest.raises(ValueError, match="names no eos_token"):
     tokenize.load(save(tmp_path, eos=None))
+
+
+def test_a_continuation_keeps_the_space_that_decoding_it_alone_would_lose():
+  words = ("the", "plot", "is", "fine")
+
+  def decode(ids):  # as SentencePiece does: a space before all but the first
+    return " ".join(words[i] for i in ids)
+
+  tokenizer = BYTES._replace(decode=decode)
+  assert tokenize.continuation(tokenizer, [0, 1], [2, 3]) == " is fine"
+  assert tokenize.continuation(tokenizer, [], [2, 3]) == "is fine"
+
+
+def test_a_continuation_of_half_a_character_is_what_it_spells_alone():
+  ids = BYTES.encode(["é"])[0]
+  text = tokenize.continuation(BYTES, ids[:1], ids[1:])
+  assert text == BYTES.decode(ids[1:])

@@ -132,6 +132,16 @@ def test_the_summary_is_that_of_the_rows(setup, trees, measured):
     assert summary[f"distinct_{n}"] == frontier.distinct(texts, n)
 
 
+@pytest.mark.parametrize("override", ["temperature=0.7", "top_p=0.9"])
+def test_samples_that_are_not_of_the_policy_itself_have_no_kl(
+  setup, trees, override
+):
+  here = load("sample.count=2", "sample.draws=2", f"sample.{override}")
+  summary, rows = frontier.measure(setup._replace(config=here), *trees)
+  assert set(summary["means"]) == {"reward/vader", "length"}
+  assert not any("kl" in row for row in rows)
+
+
 def test_the_rows_are_the_draws_of_the_policy(setup, trees, measured):
   _, rows = measured
   given = generate.prompts(setup)

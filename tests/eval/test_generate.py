@@ -94,6 +94,52 @@ def test_no_usable_prompt_is_an_error(setup):
     generate.prompts(at(setup, *config))
 
 
+PLAIN = [{"prompt": "The plot"}, {"prompt": "The cast", "completion": "x"}]
+
+
+@pytest.mark.parametrize(
+  ("rows", "found"),
+  [
+    (PLAIN, {"The plot", "The cast"}),
+    ([{"prompt": "A", "chosen": "b", "rejected": "c"}], {"A"}),
+  ],
+)
+def test_a_file_of_prompts_needs_no_completions(setup, tmp_path, rows, found):
+  path = tmp_path / "my.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  given = generate.prompts(at(setup, f"sample.prompts={path}"))
+  assert {text for text, _ in given} == found
+
+
+def test_texts_without_a_prompt_ask_for_a_prefix(setup, tmp_path):
+  path = tmp_path / "my.jsonl"
+  path.write_text('{"text": "The plot is thin."}\n')
+  with pytest.raises(ValueError, match=r"my.jsonl:1: .*set sample.prefix"):
+    generate.prompts(at(setup, f"sample.prompts={path}"))
+
+
+def test_messages_become_prompts_by_the_chat_template(setup, tmp_path):
+  path = tmp_path / "my.jsonl"
+  asked = [{"role": "user", "content": "How is the plot?"}]
+  path.write_text(json.dumps({"prompt": asked}) + "\n")
+  here = at(setup, f"sample.prompts={path}")
+  with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
+    generate.prompts(here)
+
+  def template(messages, *, add_generation_prompt):
+    assert add_generation_prompt
+    return "".join(f"[{m['content']}]" for m in messages)
+
+  chatty = here.tokenizer._replace(apply_template=template)
+  ((text, _),) = generate.prompts(here._replace(tokenizer=chatty))
+  assert text == "[How is the plot?]"
+
+
+def test_weights_of_prompts_are_refused(setup):
+  with pytest.raises(ValueError, match="weights have no effect"):
+    generate.prompts(at(setup, "sample.prompts=2*toy + toy"))
+
+
 def test_a_draw_does_not_depend_on_its_batch_or_on_where_it_resumes(
   setup, params, draws
 ):
@@ -131,13 +177,25 @@ def test_temperature_zero_draws_one_completion_of_a_prompt(setup, params):
 
 
 @pytest.fixture(scope="module")
-def whole(setup, params, tmp_path_factory):
-  """The bytes of completions.jsonl of an unbroken run of six batches."""
+def unbroken(setup, params, tmp_path_factory):
+  """The folder of an unbroken run of six batches."""
   workdir = tmp_path_factory.mktemp("whole")
   here = at(setup, "sample.scorers=vader")
   rows = generate.write(here, params, IDENTITY, workdir)
   assert len(rows) == 48
-  return (workdir / "completions.jsonl").read_bytes()
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(unbroken):
+  """The bytes of its completions.jsonl."""
+  return (unbroken / "completions.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def about(unbroken):
+  """What its completions.json says the draws depend on."""
+  return json.loads((unbroken / "completions.json").read_text())
 
 
 def test_a_file_has_a_line_for_each_draw(whole, draws):
@@ -173,10 +231,10 @@ CUTS = {
 
 @pytest.mark.parametrize("name", CUTS)
 def test_a_file_that_was_cut_short_ends_as_that_of_an_unbroken_run(
-  name, setup, params, whole, tmp_path, monkeypatch
+  name, setup, params, whole, about, tmp_path, monkeypatch
 ):
   skip, where = CUTS[name]
-  (tmp_path / "completions.json").write_text(json.dumps(IDENTITY))
+  (tmp_path / "completions.json").write_text(json.dumps(about))
   (tmp_path / "completions.jsonl").write_bytes(whole[: where(whole)])
   right, skipped = generate.draws, []
 
@@ -194,9 +252,9 @@ def test_a_file_that_was_cut_short_ends_as_that_of_an_unbroken_run(
 
 @pytest.mark.parametrize("tail", [b"", b'{"id": 12, "pro'])
 def test_a_complete_file_is_left_alone(
-  tail, setup, params, whole, tmp_path, monkeypatch
+  tail, setup, params, whole, about, tmp_path, monkeypatch
 ):
-  (tmp_path / "completions.json").write_text(json.dumps(IDENTITY))
+  (tmp_path / "completions.json").write_text(json.dumps(about))
   (tmp_path / "completions.jsonl").write_bytes(whole + tail)
   monkeypatch.setattr(
     generate, "draws", lambda *_, **__: pytest.fail("drawn again")
@@ -207,14 +265,15 @@ def test_a_complete_file_is_left_alone(
   assert (tmp_path / "completions.jsonl").read_bytes() == whole
 
 
-@pytest.mark.parametrize("saved", [{**IDENTITY, "policy": "another"}, None])
+@pytest.mark.parametrize("changed", ["policy", "prompts", None])
 def test_draws_of_something_else_are_refused_and_kept(
-  saved, setup, params, whole, tmp_path
+  changed, setup, params, whole, about, tmp_path
 ):
-  if saved is not None:
-    (tmp_path / "completions.json").write_text(json.dumps(saved))
+  if changed is not None:
+    other = {**about, changed: "another"}
+    (tmp_path / "completions.json").write_text(json.dumps(other))
   (tmp_path / "completions.jsonl").write_bytes(whole)
-  with pytest.raises(ValueError, match="another policy or with other settings"):
+  with pytest.raises(ValueError, match="another policy, prompts or settings"):
     generate.write(setup, params, IDENTITY, tmp_path)
   assert (tmp_path / "completions.jsonl").read_bytes() == whole
 
