@@ -1,6 +1,7 @@
 """Tables that configs select from. Imports no jax."""
 
 import dataclasses
+import typing
 
 from ml_collections import config_dict
 
@@ -52,11 +53,13 @@ def optim(name):
 def model(name):
   """config.model for a preset of models/config.py."""
   preset = lookup.lookup(model_config.PRESETS, name, "model")
-  fields = dataclasses.asdict(preset)
-  window = fields.pop("window")
-  m = config_dict.ConfigDict(fields)
-  m.window = config_dict.placeholder(int)
-  m.window = window
+  m = config_dict.ConfigDict()
+  for field in dataclasses.fields(preset):
+    value = getattr(preset, field.name)
+    if value is not None:
+      m[field.name] = value
+    elif field.name != "rope_scaling":  # a checkpoint brings that
+      m[field.name] = config_dict.placeholder(typing.get_args(field.type)[0])
   return m
 
 

@@ -32,7 +32,7 @@ def loader_of(setup, examples):
     seed=None,
     budget=data.max_shapes,
     multiple=data.shape_multiple,
-    window=setup.config.model.window,
+    windows=setup.model.config.windows,
   )
 
 

@@ -25,6 +25,18 @@ def map_named(fn, tree):
   )
 
 
+def nest(flat):
+  """The nested dict of {path: leaf}; the inverse of `named`."""
+  out = {}
+  for path, leaf in flat.items():
+    *parents, name = path.split("/")
+    node = out
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return out
+
+
 def first_match(table, path):
   """The value of the first (regex, value) whose regex is found in `path`.
 

@@ -33,7 +33,7 @@ MODELS = {
     rotary_dim=4,
     head_bias=True,
   ),
-  "window": dataclasses.replace(_MICRO, window=5),
+  "window": dataclasses.replace(_MICRO, window=5, layer_pattern=("window",)),
 }
 
 

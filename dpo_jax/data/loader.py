@@ -8,6 +8,7 @@ wₖ − ⌊wₖ⌋ of them, chosen for the epoch, once more.
 of hosts.
 """
 
+import collections
 import functools
 import hashlib
 import math
@@ -29,7 +30,7 @@ class Stats(NamedTuple):
     examples, comparisons: how many.
     tokens: positions that hold a token.
     scored: tokens with a log-prob.
-    visible: (query, key) pairs that the attention rule admits.
+    visible: (query, key) pairs that the attention rule admits, of all layers.
     fill: tokens / (R·T).
   """
 
@@ -133,7 +134,7 @@ class Loader:
     budget,
     multiple,
     steps=None,
-    window=None,
+    windows=(None,),
     weights=None,
   ):
     """See `rows.Layout` and `rows.plan_shapes`.
@@ -146,7 +147,7 @@ class Loader:
         hold fewer examples (evaluation).
       budget, multiple: of the planner.
       steps: batches that will be asked for, for the planner; None is one epoch.
-      window: of the model's attention, for Stats.visible.
+      windows: of the model's layers (None sees all), for Stats.visible.
       weights: of the parts of a mixture, see `mixture`; needs a seed.
     """
     self._examples, self._layout = examples, layout
@@ -155,7 +156,7 @@ class Loader:
       "batch_size": batch_size,
       "budget": budget,
       "multiple": multiple,
-      "window": window,
+      "windows": windows,
     }
     self._parts = mixture(examples, weights)
     self.size = epoch_size(self._parts)
@@ -172,7 +173,8 @@ class Loader:
     self.fingerprint = f"{len(examples)} examples, {digest.hexdigest()}"
     self.steps = -(-self.size // batch_size)
     self._need = rows_lib.needs(examples, layout)
-    work = np.asarray([_work(e, layout, window) for e in examples])
+    layers = collections.Counter(windows)
+    work = np.asarray([_work(e, layout, layers) for e in examples])
     self._tokens, self._visible = work[:, 0], work[:, 1]
     sampled = range(min(steps or self.steps, _PLANNED_BATCHES))
     self._rows = None
@@ -278,15 +280,18 @@ def _flat(rows):
   return np.asarray([i for row in rows for i in row])
 
 
-def _work(example, layout, window):
-  """Tokens of an example, and (query, key) pairs of its causal attention."""
+def _work(example, layout, windows):
+  """Tokens of an example, and (query, key) pairs of its attention layers."""
   n = len(example.prompt)
   lengths = [len(c) for c in example.completions]
   prompts = 1 if layout.shared else len(lengths)
 
   def seen(length):  # by all queries of a causal sequence
-    near = length if window is None else min(length, window)
-    return near * (near + 1) // 2 + (length - near) * near
+    total = 0
+    for window, layers in windows.items():
+      near = length if window is None else min(length, window)
+      total += layers * (near * (near + 1) // 2 + (length - near) * near)
+    return total
 
   inside = sum(seen(n + m) - seen(n) for m in lengths)
   return prompts * n + sum(lengths), prompts * seen(n) + inside

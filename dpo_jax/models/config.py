@@ -1,8 +1,38 @@
 """One decoder, many families: everything that tells them apart, as data."""
 
 import dataclasses
+import itertools
 
 VOCAB_MULTIPLE = 128  # of the embedding rows, for sharding and matmul tiles
+
+# What a layer of the pattern attends to, and whether it rotates.
+LAYER_KINDS = ("full", "window", "nope")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched beyond the positions of pre-training.
+
+  Attributes:
+    kind: "linear" (arXiv:2306.15595), "llama3" (arXiv:2407.21783), "yarn"
+      (arXiv:2309.00071) or "longrope" (arXiv:2402.13753).
+    factor: of the context's length.
+    original: positions of pre-training.
+    low, high: rotations over `original` between which frequencies go over from
+      divided by `factor` to kept; of llama3 and yarn.
+    truncate: yarn rounds that span to whole dimensions.
+    divisors: one a frequency; of longrope.
+    magnitude: factor on cos and sin.
+  """
+
+  kind: str
+  factor: float = 1.0
+  original: int = 0
+  low: float = 1.0
+  high: float = 1.0
+  truncate: bool = True
+  divisors: tuple[float, ...] = ()
+  magnitude: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,23 +42,37 @@ class ModelConfig:
   Attributes:
     layers, embed, heads, kv_heads, head_dim, mlp: L, D, N, K, H, F.
     max_positions: longest sequence; the rows of a learned position table.
-    residual: "sequential" (GPT-2, Llama) or "parallel" (NeoX: attention and
-      mlp both read the block's input, each through its own norm).
+    layer_pattern: kinds of the layers, repeated from the first on: "full"
+      attention, "window", or "nope" (full, without rotation).
+    window: a query of a "window" layer sees positions less than this far back.
+    residual: "sequential" (GPT-2, Llama), "parallel" (NeoX: attention and mlp
+      both read the block's input, each through its own norm) or
+      "parallel_shared" (GPT-J: through one norm).
     norm: "layernorm" or "rmsnorm".
     norm_eps: added to the variance.
+    norm_offset: the norms' scale is stored less this (Gemma: 1).
+    norm_place: "pre", "post" (OLMo 2: of what attention and mlp give) or "both"
+      (Gemma).
+    qk_norm: RMSNorm of queries and keys: "none", over each "head", or over
+      "all" heads at once.
     position: "learned" or "rotary".
     rotary_dim: dimensions of a head that rotate; the rest pass unrotated.
     rope_theta: base of the rotary frequencies.
+    window_theta: that of "window" layers, which are not scaled; None is the
+      same base and scaling as the others.
+    rope_scaling: RopeScaling, or None.
     activation: "gelu", "gelu_tanh" or "silu".
     gated: two-branch mlp, act(gate) · up (SwiGLU with silu).
-    attention_bias, mlp_bias, head_bias: whether the linear layers have biases.
+    qkv_bias, out_bias, mlp_bias, head_bias: which linear layers have biases.
     tied: the head is the transposed token embedding.
-    window: a query sees positions less than this far back; None is all.
+    embed_scale: factor on the embeddings, or None.
+    attention_scale: factor on q·k; None is H^-½.
+    attention_softcap, logit_softcap: c in c·tanh(x / c), or None.
     dtype: "float32" or "bfloat16", of the activations; parameters are f32.
     attention: implementation in ops.attention.ATTENTION.
     remat: recompute each block in the backward pass.
-    unroll: layers per turn of the loop over layers. More compile longer; all of
-      a small model's spare the copies in and out of the loop.
+    unroll: periods of layer_pattern per turn of the loop over them. More
+      compile longer; all of a small model's spare copies in and out of it.
   """
 
   layers: int
@@ -38,60 +82,125 @@ class ModelConfig:
   head_dim: int
   mlp: int
   max_positions: int
+  layer_pattern: tuple[str, ...] = ("full",)
+  window: int | None = None
   residual: str = "sequential"
   norm: str = "layernorm"
   norm_eps: float = 1e-5
+  norm_offset: float = 0.0
+  norm_place: str = "pre"
+  qk_norm: str = "none"
   position: str = "learned"
   rotary_dim: int = 0
   rope_theta: float = 10_000.0
+  window_theta: float | None = None
+  rope_scaling: RopeScaling | None = None
   activation: str = "gelu_tanh"
   gated: bool = False
-  attention_bias: bool = True
+  qkv_bias: bool = True
+  out_bias: bool = True
   mlp_bias: bool = True
   head_bias: bool = False
   tied: bool = True
-  window: int | None = None
+  embed_scale: float | None = None
+  attention_scale: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
   dtype: str = "float32"
   attention: str = "tiled"
   remat: bool = False
   unroll: int = 1
 
   def __post_init__(self):
-    allowed = {
-      "residual": ("sequential", "parallel"),
-      "norm": ("layernorm", "rmsnorm"),
-      "position": ("learned", "rotary"),
-      "activation": ("gelu", "gelu_tanh", "silu"),
-      "dtype": ("float32", "bfloat16"),
-    }
-    for field, values in allowed.items():
-      if getattr(self, field) not in values:
-        raise ValueError(
-          f"model.{field} = {getattr(self, field)!r} (allowed: {values})"
-        )
-    if self.unroll > self.layers:
+    _check_choices(self)
+    if self.unroll > self.periods:
       raise ValueError(
-        f"model.unroll = {self.unroll} is more than model.layers = "
-        f"{self.layers}"
+        f"model.unroll = {self.unroll} is more than the {self.periods} periods "
+        f"of model.layer_pattern in model.layers = {self.layers}"
       )
     if self.heads % self.kv_heads:
       raise ValueError(
         f"model.heads = {self.heads} is not a multiple of "
         f"model.kv_heads = {self.kv_heads}"
       )
-    if self.position == "learned" and self.rotary_dim:
-      raise ValueError(
-        f"model.rotary_dim = {self.rotary_dim} has no effect with "
-        "model.position = 'learned'; set it to 0"
-      )
-    rotary_ok = 0 < self.rotary_dim <= self.head_dim
-    if self.position == "rotary" and (self.rotary_dim % 2 or not rotary_ok):
-      raise ValueError(
-        f"model.rotary_dim = {self.rotary_dim} must be even and in "
-        f"2..{self.head_dim} (model.head_dim)"
-      )
+    windowed = "window" in self.kinds
+    for name in ("window", "window_theta"):
+      value = getattr(self, name)
+      if value is not None and not windowed:
+        raise ValueError(
+          f"model.{name} = {value} has no effect: no layer of "
+          f"model.layer_pattern = {self.layer_pattern} is 'window'"
+        )
+    if windowed and self.window is None:
+      raise ValueError("model.layer_pattern has 'window': set model.window")
+    _check_rotation(self)
     if self.tied and self.head_bias:
       raise ValueError("model.head_bias needs model.tied = False")
+
+  @property
+  def kinds(self):
+    """The kind of each layer."""
+    pattern = itertools.cycle(self.layer_pattern)
+    return tuple(itertools.islice(pattern, self.layers))
+
+  @property
+  def periods(self):
+    """Whole periods of the pattern; layers after them are the rest."""
+    return self.layers // len(self.layer_pattern)
+
+  @property
+  def windows(self):
+    """The window of each layer, None where it sees all."""
+    return tuple(
+      self.window if kind == "window" else None for kind in self.kinds
+    )
+
+
+def _check_choices(config):
+  allowed = {
+    "residual": ("sequential", "parallel", "parallel_shared"),
+    "norm": ("layernorm", "rmsnorm"),
+    "norm_place": ("pre", "post", "both"),
+    "qk_norm": ("none", "head", "all"),
+    "position": ("learned", "rotary"),
+    "activation": ("gelu", "gelu_tanh", "silu"),
+    "dtype": ("float32", "bfloat16"),
+  }
+  for field, values in allowed.items():
+    if getattr(config, field) not in values:
+      raise ValueError(
+        f"model.{field} = {getattr(config, field)!r} (allowed: {values})"
+      )
+  if not config.layer_pattern or set(config.layer_pattern) - set(LAYER_KINDS):
+    raise ValueError(
+      f"model.layer_pattern = {config.layer_pattern} must be made of "
+      f"{LAYER_KINDS}"
+    )
+  if len(config.layer_pattern) > config.layers:
+    raise ValueError(
+      f"model.layer_pattern has {len(config.layer_pattern)} layers, more than "
+      f"model.layers = {config.layers}"
+    )
+  if config.residual != "sequential" and config.norm_place != "pre":
+    raise ValueError(
+      f"model.norm_place = {config.norm_place!r} needs "
+      "model.residual = 'sequential'"
+    )
+
+
+def _check_rotation(config):
+  learned = config.position == "learned"
+  if learned and (config.rotary_dim or "nope" in config.layer_pattern):
+    raise ValueError(
+      f"model.rotary_dim = {config.rotary_dim} and 'nope' layers have no "
+      "effect with model.position = 'learned'; set it to 0 and leave them out"
+    )
+  rotary_ok = 0 < config.rotary_dim <= config.head_dim
+  if not learned and (config.rotary_dim % 2 or not rotary_ok):
+    raise ValueError(
+      f"model.rotary_dim = {config.rotary_dim} must be even and in "
+      f"2..{config.head_dim} (model.head_dim)"
+    )
 
 
 def padded_vocab(vocab_size):
@@ -135,7 +244,8 @@ def _llama(layers, embed, heads, kv_heads, mlp, tied, rope_theta):
     rope_theta=rope_theta,
     activation="silu",
     gated=True,
-    attention_bias=False,
+    qkv_bias=False,
+    out_bias=False,
     mlp_bias=False,
     tied=tied,
   )
@@ -162,12 +272,12 @@ def matmul_flops(config, vocab_size, tokens, scored, visible):
     vocab_size: real tokens; padded columns are not needed work.
     tokens: positions that hold a token.
     scored: positions that the head runs on.
-    visible: (query, key) pairs that the attention rule admits.
+    visible: (query, key) pairs that the attention rule admits, of all layers.
   Returns: FLOPs, a multiply-add counted as 2. Training needs 3 × this.
   """
   c = config
   projections = c.embed * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   mlp = c.embed * c.mlp * (3 if c.gated else 2)
   dense = c.layers * (projections + mlp) * tokens
-  attention = 2 * c.layers * c.heads * c.head_dim * visible
+  attention = 2 * c.heads * c.head_dim * visible
   return 2 * (dense + attention + c.embed * vocab_size * scored)

@@ -1,25 +1,19 @@
-"""One scanned decoder for GPT-2, GPT-NeoX and Llama blocks, by config.
+"""One scanned decoder for every family of models/families.py, by config.
 
 Linen stays inside this file: `build` returns pure functions of a nested dict.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dpo_jax import lookup
-from dpo_jax.models import axes
+from dpo_jax.models import axes, layers, rope
 from dpo_jax.models import config as config_lib
 from dpo_jax.ops import attention, logprobs
-
-_ACTIVATIONS = {
-  "gelu": lambda x: nn.gelu(x, approximate=False),
-  "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-  "silu": nn.silu,
-}
 
 
 class Model(NamedTuple):
@@ -45,141 +39,6 @@ class Model(NamedTuple):
   vocab_size: int
 
 
-class _Context(NamedTuple):
-  """What every layer shares."""
-
-  layout: attention.Layout | None  # None when decoding
-  positions: jax.Array
-  rope: tuple[jax.Array, jax.Array] | None  # cos, sin f32[..., T, 1, rot/2]
-
-
-class Linear(nn.Module):
-  """x[..., inputs] @ kernel[inputs, outputs] + bias[outputs]."""
-
-  inputs: tuple[int, ...]
-  outputs: tuple[int, ...]
-  bias: bool
-  std: float
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x):
-    init = nn.initializers.normal(self.std)
-    kernel = self.param("kernel", init, self.inputs + self.outputs)
-    x = jnp.tensordot(
-      x.astype(self.dtype), kernel.astype(self.dtype), len(self.inputs)
-    )
-    if self.bias:
-      bias = self.param("bias", nn.initializers.zeros, self.outputs)
-      x += bias.astype(self.dtype)
-    return x
-
-
-def _norm(config, name):
-  if config.norm == "rmsnorm":
-    return nn.RMSNorm(config.norm_eps, dtype=config.dtype, name=name)
-  return nn.LayerNorm(
-    config.norm_eps, dtype=config.dtype, use_fast_variance=False, name=name
-  )
-
-
-def rope_tables(positions, rotary_dim, theta):
-  """cos and sin f32[..., T, 1, rotary_dim / 2] of integer positions."""
-  exponent = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
-  angles = positions[..., None, None] * theta**-exponent
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x, rope):
-  """Rotates the first dimensions of each head, halves paired (NeoX order)."""
-  cos, sin = rope
-  half = cos.shape[-1]
-  first, second, rest = jnp.split(
-    x.astype(jnp.float32), (half, 2 * half), axis=-1
-  )
-  return jnp.concatenate(
-    (first * cos - second * sin, second * cos + first * sin, rest), axis=-1
-  ).astype(x.dtype)
-
-
-class Attention(nn.Module):
-  """Projections, rotation and the attention of ops.attention, or of a cache."""
-
-  config: config_lib.ModelConfig
-
-  @nn.compact
-  def __call__(self, x, context, cache):
-    c = self.config
-
-    def project(name, heads):
-      logical = "heads" if name == "q" else "kv_heads"
-      shape = (c.embed,), (heads, c.head_dim)
-      out = Linear(*shape, c.attention_bias, 0.02, c.dtype, name=name)(x)
-      return axes.constrain(out, "rows", None, logical, None)
-
-    q = project("q", c.heads)
-    k = project("k", c.kv_heads)
-    v = project("v", c.kv_heads)
-    if context.rope is not None:
-      q, k = rotate(q, context.rope), rotate(k, context.rope)
-    kwargs = {"window": c.window, "scale": c.head_dim**-0.5}
-    if cache is None:
-      fn = attention.ATTENTION[c.attention]
-      out = fn(q, k, v, context.layout, **kwargs)
-    else:
-      write = jax.vmap(lambda buffer, i, new: buffer.at[:, i].set(new))
-      cache = tuple(
-        write(buffer, context.positions, jnp.swapaxes(new, 1, 2))
-        for buffer, new in zip(cache, (k, v), strict=True)
-      )
-      out = attention.cached(q, *cache, context.positions, **kwargs)
-    out = axes.constrain(out, "rows", None, "heads", None)
-    std = 0.02 * (2 * c.layers) ** -0.5
-    shape = (c.heads, c.head_dim), (c.embed,)
-    out = Linear(*shape, c.attention_bias, std, c.dtype, name="out")(out)
-    return out, cache
-
-
-class Mlp(nn.Module):
-  """Expansion to F, activation (gated or not), and back to D."""
-
-  config: config_lib.ModelConfig
-
-  @nn.compact
-  def __call__(self, x):
-    c = self.config
-
-    def expand(name):
-      shape = (c.embed,), (c.mlp,)
-      out = Linear(*shape, c.mlp_bias, 0.02, c.dtype, name=name)(x)
-      return axes.constrain(out, "rows", None, "mlp")
-
-    act = _ACTIVATIONS[c.activation]
-    x = act(expand("gate")) * expand("up") if c.gated else act(expand("up"))
-    std = 0.02 * (2 * c.layers) ** -0.5
-    shape = (c.mlp,), (c.embed,)
-    return Linear(*shape, c.mlp_bias, std, c.dtype, name="down")(x)
-
-
-class Block(nn.Module):
-  """One layer: attention and mlp, one after the other or side by side."""
-
-  config: config_lib.ModelConfig
-
-  @nn.compact
-  def __call__(self, x, context, cache):
-    c = self.config
-    attn, mlp = Attention(c, name="attn"), Mlp(c, name="mlp")
-    norm_attn, norm_mlp = _norm(c, "norm_attn"), _norm(c, "norm_mlp")
-    out, cache = attn(norm_attn(x), context, cache)
-    if c.residual == "parallel":
-      x = x + out + mlp(norm_mlp(x))
-    else:
-      x = x + out
-      x = x + mlp(norm_mlp(x))
-    return axes.constrain(x, "rows", None, None), cache
-
-
 class Embed(nn.Module):
   """Token embedding, plus learned positions where the family has them."""
 
@@ -192,6 +51,8 @@ class Embed(nn.Module):
     init = nn.initializers.normal(0.02)
     table = self.param("tokens", init, (self.vocab, c.embed))
     x = axes.constrain(table.astype(c.dtype), "vocab", None)[tokens]
+    if c.embed_scale is not None:
+      x *= jnp.asarray(c.embed_scale, c.dtype)
     if c.position == "learned":
       table = self.param("positions", init, (c.max_positions, c.embed))
       x += axes.constrain(table.astype(c.dtype), None, None)[positions]
@@ -199,7 +60,11 @@ class Embed(nn.Module):
 
 
 class Decoder(nn.Module):
-  """tokens -> final hidden states [R, T, D], through a scanned stack."""
+  """tokens -> final hidden states [R, T, D], through a scanned stack.
+
+  The parameters of all layers are stacked: "layers" those of whole periods of
+  the pattern, "rest" those after them.
+  """
 
   config: config_lib.ModelConfig
   vocab: int
@@ -208,27 +73,91 @@ class Decoder(nn.Module):
   def __call__(self, tokens, positions, layout, cache):
     c = self.config
     x = Embed(c, self.vocab, name="embed")(tokens, positions)
-    rope = None
-    if c.position == "rotary":
-      rope = rope_tables(positions, c.rotary_dim, c.rope_theta)
-    context = _Context(layout, positions, rope)
-    stack = nn.scan(
-      nn.remat(Block, prevent_cse=False) if c.remat else Block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(nn.broadcast, 0),
-      length=c.layers,
-      unroll=c.unroll,
-    )
-    x, cache = stack(c, name="layers")(x, context, cache)
-    x = _norm(c, "final_norm")(x)
+    context = layers.Context(layout, positions, _rope(c, positions))
+    cache = {} if cache is None else cache
+    out = {}
+    for name, kinds in stacks(c).items():
+      if self.is_initializing():
+        x, _ = _initial_stack(c, len(kinds), name)(x, context, None)
+        continue
+      params = self.variables["params"][name]
+      x, out[name] = _run(c, kinds, params, x, context, cache.get(name))
+    x = layers.norm(c, "final_norm")(x)
     if not c.tied:
       # `build` reads its parameters; the head itself runs in ops.logprobs.
       shape = (c.embed,), (self.vocab,)
-      head = Linear(*shape, c.head_bias, 0.02, c.dtype, name="head")
+      head = layers.Linear(*shape, c.head_bias, 0.02, c.dtype, name="head")
       if self.is_initializing():
         head(x)
-    return x, cache
+    return x, out
+
+
+def stacks(config):
+  """{"layers": kinds of whole periods, "rest": kinds after them}, if any."""
+  whole = config.periods * len(config.layer_pattern)
+  stacks = {"layers": config.kinds[:whole], "rest": config.kinds[whole:]}
+  return {name: kinds for name, kinds in stacks.items() if kinds}
+
+
+def _rope(config, positions):
+  """(cos, sin) for each kind of layer that rotates."""
+  c = config
+  if c.position != "rotary":
+    return {}
+  full = rope.tables(positions, c.rotary_dim, c.rope_theta, c.rope_scaling)
+  if c.window_theta is None:
+    return {"full": full, "window": full}
+  near = rope.tables(positions, c.rotary_dim, c.window_theta)
+  return {"full": full, "window": near}
+
+
+def _initial_stack(config, length, name):
+  """Module with the parameters of `length` layers, to initialise them."""
+  return nn.scan(
+    layers.Block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=nn.broadcast,
+    length=length,
+  )(config, name=name)
+
+
+def _run(config, kinds, params, x, context, cache):
+  """Runs a stack of layers: a loop over the periods of their pattern.
+
+  Args:
+    kinds: of each layer.
+    params: of the layers, stacked.
+    cache: None, or (keys, values) [layers, B, K, S, H].
+  Returns: (x, cache).
+  """
+  c = config
+  period = kinds[: len(c.layer_pattern)]
+  turns = len(kinds) // len(period)
+
+  def block(kind, params, x, context, cache):
+    module = layers.Block(c, kind)
+    return module.apply({"params": params}, x, context, cache)
+
+  if c.remat:
+    block = jax.checkpoint(block, prevent_cse=False, static_argnums=0)
+
+  def body(x, inputs):
+    out = []
+    for i, kind in enumerate(period):
+      params, cache = jax.tree.map(lambda leaf, i=i: leaf[i], inputs)
+      x, cache = block(kind, params, x, context, cache)
+      out.append(cache)
+    return x, jax.tree.map(lambda *caches: jnp.stack(caches), *out)
+
+  def by_period(tree):
+    return jax.tree.map(
+      lambda leaf: leaf.reshape(turns, len(period), *leaf.shape[1:]), tree
+    )
+
+  inputs = by_period((params, cache))
+  x, cache = jax.lax.scan(body, x, inputs, unroll=min(c.unroll, turns))
+  return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cache)
 
 
 def build(config, vocab_size):
@@ -243,9 +172,10 @@ def build(config, vocab_size):
   def head_of(params):
     if config.tied:
       kernel = axes.constrain(params["embed"]["tokens"], "vocab", None).T
-      return logprobs.Head(kernel, None, vocab_size)
+      return logprobs.Head(kernel, None, vocab_size, config.logit_softcap)
     head = params["head"]
-    return logprobs.Head(head["kernel"], head.get("bias"), vocab_size)
+    kernel, bias = head["kernel"], head.get("bias")
+    return logprobs.Head(kernel, bias, vocab_size, config.logit_softcap)
 
   def init(rng):
     tokens = jnp.zeros((1, 1), jnp.int32)
@@ -270,8 +200,10 @@ def build(config, vocab_size):
 
   def init_cache(batch_size, length):
     # Heads before positions: a step's products then need no transposed copy.
-    shape = (config.layers, batch_size, config.kv_heads, length)
-    zeros = jnp.zeros((*shape, config.head_dim), config.dtype)
-    return zeros, zeros
+    shape = (batch_size, config.kv_heads, length, config.head_dim)
+    return {
+      name: (jnp.zeros((len(kinds), *shape), config.dtype),) * 2
+      for name, kinds in stacks(config).items()
+    }
 
   return Model(init, apply, decode, init_cache, config, vocab_size)

@@ -49,14 +49,17 @@ def visible(positions, segment_ids, branch_ids, window):
   return mask
 
 
-def masked(q, k, v, mask, scale):
+def masked(q, k, v, mask, scale, softcap):
   """Softmax attention under a mask, scores and softmax in f32.
+
+      scores = softcap(scale · q·k), softcap(x) = c·tanh(x / c)
 
   Args:
     q: [..., T, N, H] queries.
     k, v: [..., S, K, H] keys and values; each serves N / K query heads.
     mask: bool[..., T, S].
     scale: factor on q·k.
+    softcap: c, or None.
   Returns: [..., T, N, H] in the dtype of v.
   """
   groups = q.shape[-2] // k.shape[-2]
@@ -64,18 +67,21 @@ def masked(q, k, v, mask, scale):
   scores = jnp.einsum(
     "...tkgh,...skh->...kgts", q, k, preferred_element_type=jnp.float32
   )
-  scores = jnp.where(mask[..., None, None, :, :], scores * scale, _HIDDEN)
+  scores *= scale
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  scores = jnp.where(mask[..., None, None, :, :], scores, _HIDDEN)
   probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum("...kgts,...skh->...tkgh", probs, v)
   return out.reshape(*out.shape[:-3], -1, out.shape[-1])
 
 
-def xla(q, k, v, layout, *, window, scale):
+def xla(q, k, v, layout, *, window, scale, softcap=None):
   """Dense T×T attention: the oracle for every other implementation."""
   mask = visible(
     layout.positions, layout.segment_ids, layout.branch_ids, window
   )
-  return masked(q, k, v, mask, scale)
+  return masked(q, k, v, mask, scale, softcap)
 
 
 def take_rows(x, index):
@@ -106,7 +112,7 @@ def _move_bwd(residual, grad):
 _move.defvjp(_move_fwd, _move_bwd)
 
 
-def tiled(q, k, v, layout, *, window, scale):
+def tiled(q, k, v, layout, *, window, scale, softcap=None):
   """Gathers each example to its own [E] tile, attends inside, puts it back.
 
   Costs Σ E² per row, never T². The values equal `xla`.
@@ -130,12 +136,12 @@ def tiled(q, k, v, layout, *, window, scale):
     take_rows(x, index).reshape(rows, per_row, tile) for x in layout[:3]
   )
   mask = visible(positions, segments, branches, window)
-  out = masked(to_tiles(q), to_tiles(k), to_tiles(v), mask, scale)
+  out = masked(to_tiles(q), to_tiles(k), to_tiles(v), mask, scale, softcap)
   out = out.reshape(rows, per_row * tile, *out.shape[3:])
   return _move(out, inverse, index)
 
 
-def cached(q, k, v, positions, *, window, scale):
+def cached(q, k, v, positions, *, window, scale, softcap=None):
   """Attention of new tokens over a key-value cache.
 
   Slot s of the cache holds the key of position s, so a slot is visible iff
@@ -152,7 +158,7 @@ def cached(q, k, v, positions, *, window, scale):
   mask = slots <= positions[..., None]
   if window is not None:
     mask &= positions[..., None] - slots < window
-  return masked(q, k, v, mask, scale)
+  return masked(q, k, v, mask, scale, softcap)
 
 
 ATTENTION = {"tiled": tiled, "xla": xla}

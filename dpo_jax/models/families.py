@@ -1,0 +1,287 @@
+"""The published architectures that the decoder is: config.json and key table.
+
+`read` gives the ModelConfig of a checkpoint's own config.json. Its defaults are
+those of the transformers library; a field that is neither read here nor known
+to change nothing in a forward pass is an error that names it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dpo_jax import lookup
+from dpo_jax.models import config as config_lib
+from dpo_jax.models import fields, tables
+
+
+class Family(NamedTuple):
+  """An architecture.
+
+  Attributes:
+    read: fields.Fields -> dict of ModelConfig's fields.
+    table: list of keys.Key.
+    prefix: what the names of all but the head begin with; a checkpoint saved
+      without the head may lack it.
+  """
+
+  read: Callable
+  table: list
+  prefix: str
+
+
+def find(raw):
+  """The Family of a config.json.
+
+  Raises: ValueError naming an architecture that is not supported.
+  """
+  kind = raw.get("model_type")
+  if kind is None:
+    raise ValueError("config.json names no model_type")
+  experts = [name for name in raw if "expert" in name]
+  if experts:
+    raise ValueError(
+      f"model_type {kind!r} with {experts[0]} is a mixture of experts, which "
+      f"is not supported (supported: {', '.join(sorted(FAMILIES))})"
+    )
+  if kind == "gemma3":
+    raise ValueError(
+      "model_type 'gemma3' sees images; of Gemma 3 the text models are "
+      "supported: 'gemma3_text'"
+    )
+  return lookup.lookup(FAMILIES, kind, "model_type of config.json")
+
+
+def read(raw):
+  """(ModelConfig, vocabulary size) of a config.json.
+
+  Args:
+    raw: its content, a dict.
+  Raises: ValueError naming an unsupported architecture, field or value.
+  """
+  family = find(raw)
+  f = fields.Fields(raw)
+  quantised = f["quantization_config"]
+  if quantised:
+    raise ValueError(
+      "config.json: quantization_config: quantised safetensors are not "
+      "supported; take the unquantised checkpoint, and lora.base = 'int8' or "
+      "'nf4'"
+    )
+  found = family.read(f)
+  vocab_size = f["vocab_size"]
+  f.finish()
+  return config_lib.ModelConfig(**found), vocab_size
+
+
+def _gpt2(f):
+  f.only("scale_attn_weights", True)
+  f.only("scale_attn_by_inverse_layer_idx", False)
+  f.only("add_cross_attention", False)
+  embed, heads = f["n_embd"], f["n_head"]
+  return {
+    "layers": f["n_layer"],
+    "embed": embed,
+    "heads": heads,
+    "kv_heads": heads,
+    "head_dim": embed // heads,
+    "mlp": f["n_inner"] or 4 * embed,
+    "max_positions": f["n_positions"],
+    "norm_eps": f["layer_norm_epsilon"],
+    "activation": fields.activation(f, "activation_function"),
+    "tied": f["tie_word_embeddings"],
+  }
+
+
+def _gptj(f):
+  f.only("scale_attn_weights", None, True)
+  f.only("rotary", None, True)
+  f.only("tie_word_embeddings", False)
+  embed, heads = f["n_embd"], f["n_head"]
+  return {
+    "layers": f["n_layer"],
+    "embed": embed,
+    "heads": heads,
+    "kv_heads": heads,
+    "head_dim": embed // heads,
+    "mlp": f["n_inner"] or 4 * embed,
+    "max_positions": f["n_positions"],
+    "norm_eps": f["layer_norm_epsilon"],
+    "residual": "parallel_shared",
+    "position": "rotary",
+    "rotary_dim": f["rotary_dim"] or embed // heads,
+    "activation": fields.activation(f, "activation_function"),
+    "qkv_bias": False,
+    "out_bias": False,
+    "head_bias": True,
+    "tied": False,
+  }
+
+
+def _rotary(f, head_dim, rope=None):
+  """Fields of the rotation, and max_positions."""
+  rope = f["rope_parameters"] if rope is None else rope
+  scaling, longest = fields.scaling(rope, f["max_position_embeddings"])
+  return {
+    "max_positions": longest,
+    "position": "rotary",
+    "rotary_dim": int(head_dim * (rope.get("partial_rotary_factor") or 1.0)),
+    "rope_theta": float(rope["rope_theta"]),
+    "rope_scaling": scaling,
+  }
+
+
+def _neox(f):
+  embed, heads = f["hidden_size"], f["num_attention_heads"]
+  head_dim = embed // heads
+  return {
+    "layers": f["num_hidden_layers"],
+    "embed": embed,
+    "heads": heads,
+    "kv_heads": heads,
+    "head_dim": head_dim,
+    "mlp": f["intermediate_size"],
+    "norm_eps": f["layer_norm_eps"],
+    "residual": "parallel" if f["use_parallel_residual"] else "sequential",
+    "activation": fields.activation(f, "hidden_act"),
+    "qkv_bias": f["attention_bias"],
+    "out_bias": f["attention_bias"],
+    "tied": f["tie_word_embeddings"],
+    **_rotary(f, head_dim),
+  }
+
+
+def _llama(f, *, rope=None, activation="hidden_act"):
+  """What Llama and its relatives share."""
+  embed, heads = f["hidden_size"], f["num_attention_heads"]
+  head_dim = f["head_dim"] or embed // heads
+  bias = bool(f["attention_bias"])
+  f.only("rope_interleaved", None, False)
+  return {
+    "layers": f["num_hidden_layers"],
+    "embed": embed,
+    "heads": heads,
+    "kv_heads": f["num_key_value_heads"] or heads,
+    "head_dim": head_dim,
+    "mlp": f["intermediate_size"],
+    "norm": "rmsnorm",
+    "norm_eps": f["rms_norm_eps"],
+    "activation": fields.activation(f, activation),
+    "gated": True,
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "mlp_bias": bool(f["mlp_bias"]),
+    "tied": f["tie_word_embeddings"],
+    **_rotary(f, head_dim, rope),
+  }
+
+
+def _windows(f):
+  """Fields of a family whose layers all have the window, if there is one."""
+  window = f["sliding_window"]
+  if window is None or window >= f["max_position_embeddings"]:
+    return {}
+  return {"window": window, "layer_pattern": ("window",)}
+
+
+def _by_layer(f, kinds):
+  """Fields of layers of different kinds: the shortest pattern that repeats."""
+  layers = len(kinds)
+  for period in range(1, layers + 1):
+    if all(kinds[i] == kinds[i % period] for i in range(layers)):
+      break
+  window = f["sliding_window"]
+  pattern = tuple(kinds[:period])
+  return {
+    "layer_pattern": pattern,
+    "window": window if "window" in pattern else None,
+  }
+
+
+def _layer_types(f):
+  """The kind of each layer, from `layer_types`."""
+  names = {"full_attention": "full", "sliding_attention": "window"}
+  types = f["layer_types"] or ["full_attention"] * f["num_hidden_layers"]
+  return [lookup.lookup(names, t, "config.json: layer_types") for t in types]
+
+
+def _mistral(f):
+  return {**_llama(f), **_windows(f)}
+
+
+def _qwen2(f):
+  f["use_sliding_window"]  # the layers' types follow from it
+  found = {**_llama(f), **_by_layer(f, _layer_types(f))}
+  return {**found, "qkv_bias": True, "out_bias": False}
+
+
+def _qwen3(f):
+  f["use_sliding_window"]
+  return {**_llama(f), **_by_layer(f, _layer_types(f)), "qk_norm": "head"}
+
+
+def _smollm3(f):
+  f.only("use_sliding_window", None, False)
+  kinds = _layer_types(f)
+  rotates = f["no_rope_layers"] or [1] * len(kinds)
+  kinds = ["full" if r else "nope" for r in rotates]
+  return {**_llama(f), **_by_layer(f, kinds)}
+
+
+def _phi3(f):
+  for name, value in (
+    ("lm_head_bias", False),
+    ("full_attn_mod", 1),
+    ("interpolate_factor", 1),
+    ("attention_bias", False),
+    ("mlp_bias", False),
+  ):
+    f.only(name, None, value)
+  return {**_llama(f), **_windows(f)}
+
+
+def _olmo2(f):
+  return {**_llama(f), "qk_norm": "all", "norm_place": "post"}
+
+
+def _gemma(f):
+  f.only("use_bidirectional_attention", None, False)
+  return {
+    "norm_offset": 1.0,
+    "norm_place": "both",
+    "embed_scale": f["hidden_size"] ** 0.5,
+    "attention_scale": f["query_pre_attn_scalar"] ** -0.5,
+    "attention_softcap": f["attn_logit_softcapping"],
+    "logit_softcap": f["final_logit_softcapping"],
+    **_by_layer(f, _layer_types(f)),
+  }
+
+
+def _gemma2(f):
+  return {**_llama(f, activation="hidden_activation"), **_gemma(f)}
+
+
+def _gemma3(f):
+  ropes = f["rope_parameters"]
+  full, near = ropes["full_attention"], ropes["sliding_attention"]
+  if near["rope_type"] != "default":
+    raise ValueError("config.json: scaled rotations in windows are not built")
+  found = _llama(f, rope=full, activation="hidden_activation")
+  found |= {**_gemma(f), "qk_norm": "head"}
+  if found["window"] is not None:
+    found["window_theta"] = float(near["rope_theta"])
+  return found
+
+
+FAMILIES = {
+  "gpt2": Family(_gpt2, tables.GPT2, "transformer."),
+  "gpt_neox": Family(_neox, tables.NEOX, "gpt_neox."),
+  "gptj": Family(_gptj, tables.GPTJ, "transformer."),
+  "llama": Family(_llama, tables.LLAMA, "model."),
+  "mistral": Family(_mistral, tables.LLAMA, "model."),
+  "qwen2": Family(_qwen2, tables.LLAMA, "model."),
+  "qwen3": Family(_qwen3, tables.LLAMA, "model."),
+  "smollm3": Family(_smollm3, tables.LLAMA, "model."),
+  "phi3": Family(_phi3, tables.PHI3, "model."),
+  "olmo2": Family(_olmo2, tables.OLMO2, "model."),
+  "gemma2": Family(_gemma2, tables.GEMMA, "model."),
+  "gemma3_text": Family(_gemma3, tables.GEMMA, "model."),
+}

@@ -1,0 +1,264 @@
+"""Hugging Face checkpoints: config.json and safetensors, streamed to devices.
+
+Tensor by tensor, so that a host holds one tensor beside its shards: a leaf of
+stacked layers is allocated on the devices and filled in place.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpo_jax import tree
+from dpo_jax.models import axes, families, keys, lora
+from dpo_jax.models import config as config_lib
+
+
+class Checkpoint(NamedTuple):
+  """A pre-trained model, not loaded yet.
+
+  Attributes:
+    raw: its config.json (that of the same model, for a GGUF file).
+    config: ModelConfig of it.
+    vocab_size: rows of its vocabulary.
+    table: list of keys.Key.
+    shapes: {name: shape} of its tensors, named as in the table.
+    read: () -> iterable of (name, numpy array), each tensor once.
+    where: for messages.
+  """
+
+  raw: dict
+  config: config_lib.ModelConfig
+  vocab_size: int
+  table: list
+  shapes: dict
+  read: Callable
+  where: str
+
+
+# Buffers that old checkpoints carry beside their parameters.
+_BUFFERS = r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$"
+_BIN = """\
+{0} holds pickled weights (.bin), which can run code when they are read. \
+Convert them with transformers and torch, then name the new folder:
+  python -c "from transformers import AutoModelForCausalLM as M; \
+M.from_pretrained('{0}').save_pretrained('NEW_FOLDER')" """
+
+
+def open_folder(folder):
+  """The Checkpoint in a folder.
+
+  Raises: ValueError naming what is missing or not supported.
+  """
+  folder = epath.Path(folder)
+  path = folder / "config.json"
+  if not path.exists():
+    raise ValueError(f"{folder} holds no config.json")
+  raw = json.loads(path.read_text())
+  try:
+    config, vocab_size = families.read(raw)
+    family = families.find(raw)
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
+  rename = functools.partial(_table_name, family.prefix)
+  shapes = {}
+  for file in _files(folder):
+    for name, shape in _header(file).items():
+      shapes[name] = shape
+  bare = not any(name.startswith(family.prefix) for name in shapes)
+  ignored = {
+    name
+    for name in shapes
+    if re.search(_BUFFERS, name)
+    or (config.tied and name in ("lm_head.weight", "embed_out.weight"))
+  }
+  names = {n: rename(n) if bare else n for n in shapes if n not in ignored}
+
+  def read():
+    for file in _files(folder):
+      with safetensors.safe_open(file, "np") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+          if name in names:
+            yield names[name], tensors.get_tensor(name)
+
+  return Checkpoint(
+    raw=raw,
+    config=config,
+    vocab_size=vocab_size,
+    table=family.table,
+    shapes={names[n]: shape for n, shape in shapes.items() if n in names},
+    read=read,
+    where=str(folder),
+  )
+
+
+def _table_name(prefix, name):
+  """The name in the key table of a checkpoint saved without its head."""
+  return name if name.startswith(("lm_head.", "embed_out.")) else prefix + name
+
+
+def _files(folder):
+  """The safetensors files of a checkpoint, as local paths."""
+  index = folder / "model.safetensors.index.json"
+  if index.exists():
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+  else:
+    names = ["model.safetensors"]
+  missing = [name for name in names if not (folder / name).exists()]
+  if not missing:
+    return [folder / name for name in names]
+  if index.exists():
+    raise ValueError(
+      f"{folder}: files of model.safetensors.index.json are missing: {missing}"
+    )
+  if list(folder.glob("*.bin")):
+    raise ValueError(_BIN.format(folder))
+  raise ValueError(
+    f"{folder} holds no model.safetensors and no index of several"
+  )
+
+
+def _header(file):
+  """{name: shape} of a safetensors file."""
+  try:
+    with safetensors.safe_open(file, "np") as tensors:
+      return {
+        name: tuple(tensors.get_slice(name).get_shape())
+        for name in tensors.keys()  # noqa: SIM118 (not a dict)
+      }
+  except Exception as error:  # the library raises its own kinds
+    raise ValueError(f"{file} is damaged or cut short: {error}") from error
+
+
+def check(checkpoint, wanted):
+  """Raises ValueError listing tensors missing, unknown and of other shapes.
+
+  Args:
+    checkpoint: Checkpoint.
+    wanted: {name: keys.Tensor}.
+  """
+  there = checkpoint.shapes
+  missing = sorted(wanted.keys() - there.keys())
+  extra = sorted(there.keys() - wanted.keys())
+  other = [
+    f"{name} is {list(there[name])}, not {list(wanted[name].shape)}"
+    for name in sorted(wanted.keys() & there.keys())
+    if there[name] != wanted[name].shape
+  ]
+  found = {"missing": missing, "not of this architecture": extra}
+  found["of another shape"] = other
+  lines = [
+    f"{len(names)} {what}: {', '.join(names[:8])}{' …' * (len(names) > 8)}"
+    for what, names in found.items()
+    if names
+  ]
+  if lines:
+    raise ValueError(
+      f"{checkpoint.where}: the tensors do not fit its config.json: "
+      + "; ".join(lines)
+    )
+
+
+def load(checkpoint, abstract, base):
+  """The parameters of a checkpoint, born sharded.
+
+  Args:
+    checkpoint: Checkpoint.
+    abstract: nested dict of f32 ShapeDtypeStruct with NamedShardings, one for
+      each parameter.
+    base: how they are held, of lora.BASES.
+  Returns: nested dict of arrays, or of qwix.QArray for quantised kernels.
+  Raises: ValueError before anything is allocated, if tensors do not fit.
+  """
+  flat = dict(tree.named(abstract))
+  shapes = {path: x.shape for path, x in flat.items()}
+  config, vocab_size = checkpoint.config, checkpoint.vocab_size
+  wanted = keys.tensors(checkpoint.table, config, shapes, vocab_size)
+  check(checkpoint, wanted)
+  out = {}
+  for name, x in checkpoint.read():
+    tensor = wanted[name]
+    leaves = keys.to_leaves(x, tensor, config.rotary_dim)
+    for place, leaf in zip(tensor.places, leaves, strict=True):
+      _write(out, place, leaf, flat[place.path], base)
+    jax.block_until_ready([out[place.path] for place in tensor.places])
+  return tree.nest(out)
+
+
+def _write(out, place, leaf, abstract, base):
+  """Puts a leaf, or one layer of it, into `out`."""
+  path, sharding = place.path, abstract.sharding
+  if place.layer is None:
+    axis = keys.vocabulary_axis(path)
+    placed = _placed(leaf, abstract.shape, sharding, axis)
+    out[path] = _converted(path, placed, base, sharding)
+    return
+  spec = PartitionSpec(*sharding.spec[1:])
+  layer = NamedSharding(sharding.mesh, spec)
+  placed = _placed(leaf, leaf.shape, layer, None)
+  if path not in out:
+    out[path] = _empty(path, abstract, base)
+  out[path] = _set_layer(path, base, out[path], placed, place.layer)
+
+
+def _placed(leaf, shape, sharding, pad_axis):
+  """A host array on the mesh, with zeros behind it along `pad_axis`."""
+
+  def shard(index):
+    part = leaf[index]
+    if pad_axis is None:
+      return np.ascontiguousarray(part)
+    want = len(range(*index[pad_axis].indices(shape[pad_axis])))
+    pad = [(0, 0)] * leaf.ndim
+    pad[pad_axis] = (0, want - part.shape[pad_axis])
+    return np.pad(part, pad)
+
+  return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _held_sharding(path, x, base, sharding):
+  """Shardings of a parameter as the base holds it."""
+  held = jax.eval_shape(lambda x: lora.store(path, x, base), x)
+  if not isinstance(held, jax.ShapeDtypeStruct):
+    sizes = dict(sharding.mesh.shape)
+    return tree.map_named(
+      lambda part, x: NamedSharding(
+        sharding.mesh, axes.spec(f"{path}/{part}", x.shape, sizes)
+      ),
+      held,
+    )
+  return sharding
+
+
+def _converted(path, x, base, sharding):
+  convert = jax.jit(
+    lambda x: lora.store(path, x, base),
+    donate_argnums=(0,) if x.dtype == base else (),
+    out_shardings=_held_sharding(path, x, base, sharding),
+  )
+  return convert(x)
+
+
+def _empty(path, abstract, base):
+  """A stack of zeros, as the base holds it."""
+  shape = jax.ShapeDtypeStruct(abstract.shape, jnp.float32)
+  held = jax.eval_shape(lambda x: lora.store(path, x, base), shape)
+  make = jax.jit(
+    lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held),
+    out_shardings=_held_sharding(path, shape, base, abstract.sharding),
+  )
+  return make()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _set_layer(path, base, stack, x, layer):
+  value = lora.store(path, x, base, stacked=False)
+  return jax.tree.map(lambda s, v: s.at[layer].set(v), stack, value)

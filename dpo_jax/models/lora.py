@@ -1,0 +1,171 @@
+"""LoRA as pure functions on parameter trees, and quantised bases for it.
+
+An adapter is a tree with `lora_a` [L, inputs, r] and `lora_b` [L, r, outputs]
+in the place of some kernels [L, inputs, outputs]. Policy and reference share
+the base:
+
+    policy     graft(base, adapter, scale): x·W + scale · (x·A)·B
+    reference  base
+
+Source: arXiv:2106.09685; rank-stabilised scale: arXiv:2312.03732; 4-bit
+NormalFloat base: arXiv:2305.14314 (of qwix, as int8).
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import lookup, tree
+from dpo_jax.models import axes
+
+_KERNELS = r"^(layers|rest)/.*/kernel$"
+# How the frozen base may be held.
+BASES = ("float32", "bfloat16", "int8", "nf4")
+_TILE = 64  # weights that share a scale in nf4, along the inputs
+
+
+def scale_of(rank, alpha, rank_stabilised):
+  """alpha / r, or alpha / √r."""
+  return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+
+def paths(base, targets):
+  """The kernels that `targets` select, in tree order.
+
+  Args:
+    base: parameter tree, or its shapes.
+    targets: regexes, searched for in paths as "layers/attn/q/kernel".
+  Raises: ValueError for one that finds no kernel of a layer.
+  """
+  kernels = [p for p in _flat(base) if re.search(_KERNELS, p)]
+  for pattern in targets:
+    if not any(tree.matches([pattern], path) for path in kernels):
+      raise ValueError(
+        f"lora.targets: {pattern!r} matches no kernel of a layer"
+        f"{lookup.nearest(pattern, kernels)}"
+      )
+  return [path for path in kernels if tree.matches(targets, path)]
+
+
+def init(rng, base, rank, targets):
+  """A new adapter: A uniform within ± 1/√inputs, B zero, so that it adds 0.
+
+  Args:
+    rng: PRNG key.
+    base: parameter tree, or its shapes.
+    rank: r.
+    targets: see `paths`.
+  Returns: nested dict of f32 arrays.
+  """
+  flat, adapter = _flat(base), {}
+  chosen = paths(base, targets)
+  for path, key in zip(chosen, jax.random.split(rng, len(chosen)), strict=True):
+    shape = flat[path].shape
+    cut = 1 + axes.inputs(path)
+    bound = math.prod(shape[1:cut]) ** -0.5
+    a = jax.random.uniform(key, (*shape[:cut], rank), jnp.float32, -1, 1)
+    b = jnp.zeros((shape[0], rank, *shape[cut:]))
+    _put(adapter, path, {"lora_a": bound * a, "lora_b": b})
+  return adapter
+
+
+def graft(base, adapter, scale):
+  """The policy: `base`, uncopied, with the adapter beside its kernels."""
+
+  def scaled(node):
+    if "lora_a" in node:
+      layers = node["lora_a"].shape[0]
+      return {**node, "lora_scale": jnp.full(layers, scale, jnp.float32)}
+    return {key: scaled(value) for key, value in node.items()}
+
+  return tree.graft(base, scaled(adapter))
+
+
+def split(params):
+  """(base, adapter) of a grafted tree."""
+  adapter, base = tree.split(params, lambda path: "/lora_" in path)
+  return base, tree.split(adapter, lambda path: "lora_scale" not in path)[0]
+
+
+def merge(base, adapter, scale):
+  """`base` with W + scale · A·B for each W with an adapter.
+
+  A quantised W becomes f32.
+  """
+  flat = _flat(base)
+
+  def walk(node, prefix):
+    if "lora_a" not in node:
+      return {key: walk(x, f"{prefix}{key}/") for key, x in node.items()}
+    kernel = flat[f"{prefix}kernel"]
+    whole = dequantize(kernel)
+    a, b = node["lora_a"], node["lora_b"]
+    add = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
+    whole = (whole.astype(jnp.float32) + scale * add).astype(whole.dtype)
+    return {"kernel": whole}
+
+  return tree.graft(base, walk(adapter, ""))
+
+
+def product(x, adapter, inputs):
+  """scale · (x·A)·B of one layer; x [..., inputs] with `inputs` axes."""
+  low = jnp.tensordot(x, adapter["lora_a"].astype(x.dtype), inputs)
+  low *= adapter["lora_scale"].astype(x.dtype)
+  return jnp.tensordot(low, adapter["lora_b"].astype(x.dtype), 1)
+
+
+def store(path, x, kind, *, stacked=True):
+  """A parameter as the base holds it.
+
+  Args:
+    path: "layers/attn/q/kernel".
+    x: f32 or bf16, with the axis of layers unless not `stacked`.
+    kind: of BASES. int8 has a scale an output, nf4 one for each 64 inputs; both
+      are for kernels of layers, and hold what else there is in bfloat16.
+  Returns: array, or qwix.QArray.
+  """
+  if kind in ("float32", "bfloat16"):
+    return x.astype(kind)
+  if not re.search(_KERNELS, path):
+    return x.astype(jnp.bfloat16)
+  import qwix  # slow to import, and seldom needed
+
+  first = 1 if stacked else 0
+  inputs = range(first, first + axes.inputs(path))
+  if kind == "int8":
+    outside = tuple(axis for axis in range(x.ndim) if axis not in inputs)
+    return qwix.quantize(x, qtype=jnp.int8, channelwise_axes=outside)
+  tiled = inputs[-1]
+  return qwix.quantize(
+    x,
+    qtype="nf4",
+    channelwise_axes=tuple(axis for axis in range(x.ndim) if axis != tiled),
+    tiled_axes={tiled: math.gcd(_TILE, x.shape[tiled])},
+  )
+
+
+def dequantize(kernel):
+  """An array, from one or from a qwix.QArray."""
+  if isinstance(kernel, jax.Array):
+    return kernel
+  import qwix
+
+  return qwix.dequantize(kernel)
+
+
+def _flat(params):
+  """{path: leaf}, quantised kernels being one leaf."""
+  flat = jax.tree_util.tree_flatten_with_path(
+    params, lambda x: not isinstance(x, dict)
+  )[0]
+  return {tree.path_str(path): leaf for path, leaf in flat}
+
+
+def _put(node, path, value):
+  """Puts `value` in the place of the leaf at `path`."""
+  *parents, _ = path.split("/")
+  for name in parents[:-1]:
+    node = node.setdefault(name, {})
+  node[parents[-1]] = value

