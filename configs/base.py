@@ -21,9 +21,11 @@ def get_config():
   c.ref = "frozen"
   c.ref_store = optional(str)  # of "cached"; None: the run folder
   c.init_seed = 0  # of the random initial parameters
-  c.init_from = optional(str)  # run folder to start from, or None
-  c.model = common.model("tiny")  # decoder shape, see models/config.py
-  c.tokenizer = "bytes"  # bytes, a Hugging Face name, or a local folder
+  c.init_from = optional(str)  # hf:NAME, gguf:FILE, run folder, or None: random
+  # Decoder shape, see models/config.py; of init_from: common.pretrained.
+  c.model = common.model("tiny")
+  c.lora = optional(config_dict.ConfigDict)  # common.lora; None: train it all
+  c.tokenizer = "bytes"  # bytes, hf:NAME, gguf:FILE, or a local folder
   c.head_chunk = optional(int)  # scored positions per head chunk
   c.optim = common.optim("rmsprop")  # the optimiser and its own fields
   c.precision = "highest"  # of f32 matmuls: highest, high or default
@@ -42,6 +44,18 @@ def get_config():
   d.max_shapes = 3  # compilations that batch shapes may cost
   d.shape_multiple = 32  # T, S and E are multiples of this
   d.seed = 0  # of the order of the data
+
+  # Limits of `dpo-jax audit`: shares of the records, or of the examples, of a
+  # data set or of a part of a mixture. None: not checked.
+  c.audit = a = config_dict.ConfigDict()
+  a.show = 2  # examples printed token by token
+  a.skipped = 0.0  # records that cannot be used, identical pairs among them
+  a.boundary_merges = 0.01  # prompt and completion would share a token
+  a.cut = 0.1  # prompt or completion is cut to data.max_…_length
+  a.double_bos = 0.0  # more than one BOS
+  a.special_tokens = 0.0  # text that reads as another special token
+  a.empty = 0.0  # a completion of no token but its end
+  a.other_end = 0.0  # a completion ends in a token that is not the EOS
 
   c.sample = s = config_dict.ConfigDict()
   s.prompts = optional(str)  # source of prompts, None: no samples
@@ -69,6 +83,12 @@ def get_config():
   m.fsdp = 1  # splits parameters, and rows
   m.tensor = 1  # splits heads, mlp and vocabulary
   m.context = 1  # splits sequences; not built
+
+  c.export = e = config_dict.ConfigDict()
+  e.folder = optional(str)  # None: "export" in the run folder
+  e.form = "merged"  # a whole model, or adapter: in PEFT's files
+  e.dtype = "float32"  # of the files of a whole model, or bfloat16
+  e.push = optional(str)  # name on the Hugging Face hub, None: no upload
 
   c.checkpoint = config_dict.ConfigDict()
   c.checkpoint.every = 500  # steps; the last is always saved

@@ -63,6 +63,40 @@ def model(name):
   return m
 
 
+def pretrained(c, spec):
+  """Makes a config start from a checkpoint, whose config.json has the shape.
+
+  Args:
+    c: ConfigDict of configs/base.py.
+    spec: "hf:NAME" or "gguf:FILE".
+  """
+  c.init_from = c.tokenizer = spec
+  c.model = config_dict.ConfigDict(
+    {"dtype": "float32", "attention": "tiled", "remat": False, "unroll": 1}
+  )
+  return c
+
+
+def select_model(c, name):
+  """Gives a config a preset, by name, or a pre-trained model, by spec."""
+  if ":" in name:
+    return pretrained(c, name)
+  c.model = model(name)
+  return c
+
+
+def lora():
+  """config.lora: an adapter of all linear layers, on a base in f32."""
+  o = config_dict.ConfigDict()
+  o.rank = 16  # r
+  o.alpha = 32.0  # the product's factor is alpha / r
+  o.rank_stabilised = False  # or alpha / √r
+  o.targets = (r"(attn|mlp)/\w+/kernel$",)  # path regexes of adapted kernels
+  o.base = "float32"  # how the base is held: float32, bfloat16, int8, nf4
+  o.init_from = config_dict.placeholder(str)  # hf:FOLDER of a PEFT adapter
+  return o
+
+
 def parse_arg(arg, **defaults):
   """Reads a config's argument, `smoke,loss=ipo`, over its defaults.
 
@@ -86,6 +120,24 @@ def parse_arg(arg, **defaults):
     else:
       values[name] = default(text)
   return config_dict.ConfigDict(values)
+
+
+def stages(workdir, *steps, **arguments):
+  """A config of `train` that runs a file's stages, one after the other.
+
+  Args:
+    workdir: of the whole.
+    *steps: (verb, stage): the stage is the file's config of that name.
+    **arguments: passed on to each.
+  """
+  rest = "".join(f",{name}={value}" for name, value in arguments.items())
+  return config_dict.ConfigDict(
+    {
+      "algo": "stages",
+      "workdir": workdir,
+      "stages": tuple((verb, f"stage={name}{rest}") for verb, name in steps),
+    }
+  )
 
 
 def choose(name, table):

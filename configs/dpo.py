@@ -4,8 +4,9 @@
       --config.data.train=my.jsonl --workdir runs/mine
 
 `configs/dpo.py:loss=ipo` selects another loss with its own defaults,
-`:model=pythia-70m` another shape, `:smoke` two steps of a micro model on
-generated pairs; `dpo-jax sweep` in the place of `train` runs the paper's β.
+`:model=pythia-70m` another shape, `:model=hf:NAME` a pre-trained model, `:lora`
+an adapter, `:smoke` two steps of a micro model on generated pairs; `dpo-jax
+sweep` in the place of `train` runs the paper's β.
 The optimiser's constants are the paper's (arXiv:2305.18290
 appendix B) but for the learning rate: the model here is small and starts from
 random parameters unless `--config.init_from` names a run folder, so the
@@ -22,13 +23,15 @@ def sweep():
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, loss="dpo", model="tiny", smoke=False)
+  arg = common.parse_arg(arg, loss="dpo", model="tiny", lora=False, smoke=False)
   c = base.get_config()
   c.loss = common.loss(arg.loss)
   if arg.loss in common.WITHOUT_REFERENCE:
     c.ref = "none"
-  c.model = common.model(arg.model)
+  common.select_model(c, arg.model)
   c.optim.learning_rate = 3e-4
+  if arg.lora:
+    c.lora = common.lora()
   c.optim.warmup = 10
   if arg.smoke:
     c = common.smoke(c)

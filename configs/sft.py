@@ -3,7 +3,8 @@
     python -m dpo_jax.cli train --config configs/sft.py \\
       --config.data.train=my.jsonl --workdir runs/sft
 
-Its run folder is what `--config.init_from` of a DPO run takes. `:smoke` is two
+Its run folder is what `--config.init_from` of a DPO run takes. `:model=hf:NAME`
+starts from a pre-trained model, `:lora` trains an adapter, `:smoke` is two
 steps of a micro model on generated text.
 """
 
@@ -11,12 +12,14 @@ from configs import base, common
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, model="tiny", smoke=False)
+  arg = common.parse_arg(arg, model="tiny", lora=False, smoke=False)
   c = base.get_config()
   c.algo = "sft"
   c.loss = common.loss("sft")
   c.ref = "none"
-  c.model = common.model(arg.model)
+  common.select_model(c, arg.model)
+  if arg.lora:
+    c.lora = common.lora()
   c.optim.learning_rate = 1e-3
   c.optim.warmup = 10
   if arg.smoke:

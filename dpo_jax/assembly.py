@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import algos, checks, lookup
+from dpo_jax import algos, checks, lookup, weights
 from dpo_jax.algos import base
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import rows, sources, tokenize
-from dpo_jax.models import axes, transformer
 from dpo_jax.models import config as model_config
+from dpo_jax.models import transformer
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import checkpoint, optim
@@ -88,7 +88,7 @@ def prepare_model(config):
     raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
   if mode == "pmap" and jax.process_count() > 1:
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
-  model, tokenizer = build_model(config)
+  model, tokenizer = weights.build_model(config)
   return Setup(config, mesh, mode, model, tokenizer, {})
 
 
@@ -98,20 +98,22 @@ def prepare(config):
   Raises: ValueError for what the user can mend.
   """
   setup = prepare_model(config)
-  algorithm = make_algorithm(setup)
+  algorithm = trained_algorithm(setup)
   rows_at_once = (
     mesh_lib.row_parallelism(setup.mesh) * config.train.accumulation
   )
   loader, about = build_loader(
     config,
     setup.tokenizer,
+    setup.model.config,
     config.data.train,
     training=True,
     row_multiple=rows_at_once,
   )
   total = total_steps(config, loader.size)
   optimizer = optim.make(config.optim, total)
-  checks.freeze(config.optim.freeze, setup.model, optimizer)
+  shapes = weights.trained_shapes(setup)
+  checks.freeze(config.optim.freeze, shapes, optimizer)
   return Run(
     setup=setup,
     loader=loader,
@@ -140,7 +142,7 @@ def prepare_point(config, run):
   data = {"data_fingerprint": run.loader.fingerprint}
   return run._replace(
     setup=setup,
-    algorithm=make_algorithm(setup),
+    algorithm=trained_algorithm(setup),
     hparams=hyper_params(config),
     identity=config.to_dict() | data,
   )
@@ -157,26 +159,28 @@ def _untraced(config):
 
 
 def make_algorithm(setup):
-  """The Algorithm that `config.algo` names."""
+  """The Algorithm that `config.algo` names, of all parameters."""
   make = lookup.lookup(algos.ALGOS, setup.config.algo, "algo")
   return make(setup.config, setup.model.apply)
 
 
-def build_model(config):
-  """(transformer.Model, tokenize.Tokenizer) of a config."""
-  tokenizer = tokenize.load(config.tokenizer)
-  shape = model_config.ModelConfig(**config.model.to_dict())
-  longest = config.data.max_prompt_length + config.data.max_completion_length
-  if longest > shape.max_positions:
-    raise ValueError(
-      f"data.max_prompt_length + data.max_completion_length = {longest} is "
-      f"more than model.max_positions = {shape.max_positions}"
-    )
-  return transformer.build(shape, tokenizer.vocab_size), tokenizer
+def trained_algorithm(setup):
+  """The Algorithm of what is trained: of an adapter, where there is one."""
+  algorithm = make_algorithm(setup)
+  if setup.config.lora is None:
+    return algorithm
+  return base.on_adapter(algorithm, functools.partial(weights.policy, setup))
 
 
-def build_loader(config, tokenizer, spec, *, training, row_multiple):
-  """A Loader of one data set and a line that describes it."""
+def build_loader(config, tokenizer, shape, spec, *, training, row_multiple):
+  """A Loader of one data set and a line that describes it.
+
+  Args:
+    shape: ModelConfig, for its windows.
+    spec: of the data.
+    training: shuffled, endless; or one pass in order.
+    row_multiple: of the rows of a batch.
+  """
   policy = sources.Policy(config.data.bad_records)
   form = "sft" if config.algo == "sft" else "preference"
   field = "data.train" if training else "data.eval"
@@ -198,7 +202,7 @@ def build_loader(config, tokenizer, spec, *, training, row_multiple):
     budget=config.data.max_shapes,
     multiple=config.data.shape_multiple,
     steps=total_steps(config, size) if training else None,
-    window=config.model.window,
+    windows=shape.windows,
     weights=weights,
   )
   notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
@@ -232,55 +236,33 @@ def hyper_params(config):
   return {k: jnp.float32(v) for k, v in numeric.items()}
 
 
-def abstract_params(setup):
-  """The parameters as ShapeDtypeStructs with their shardings."""
-  shapes = jax.eval_shape(setup.model.init, jax.random.key(0))
-  shardings = mesh_lib.shardings(setup.mesh, shapes, partition_spec(setup.mode))
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
-  )
+def initial_state(run, initial):
+  """A TrainState at step 0.
 
-
-def initial_params(setup):
-  """The parameters a run starts from, born sharded: also its reference."""
-  abstract = abstract_params(setup)
-  if setup.config.init_from is not None:
-    return checkpoint.load_params(setup.config.init_from, abstract)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  init = setup.once("init", lambda: run_lib.jitted(setup.model.init, shardings))
-  return init(jax.random.key(setup.config.init_seed))
-
-
-def saved_params(setup, workdir):
-  """The policy saved last in a run's folder."""
-  return checkpoint.load_params(workdir, abstract_params(setup), "the run")
-
-
-def initial_state(run, params):
-  """A TrainState at step 0; `params` are copied, so that it may be donated."""
+  Args:
+    run: Run.
+    initial: of weights.initial. It is the frozen part where that is needed, and
+      copied where it is trained, since a step donates what it trains.
+  """
   setup = run.setup
 
   def create(params):
-    copy = jax.tree.map(jnp.copy, params)
-    frozen = {"ref": copy} if setup.config.ref == "frozen" else {}
-    return state_lib.create(copy, run.optimizer, frozen)
+    return state_lib.create(jax.tree.map(jnp.copy, params), run.optimizer, {})
 
   def build():
-    shapes = jax.eval_shape(create, params)
-    return run_lib.jitted(
-      create, mesh_lib.shardings(setup.mesh, shapes, partition_spec(setup.mode))
-    )
+    shapes = weights.sharded(setup, jax.eval_shape(create, params))
+    return run_lib.jitted(create, jax.tree.map(lambda x: x.sharding, shapes))
 
-  return setup.once("create", build)(params)
+  params = initial if setup.config.lora is None else weights.adapter(setup)
+  state = setup.once("create", build)(params)
+  return state.replace(frozen=frozen(setup, initial))
 
 
-def partition_spec(mode):
-  """Function (path, shape, sizes) -> PartitionSpec of the state's arrays."""
-  if mode == "pmap":
-    return lambda *_: jax.sharding.PartitionSpec()
-  return axes.spec
+def frozen(setup, initial):
+  """The part of a TrainState that is never trained nor saved."""
+  if setup.config.lora is not None:
+    return {"base": initial}
+  return {"ref": initial} if setup.config.ref == "frozen" else {}
 
 
 def place_batch(setup, loader, number):
@@ -307,14 +289,18 @@ def train_step(run, state):
   return setup.once("step", build)
 
 
-def held_out_sums(setup, algorithm):
-  """The compiled (state, batch, hparams) -> sums of train.step.sums."""
+def held_out_sums(setup, algorithm, of):
+  """The compiled (state, batch, hparams) -> sums of train.step.sums.
+
+  Args:
+    of: what the algorithm trains, "adapter" or "policy": each is compiled once.
+  """
 
   def build():
     sums = step_lib.sums(algorithm, axis_name=run_lib.axis_name(setup.mode))
     return run_lib.evaluator(sums, setup.mesh, setup.mode)
 
-  return setup.once("sums", build)
+  return setup.once(f"sums of {of}", build)
 
 
 def held_out_loader(setup):
@@ -324,6 +310,7 @@ def held_out_loader(setup):
     lambda: build_loader(
       setup.config,
       setup.tokenizer,
+      setup.model.config,
       setup.config.data.eval,
       training=False,
       row_multiple=mesh_lib.row_parallelism(setup.mesh),
@@ -332,12 +319,20 @@ def held_out_loader(setup):
 
 
 def step_flops(run, stats):
-  """FLOPs that a step needs: 3 forward passes of work, 1 for the reference."""
-  passes = 3 + (run.setup.config.ref == "frozen")
-  return passes * model_config.matmul_flops(
+  """FLOPs that a step needs, without an adapter's own.
+
+  Of products with weights one pass forward, one to the activations, and one to
+  the weights if they are trained; of attention three. One more of each for the
+  reference.
+  """
+  config = run.setup.config
+  by_weights, by_attention = model_config.matmul_flops(
     run.setup.model.config,
     run.setup.model.vocab_size,
     stats.tokens,
     stats.scored,
     stats.visible,
   )
+  ref = config.ref == "frozen"
+  passes = (2 if config.lora is not None else 3) + ref
+  return passes * by_weights + (3 + ref) * by_attention

@@ -1,21 +1,27 @@
 """What a config must satisfy before anything is built."""
 
-import jax
-
 from dpo_jax import lookup, tree
+from dpo_jax.data import audit_counts
 from dpo_jax.train import checkpoint
 
+# Shares of data, each may be None.
+_SHARES = tuple(f"audit.{name}" for name in audit_counts.CHECKS)
 # Fields that may be None, and the smallest value of those that may be below 1.
 _OPTIONAL = {
-  *("init_from", "head_chunk", "model.window", "optim.clip_norm"),
+  *("init_from", "lora", "head_chunk", "optim.clip_norm"),
+  *("model.window", "model.window_theta", "model.embed_scale"),
+  *("model.attention_scale", "model.attention_softcap", "model.logit_softcap"),
   *("data.train", "data.eval", "data.max_row_length"),
   *("train.steps", "mesh.data", "workdir", "ref_store", "log.wandb"),
-  *("sample.prompts", "sample.prefix", "sample.labelled"),
+  *("sample.prompts", "sample.prefix", "sample.labelled", *_SHARES),
+  *("export.folder", "export.push", "lora.init_from"),
 }
 _LOWEST = {
   **dict.fromkeys(("init_seed", "data.seed", "optim.warmup"), 0),
   **dict.fromkeys(("sample.seed", "sample.temperature"), 0),
-  **dict.fromkeys(("model.rotary_dim", "optim.weight_decay"), 0),
+  **dict.fromkeys((*_SHARES, "audit.show"), 0),
+  **dict.fromkeys(("model.rotary_dim", "model.norm_offset"), 0),
+  "optim.weight_decay": 0,
 }
 LABELS = ("none", "bradley_terry", "deterministic")
 
@@ -35,6 +41,8 @@ def values(config):
     if not (value > 0 if low is None else value >= low):
       bound = "above 0" if low is None else f"at least {low}"
       raise ValueError(f"{path} = {value} must be {bound}")
+    if path in _SHARES and value > 1:
+      raise ValueError(f"{path} = {value} is a share: it must be at most 1")
   if config.data.max_row_length is not None and not config.data.packed:
     raise ValueError("data.max_row_length has no effect with data.packed=False")
   if config.ref_store is not None and config.ref != "cached":
@@ -58,10 +66,9 @@ def values(config):
     )
 
 
-def freeze(patterns, model, optimizer):
+def freeze(patterns, params, optimizer):
   """Refuses a pattern of optim.freeze that matches nothing, or everything."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  paths = [path for path, _ in tree.named(shapes)]
+  paths = [path for path, _ in tree.named(params)]
   for pattern in patterns:
     if not any(tree.matches([pattern], path) for path in paths):
       raise ValueError(

@@ -11,23 +11,27 @@ sample   --workdir DIR --config.sample.prompts=my.jsonl
          draws completions of a trained policy
 report   --workdir DIR
          writes the report of a sweep again
+export   --workdir DIR
+         writes the policy as a folder that transformers or PEFT loads
+audit    --config configs/dpo.py --config.data.train=my.jsonl
+         shows what would be trained on, token by token, and counts what is
+         wrong with it; exit code 1 above the limits of config.audit
 
-`--config.FIELD=VALUE` sets a field of configs/base.py. eval and sample take the
-config of the run folder unless --config names another. --workdir may be left
-out where the config has one.
+`--config.FIELD=VALUE` sets a field of configs/base.py. eval, sample, export and
+audit take the config of the run folder unless --config names another. --workdir
+may be left out where the config has one, and for audit.
 """
 
 import ast
 import functools
 import importlib.util
-import json
 import pathlib
 import sys
 import time
 
 from etils import epath
 
-from dpo_jax import allocator, lookup
+from dpo_jax import allocator, lookup, verbs
 
 _USAGE = __doc__
 
@@ -128,126 +132,6 @@ def _paths(config, prefix=""):
       yield f"{prefix}{key}"
 
 
-def train(config, workdir, module):
-  """Trains a policy (loop.fit), or the tokenizer of algo = "tokenizer"."""
-  del module
-  if config.get("algo") == "tokenizer":
-    return _tokenizer(config, workdir)
-  from dpo_jax import loop
-
-  return loop.fit(config, workdir).exit_code
-
-
-def _tokenizer(config, workdir):
-  from dpo_jax.data import bpe, sources
-
-  about = epath.Path(workdir) / "tokenizer.about.json"
-  if about.exists():
-    if json.loads(about.read_text()) != json.loads(config.to_json()):
-      raise ValueError(f"{workdir} holds a tokenizer of another config")
-    print(f"{workdir}: trained before, skipped")
-    return 0
-  records = sources.load(config.data.train, "sft", sources.Policy("error"))
-  sources.refuse_messages(records, "the tokenizer's data.train")
-  texts = [r.prompt + c for r in records for c in r.completions]
-  size = bpe.train(texts, config.vocab_size, workdir)
-  about.write_text(config.to_json())
-  print(f"{size} tokens from {len(texts)} texts in {workdir}")
-  return 0
-
-
-def evaluate(config, workdir, module):
-  """Evaluates the policy of a run folder; writes evaluation.json there."""
-  del module
-  from dpo_jax import assembly, evaluation
-  from dpo_jax.train import checkpoint
-
-  setup = assembly.prepare_model(config)
-  policy = assembly.saved_params(setup, workdir)
-  ref = assembly.initial_params(setup)
-  meta = checkpoint.check_run(workdir, config.to_dict(), ref)
-  made = evaluation.made_of(meta["step"], meta["data_fingerprint"], ref)
-  result = evaluation.evaluate(setup, policy, ref, workdir, made)
-  for name, value in result.get("comparisons", {}).items():
-    print(f"{name:24} {value:.4g}")
-  for name, value in result.get("means", {}).items():
-    print(f"{name:24} {value['mean']:.4g} ± {value['se']:.2g}")
-  return 0
-
-
-def sample(config, workdir, module):
-  """Draws completions of a run's policy, or of init_from's, into its folder."""
-  del module
-  from dpo_jax import assembly
-  from dpo_jax.eval import generate
-  from dpo_jax.train import checkpoint
-  from dpo_jax.train import state as state_lib
-
-  setup = assembly.prepare_model(config)
-  step = checkpoint.latest_step(workdir)
-  if step is not None:
-    policy = assembly.saved_params(setup, workdir)
-    print(f"the policy of {workdir}, step {step}")
-  elif config.init_from is not None:
-    policy = assembly.initial_params(setup)
-    print(f"the policy of init_from = {config.init_from}")
-  else:
-    raise ValueError(
-      f"{workdir} holds no trained policy, and init_from names none"
-    )
-  identity = {
-    "sample": config.sample.to_dict(),
-    "policy": state_lib.fingerprint(policy),
-    "model": config.model.to_dict(),
-    "precision": config.precision,
-    "tokenizer": config.tokenizer,
-  }
-  rows = generate.write(setup, policy, identity, workdir)
-  for row in rows[:3]:
-    print(f"{row['prompt']} ⟶{row['completion']}")
-  return 0
-
-
-def sweep(config, workdir, module):
-  """Trains and evaluates the points of the config file's `sweep()`."""
-  from dpo_jax import report, sweeps
-
-  if not hasattr(module, "sweep"):
-    where = "a run's config.json" if module is None else module.__file__
-    raise ValueError(
-      f"{where} has no sweep(): name a config file that has one, which yields "
-      'the points, for example {"loss.beta": 0.1}'
-    )
-  code = sweeps.sweep(config, module.sweep(), workdir)
-  if code == 0:
-    page = report.write(workdir)
-    print(report.table(report.rows(workdir), "text"))
-    print(f"report: {page}")
-  return code
-
-
-def write_report(config, workdir, module):
-  """Writes report.html, report.md and the figures of a sweep's folder."""
-  del config, module
-  from dpo_jax import report
-
-  page = report.write(workdir)
-  print(report.table(report.rows(workdir), "text"))
-  print(f"report: {page}")
-  return 0
-
-
-# Each: function (config, workdir, module of the config) -> exit code, and
-# whether the config may be the one that the run folder holds.
-VERBS = {
-  "train": (train, False),
-  "eval": (evaluate, True),
-  "sample": (sample, True),
-  "sweep": (sweep, False),
-  "report": (write_report, True),
-}
-
-
 def _parse(argv):
   """--name=value or --name value -> (options, config overrides)."""
   options, overrides = {}, []
@@ -268,26 +152,34 @@ def _parse(argv):
   return options, overrides
 
 
-def _run(argv):
-  fn, saved = lookup.lookup(VERBS, argv[0], "verb")
-  options, overrides = _parse(argv[1:])
+def run(name, options, overrides):
+  """Runs a verb.
+
+  Args:
+    name: of the verb.
+    options: {"config", "workdir"}, as far as given.
+    overrides: "loss.beta=0.2" and the like.
+  Returns: exit code.
+  """
+  verb = lookup.lookup(verbs.VERBS, name, "verb")
   workdir, spec = options.get("workdir"), options.get("config")
-  if spec is None and saved and workdir is not None:
+  if spec is None and verb.saved and workdir is not None:
     spec = str(epath.Path(workdir) / "config.json")
-  if argv[0] == "report" and "config" not in options:
+  if name == "report" and "config" not in options:
     config = module = None
   elif spec is None:
-    raise ValueError(f"{argv[0]} needs --config")
+    raise ValueError(f"{name} needs --config")
   else:
     config, module = _load(spec, overrides)
     workdir = config.get("workdir") if workdir is None else workdir
-  if workdir is None:
-    raise ValueError(f"{argv[0]} needs --workdir")
+  if workdir is None and verb.folder:
+    raise ValueError(f"{name} needs --workdir")
   allocator.keep_pages()
   begin = time.perf_counter()
-  code = fn(config, workdir, module)
+  code = verb.run(config, workdir, module)
   minutes, seconds = divmod(round(time.perf_counter() - begin), 60)
-  print(f"{argv[0]} {workdir}: {minutes}:{seconds:02}", flush=True)
+  what = name if workdir is None else f"{name} {workdir}"
+  print(f"{what}: {minutes}:{seconds:02}", flush=True)
   return code
 
 
@@ -298,7 +190,7 @@ def main(argv=None):
     print(_USAGE)
     return 0
   try:
-    return _run(argv)
+    return run(argv[0], *_parse(argv[1:]))
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -13,7 +13,10 @@ from dpo_jax.train import checkpoint
 from dpo_jax.train import state as state_lib
 
 # Fields that change neither the policy nor what is measured of it.
-_NO_MATTER = ("workdir", "ref_store", "checkpoint.", "eval.", "log.", "mesh.")
+_NO_MATTER = (
+  *("workdir", "ref_store", "audit."),
+  *("checkpoint.", "export.", "eval.", "log.", "mesh."),
+)
 
 
 def evaluate(setup, params, ref, workdir, made):
@@ -101,7 +104,7 @@ def _held_out(setup, params, ref, workdir):
   state = state_lib.TrainState(zero, params, {}, frozen, {}, zero)
   algorithm = assembly.make_algorithm(setup)
   hparams = assembly.hyper_params(config)
-  return preference.evaluate(setup, algorithm, state, hparams)
+  return preference.evaluate(setup, algorithm, state, hparams, "policy")
 
 
 def _plain(value):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from dpo_jax import assembly, scoring, tree
+from dpo_jax import assembly, scoring, tree, weights
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.eval import preference
 from dpo_jax.parallel import mesh as mesh_lib
@@ -59,7 +59,7 @@ def fit(config, workdir, run=None):
 def _start(run, workdir):
   """(Run with its reference, TrainState at step 0)."""
   setup, config = run.setup, run.setup.config
-  params = assembly.initial_params(setup)
+  params = weights.initial(setup)
   if config.ref == "cached":
     scoring.attach_reference(setup, params, run.loader, workdir)
     if config.data.eval is not None:
@@ -92,8 +92,9 @@ def _train(run, state, checkpoints, workdir, stop):
     (epath.Path(workdir) / "config.json").write_text(resolved)
   logger.say(run.about)
   sizes = mesh_lib.sizes(setup.mesh)
+  of = f" on {tree.size(state.frozen):,} frozen" if config.lora else ""
   logger.say(
-    f"{tree.size(state.params):,} parameters on {setup.mesh.devices.size} "
+    f"{tree.size(state.params):,} parameters{of} on {setup.mesh.devices.size} "
     f"{jax.devices()[0].platform} device(s), mesh {sizes}, {setup.mode}; "
     f"steps {start} to {total}"
   )
@@ -146,6 +147,7 @@ def _evaluator(run, logger):
   if setup.config.data.eval is None:
     return None
   logger.say(f"eval {assembly.held_out_loader(setup)[1]}")
+  of = "policy" if setup.config.lora is None else "adapter"
   return lambda state: preference.evaluate(
-    setup, run.algorithm, state, run.hparams
+    setup, run.algorithm, state, run.hparams, of
   )

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import algos, assembly, lookup
+from dpo_jax import algos, assembly, lookup, weights
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import optim
@@ -16,20 +16,23 @@ from dpo_jax.train import step as step_lib
 def build(config):
   """(apply, params) of a config, on one device.
 
-  apply(params, batch) is a pure function to (hidden [R, T, D], Head).
+  apply(params, batch) is a pure function to (hidden [R, T, D], Head). params
+  are what a run starts from: random ones, or those of init_from.
   """
-  model, _ = assembly.build_model(config)
-  params = jax.jit(model.init)(jax.random.key(config.init_seed))
-  return model.apply, params
+  mesh = mesh_lib.of_devices(jax.devices()[:1])
+  model, tokenizer = weights.build_model(config)
+  setup = assembly.Setup(config, mesh, "jit", model, tokenizer, {})
+  return model.apply, weights.initial(setup)
 
 
 def batches(config):
   """Yields the batches of a config's training data, as dicts of arrays."""
-  _, tokenizer = assembly.build_model(config)
+  model, tokenizer = weights.build_model(config)
   mesh = mesh_lib.make(config.mesh)
   loader, _ = assembly.build_loader(
     config,
     tokenizer,
+    model.config,
     config.data.train,
     training=True,
     row_multiple=mesh_lib.row_parallelism(mesh) * config.train.accumulation,
@@ -91,7 +94,7 @@ def parallelize(config, step, state):
   """
   mesh = mesh_lib.make(config.mesh)
   mode = lookup.lookup(run_lib.MODES, config.mesh.mode, "mesh.mode")
-  spec = assembly.partition_spec(mode)
+  spec = weights.partition_spec(mode)
   state = run_lib.place(state, mesh_lib.shardings(mesh, state, spec))
   place = functools.partial(run_lib.place_batch, mesh=mesh, mode=mode)
   return run_lib.parallelize(step, mesh, mode, state), state, place

@@ -6,7 +6,7 @@ import json
 
 from etils import epath
 
-from dpo_jax import assembly, evaluation, lookup, loop
+from dpo_jax import assembly, evaluation, lookup, loop, weights
 from dpo_jax.eval import rewards
 from dpo_jax.train import checkpoint
 
@@ -89,10 +89,15 @@ def sweep(config, points, workdir):
   return 1 if failed else 0
 
 
+def _initial(setup):
+  """What all points start from, kept: a large model takes a while to load."""
+  return setup.once("initial", lambda: weights.initial(setup))
+
+
 def _reference(config, folder):
   """Evaluates the policy that all points start from; returns its Run."""
   run = assembly.prepare(config)
-  ref = assembly.initial_params(run.setup)
+  ref = _initial(run.setup)
   made = evaluation.made_of(0, run.loader.fingerprint, ref)
   if evaluation.done(config, folder, made):
     print("done before, skipped")
@@ -104,7 +109,7 @@ def _reference(config, folder):
 def _point(run, folder):
   """Trains and evaluates a point, unless it is done; returns its exit code."""
   config = run.setup.config
-  ref = assembly.initial_params(run.setup)
+  ref = _initial(run.setup)
   made = evaluation.made_of(run.total, run.loader.fingerprint, ref)
   if evaluation.done(config, folder, made):
     print("done before, skipped")
@@ -112,7 +117,8 @@ def _point(run, folder):
   result = loop.fit(config, folder, run)
   held_out = config.data.eval is not None
   if not result.exit_code and (held_out or config.sample.prompts is not None):
-    evaluation.evaluate(run.setup, result.state.params, ref, folder, made)
+    policy = weights.policy(run.setup, ref, result.state.params)
+    evaluation.evaluate(run.setup, policy, ref, folder, made)
   return result.exit_code
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli, evaluation
+from dpo_jax import assembly, cli, evaluation, weights
 from dpo_jax.eval import frontier, rewards
 from tests import conftest, worlds
 
@@ -32,7 +32,7 @@ def setup():
 @pytest.fixture(scope="module")
 def trees(setup):
   """The parameters of a policy and of its reference."""
-  ref = jax.device_get(assembly.initial_params(setup))
+  ref = jax.device_get(weights.initial(setup))
   return jax.device_get(worlds.noisy(ref, 1)), ref
 
 

@@ -6,14 +6,14 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / "dpo_jax"
 
 LAYERS = (
-  ("allocator", "compat", "tree", "lookup", "ops"),
+  ("allocator", "compat", "tree", "lookup", "origin", "ops"),
   ("models", "data", "parallel"),
   ("algos", "train"),
-  ("assembly", "checks"),
+  ("assembly", "checks", "weights"),
   ("scoring",),
   ("eval",),
   ("loop", "notebook", "evaluation"),
-  ("sweeps", "plan", "report", "launch", "cli"),
+  ("sweeps", "plan", "report", "launch", "publish", "verbs", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Within L0 and L2 the packages may use one another; those of L1 may not.

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli, loop, scoring
+from dpo_jax import assembly, cli, loop, scoring, weights
 from tests import conftest, worlds
 
 ITEMS = worlds.examples(22, seed=3, completions=4)
@@ -35,7 +35,7 @@ def setup():
 @pytest.fixture(scope="module")
 def trees(setup):
   """The parameters of a policy and of its reference."""
-  ref = worlds.noisy(jax.device_get(assembly.initial_params(setup)), 1)
+  ref = worlds.noisy(jax.device_get(weights.initial(setup)), 1)
   return jax.device_get((worlds.noisy(ref, 2), ref))
 
 
@@ -179,7 +179,7 @@ def test_other_weights_or_other_data_are_another_entry(setup, tmp_path, passes):
     config = load(f"init_seed={seed}", "ref=cached", f"ref_store={tmp_path}")
     here = setup._replace(config=config)
     loader = scoring.loader_of(here, items)
-    params = assembly.initial_params(here)
+    params = weights.initial(here)
     scoring.attach_reference(here, params, loader, tmp_path / "not here")
     return len(list(tmp_path.glob("*.npy")))
 

@@ -41,6 +41,25 @@ class Algorithm(NamedTuple):
   rollout: Callable | None = None
 
 
+def on_adapter(algorithm, policy):
+  """The algorithm that trains an adapter on a frozen base.
+
+  Args:
+    algorithm: Algorithm on all parameters of a policy.
+    policy: (base, adapter) -> the policy's parameters.
+  Returns: Algorithm whose `frozen` has the "base", the reference.
+  """
+
+  def objective(params, frozen, batch, hparams):
+    params = policy(frozen["base"], params)
+    return algorithm.objective(params, frozen, batch, hparams)
+
+  def prepare(batch, frozen, extra):
+    return algorithm.prepare(batch, {"ref": frozen["base"]}, extra)
+
+  return algorithm._replace(objective=objective, prepare=prepare)
+
+
 def split_fields(loss):
   """(text fields, numeric fields) of config.loss; the latter are hparams."""
   fields = {k: v for k, v in loss.items() if k != "name"}

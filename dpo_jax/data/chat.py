@@ -113,6 +113,13 @@ def end_of_turn(apply_template):
   return text.rpartition(probe)[2]
 
 
+def conversation(apply_template):
+  """The text of a question and its reply, to see what a template writes."""
+  turns = [("user", "question"), ("assistant", "reply")]
+  messages = [{"role": role, "content": text} for role, text in turns]
+  return _apply(apply_template, messages, False)
+
+
 def _apply(apply_template, messages, add_generation_prompt):
   try:
     return apply_template(messages, add_generation_prompt=add_generation_prompt)

@@ -59,12 +59,17 @@ BadRecord = records.BadRecord
 
 
 class Policy:
-  """What happens to bad records: raise at the first, or count and go on."""
+  """What happens to bad records: raise at the first, or count and go on.
+
+  Attributes:
+    skipped: Counter of reasons.
+    first: {reason: message} of the first record skipped for it.
+  """
 
   def __init__(self, on_bad):
     lookup.lookup(("error", "skip"), on_bad, "data.bad_records")
     self._skip = on_bad == "skip"
-    self.skipped = collections.Counter()
+    self.skipped, self.first = collections.Counter(), {}
 
   def bad(self, error):
     """Raises `error`, or counts its reason."""
@@ -73,6 +78,7 @@ class Policy:
         f"{error} (or set data.bad_records='skip' to leave such records out)"
       ) from error
     self.skipped[error.reason] += 1
+    self.first.setdefault(error.reason, str(error))
 
 
 def parse(spec, field="data.train"):
@@ -81,8 +87,14 @@ def parse(spec, field="data.train"):
   Args:
     spec: see the module docstring.
     field: the config field it came from, for messages.
-  Raises: ValueError for a weight that is not a finite number above 0.
+  Raises: ValueError for a weight that is not a finite number above 0, and if
+    the spec is None.
   """
+  if spec is None:
+    raise ValueError(
+      f"{field} is not set; give a file of preference pairs, for example "
+      f"--config.{field}=my.jsonl, or the generated source 'toy'"
+    )
   out = []
   for part in re.split(r"\s+\+\s+", spec.strip()):
     head, star, source = part.partition("*")
@@ -113,24 +125,31 @@ def load(spec, form, policy, field="data.train"):
   Returns: list of Record, of every part at least one.
   Raises: ValueError naming file, line and field.
   """
-  if spec is None:
-    raise ValueError(
-      f"{field} is not set; give a file of preference pairs, for example "
-      f"--config.{field}=my.jsonl, or the generated source 'toy'"
-    )
   out = []
   for index, (_, source) in enumerate(parse(spec, field)):
-    before = len(out)
-    for origin, row in _rows(source, policy, field):
-      try:
-        out.append(records.make(row, form, origin)._replace(source=index))
-      except BadRecord as error:
-        policy.bad(error)
-    if len(out) == before:
+    part = read(source, form, policy, field)
+    part = [record._replace(source=index) for record in part]
+    if not part:
       raise ValueError(
         f"{source}: no usable record (skipped: {policy.skipped})"
       )
+    out += part
   return out
+
+
+def read(source, form, policy, field):
+  """Yields the records of one part of a mixture; it may have none.
+
+  Args:
+    source: a spec that is no mixture.
+    form, policy, field: see `load`.
+  Raises: see `load`.
+  """
+  for origin, row in _rows(source, policy, field):
+    try:
+      yield records.make(row, form, origin)
+    except BadRecord as error:
+      policy.bad(error)
 
 
 def refuse_messages(records, field):

@@ -11,15 +11,14 @@ how the tokenizer would spell it, and its log-prob is that of what was drawn.
 
 import collections
 import functools
-import os
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.data import chat, sources
+from dpo_jax.data import chat, sources, vocabulary
 
 
 class Tokenizer(NamedTuple):
@@ -34,6 +33,7 @@ class Tokenizer(NamedTuple):
       template ends them otherwise.
     apply_template: (messages, add_generation_prompt=…) -> str, the tokenizer's
       chat template; None if it has none.
+    specials: {id: how it is written} of the tokens that `decode` leaves out.
   """
 
   encode: Callable
@@ -42,6 +42,7 @@ class Tokenizer(NamedTuple):
   bos_id: int | None
   eos_id: int
   apply_template: Callable | None = None
+  specials: Mapping[int, str] = types.MappingProxyType({})
 
 
 class Example(NamedTuple):
@@ -66,7 +67,7 @@ class Example(NamedTuple):
 
 
 def load(name):
-  """The tokenizer `bytes`, or a Hugging Face one by hub name or local folder.
+  """The Tokenizer of `config.tokenizer`, see data/vocabulary.py.
 
   Raises: ValueError saying what was tried.
   """
@@ -79,37 +80,47 @@ def load(name):
       vocab_size=257,
       bos_id=None,
       eos_id=256,
+      specials={256: "<eos>"},
     )
-  # Without torch it warns that models are not available; none is wanted.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  import transformers
-
-  try:
-    hf = transformers.AutoTokenizer.from_pretrained(name)
-  except Exception as error:  # a damaged file raises anything
-    where = "folder" if epath.Path(name).exists() else "hub name"
-    raise ValueError(
-      f"tokenizer = {name!r} cannot be loaded as a {where}: {error}. Use "
-      "'bytes', a Hugging Face name, or a folder with tokenizer.json and "
-      "tokenizer_config.json"
-    ) from error
+  hf = vocabulary.load(name)
   if hf.eos_token_id is None:
     raise ValueError(
       f"tokenizer = {name!r} names no eos_token; add it to the folder's "
       "tokenizer_config.json"
     )
+  template = None
+  if hf.chat_template is not None:
+    template = functools.partial(hf.apply_chat_template, tokenize=False)
   return Tokenizer(
     encode=lambda texts: (
       hf(texts, add_special_tokens=False)["input_ids"] if texts else []
     ),
-    decode=lambda ids: hf.decode(ids, skip_special_tokens=True),
+    decode=lambda ids: hf.decode(
+      ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    ),
     vocab_size=len(hf),
-    bos_id=hf.bos_token_id,
+    bos_id=None if _marks_turns(hf.bos_token, template) else hf.bos_token_id,
     eos_id=hf.eos_token_id,
-    apply_template=None
-    if hf.chat_template is None
-    else functools.partial(hf.apply_chat_template, tokenize=False),
+    apply_template=template,
+    specials={
+      i: token.content
+      for i, token in hf.added_tokens_decoder.items()
+      if token.special
+    },
   )
+
+
+def _marks_turns(bos, template):
+  """Whether a chat template begins every turn with the "BOS".
+
+  Such a token ("<|im_start|>" of some models) begins no text.
+  """
+  if bos is None or template is None:
+    return False
+  try:
+    return chat.conversation(template).count(bos) > 1
+  except (sources.BadRecord, ValueError):  # it refuses the probe
+    return False
 
 
 _ANCHORS = ("\n", "a", ".", "0")
@@ -127,60 +138,98 @@ def _encode_alone(tokenizer, text):
   return tokenizer.encode([text])[0]
 
 
+class Encoded(NamedTuple):
+  """What became of a record.
+
+  Attributes:
+    example: Example; None if the record cannot be used.
+    changed: Counter of what was changed on the way.
+    error: sources.BadRecord, why there is no example; else None.
+  """
+
+  example: Example | None
+  changed: collections.Counter
+  error: sources.BadRecord | None
+
+
 def encode(records, tokenizer, options, policy):
   """Encodes records, dropping or refusing what cannot be used.
+
+  Args:
+    records, tokenizer, options: see `encode_each`.
+    policy: sources.Policy for bad records.
+  Returns: (list of Example, Counter of what was changed on the way).
+  """
+  examples, changed = [], collections.Counter()
+  for made in encode_each(records, tokenizer, options):
+    if made.error is not None:
+      policy.bad(made.error)
+      continue
+    examples.append(made.example)
+    changed.update(made.changed)
+  if not examples:
+    raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
+  return examples, changed
+
+
+def encode_each(records, tokenizer, options):
+  """Yields the Encoded of each record.
 
   Args:
     records: list of sources.Record.
     tokenizer: Tokenizer.
     options: config.data; reads max_prompt_length, max_completion_length (both
       in tokens, BOS and EOS counted) and long_prompt.
-    policy: sources.Policy for bad records.
-  Returns: (list of Example, Counter of what was changed on the way).
   """
   lookup.lookup(
     ("error", "keep_end", "keep_start"), options.long_prompt, "data.long_prompt"
   )
-  texts = list(_texts(records, tokenizer, policy))
-  prompts = tokenizer.encode([r.prompt for _, r, _ in texts])
+  texts = [_text(record, tokenizer) for record in records]
+  good = [made.record for made in texts if isinstance(made, chat.Rendered)]
+  prompts = iter(tokenizer.encode([r.prompt for r in good]))
   joined = iter(
-    tokenizer.encode([r.prompt + c for _, r, _ in texts for c in r.completions])
+    tokenizer.encode([r.prompt + c for r in good for c in r.completions])
   )
-  examples, changed = [], collections.Counter()
-  for (number, record, ended), prompt in zip(texts, prompts, strict=True):
-    whole = [next(joined) for _ in record.completions]
-    try:
-      if record.tokens is None:
-        completions = [
-          _end(ids, tokenizer.eos_id, ended, changed)
-          for ids in _behind(prompt, whole, record, tokenizer, changed)
-        ]
-      else:
-        completions = _drawn(record, prompt, tokenizer)
-      completions = [_cut(ids, options, changed) for ids in completions]
-      prompt = _begin(prompt, tokenizer, options, record.origin, changed)
-      _check_completions(completions, tokenizer.eos_id, record)
-    except sources.BadRecord as error:
-      policy.bad(error)
+  for number, made in enumerate(texts):
+    changed = collections.Counter()
+    if isinstance(made, sources.BadRecord):
+      yield Encoded(None, changed, made)
       continue
-    pairs = tuple((w, l, 1.0) for w, l in record.pairs)
-    examples.append(
-      Example(number, record.source, prompt, tuple(completions), pairs)
-    )
-  if not examples:
-    raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
-  return examples, changed
+    prompt = next(prompts)
+    whole = [next(joined) for _ in made.record.completions]
+    try:
+      example = _example(
+        number, made, prompt, whole, tokenizer, options, changed
+      )
+    except sources.BadRecord as error:
+      yield Encoded(None, changed, error)
+    else:
+      yield Encoded(example, changed, None)
 
 
-def _texts(records, tokenizer, policy):
-  """(number, record, ended) of each record, its messages made text."""
-  for number, record in enumerate(records):
-    try:
-      made = chat.render_record(record, tokenizer.apply_template)
-    except sources.BadRecord as error:
-      policy.bad(error)
-      continue
-    yield number, made.record, made.ended
+def _text(record, tokenizer):
+  """The chat.Rendered of a record, or the BadRecord that says why not."""
+  try:
+    return chat.render_record(record, tokenizer.apply_template)
+  except sources.BadRecord as error:
+    return error
+
+
+def _example(number, made, prompt, whole, tokenizer, options, changed):
+  """The Example of a chat.Rendered whose texts have the ids given."""
+  record = made.record
+  if record.tokens is None:
+    completions = [
+      _end(ids, tokenizer.eos_id, made.ended, changed)
+      for ids in _behind(prompt, whole, record, tokenizer, changed)
+    ]
+  else:
+    completions = _drawn(record, prompt, tokenizer)
+  completions = [_cut(ids, options, changed) for ids in completions]
+  prompt = _begin(prompt, tokenizer, options, record.origin, changed)
+  _check_completions(completions, tokenizer.eos_id, record)
+  pairs = tuple((w, l, 1.0) for w, l in record.pairs)
+  return Example(number, record.source, prompt, tuple(completions), pairs)
 
 
 def prompts(texts, tokenizer, options, policy):

@@ -4,7 +4,7 @@ from dpo_jax import assembly
 from dpo_jax.ops import reduce
 
 
-def evaluate(setup, algorithm, state, hparams):
+def evaluate(setup, algorithm, state, hparams, of):
   """Means over the whole of data.eval.
 
   Args:
@@ -12,10 +12,11 @@ def evaluate(setup, algorithm, state, hparams):
     algorithm: its Algorithm.
     state: TrainState; params, frozen and extra are read.
     hparams: as in training.
+    of: what state.params is, "adapter" or "policy".
   Returns: {metric: float}; "loss" is the sum of the means of all losses.
   """
   loader, _ = assembly.held_out_loader(setup)
-  sums = assembly.held_out_sums(setup, algorithm)
+  sums = assembly.held_out_sums(setup, algorithm, of)
   nums, dens = {}, {}
   for number in range(loader.steps):
     batch, _ = assembly.place_batch(setup, loader, number)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import assembly, lookup, scoring
+from dpo_jax import assembly, lookup, scoring, weights
 from dpo_jax.data import sources, tokenize
 from dpo_jax.train import checkpoint
 
@@ -201,13 +201,13 @@ def _implicit(folder):
   if "beta" not in config.loss:
     raise ValueError(f"scorer implicit:{folder}: its loss has no β")
   # As much as the model can read: a reward of part of a text is another's.
-  room = config.model.max_positions - config.data.max_prompt_length
+  room = weights.shape(config)[0].max_positions - config.data.max_prompt_length
   config.data.max_completion_length = room
   ours = jax.config.jax_default_matmul_precision
   setup = assembly.prepare_model(config.lock())
   jax.config.update("jax_default_matmul_precision", ours)
-  policy = assembly.saved_params(setup, folder)
-  ref = assembly.initial_params(setup)
+  ref = weights.initial(setup)
+  policy = weights.saved(setup, ref, folder)
 
   def score(prompts, completions):
     records = [

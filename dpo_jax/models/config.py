@@ -273,11 +273,12 @@ def matmul_flops(config, vocab_size, tokens, scored, visible):
     tokens: positions that hold a token.
     scored: positions that the head runs on.
     visible: (query, key) pairs that the attention rule admits, of all layers.
-  Returns: FLOPs, a multiply-add counted as 2. Training needs 3 × this.
+  Returns: (FLOPs of products with weights, those of attention), a multiply-add
+    counted as 2.
   """
   c = config
   projections = c.embed * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   mlp = c.embed * c.mlp * (3 if c.gated else 2)
   dense = c.layers * (projections + mlp) * tokens
   attention = 2 * c.heads * c.head_dim * visible
-  return 2 * (dense + attention + c.embed * vocab_size * scored)
+  return 2 * (dense + c.embed * vocab_size * scored), 2 * attention

@@ -39,7 +39,7 @@ def paths(base, targets):
     targets: regexes, searched for in paths as "layers/attn/q/kernel".
   Raises: ValueError for one that finds no kernel of a layer.
   """
-  kernels = [p for p in _flat(base) if re.search(_KERNELS, p)]
+  kernels = [p for p in flat(base) if re.search(_KERNELS, p)]
   for pattern in targets:
     if not any(tree.matches([pattern], path) for path in kernels):
       raise ValueError(
@@ -59,10 +59,10 @@ def init(rng, base, rank, targets):
     targets: see `paths`.
   Returns: nested dict of f32 arrays.
   """
-  flat, adapter = _flat(base), {}
+  by_path, adapter = flat(base), {}
   chosen = paths(base, targets)
   for path, key in zip(chosen, jax.random.split(rng, len(chosen)), strict=True):
-    shape = flat[path].shape
+    shape = by_path[path].shape
     cut = 1 + axes.inputs(path)
     bound = math.prod(shape[1:cut]) ** -0.5
     a = jax.random.uniform(key, (*shape[:cut], rank), jnp.float32, -1, 1)
@@ -94,12 +94,12 @@ def merge(base, adapter, scale):
 
   A quantised W becomes f32.
   """
-  flat = _flat(base)
+  by_path = flat(base)
 
   def walk(node, prefix):
     if "lora_a" not in node:
       return {key: walk(x, f"{prefix}{key}/") for key, x in node.items()}
-    kernel = flat[f"{prefix}kernel"]
+    kernel = by_path[f"{prefix}kernel"]
     whole = dequantize(kernel)
     a, b = node["lora_a"], node["lora_b"]
     add = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
@@ -155,12 +155,12 @@ def dequantize(kernel):
   return qwix.dequantize(kernel)
 
 
-def _flat(params):
+def flat(params):
   """{path: leaf}, quantised kernels being one leaf."""
-  flat = jax.tree_util.tree_flatten_with_path(
+  leaves = jax.tree_util.tree_flatten_with_path(
     params, lambda x: not isinstance(x, dict)
   )[0]
-  return {tree.path_str(path): leaf for path, leaf in flat}
+  return {tree.path_str(path): leaf for path, leaf in leaves}
 
 
 def _put(node, path, value):

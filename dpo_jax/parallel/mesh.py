@@ -39,6 +39,11 @@ def make(options):
   )
 
 
+def of_devices(devices):
+  """A mesh that splits rows alone over some devices."""
+  return compat.make_mesh(devices, (len(devices), 1, 1, 1), AXES)
+
+
 def sizes(mesh):
   """{axis: size}."""
   return dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))

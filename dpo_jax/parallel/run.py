@@ -29,20 +29,38 @@ def parallelize(step, mesh, mode, state):
     step: the step body, built with `axis_name(mode)`.
     mesh: the mesh; its data axis is all there is under pmap.
     mode: "jit" or "pmap".
-    state: the placed state, for its shardings. It is donated by every call.
+    state: the placed state, for its shardings. Every call donates it, but for
+      its frozen part, which goes in and does not come out.
   Returns: function of (state, batch placed by `place_batch`, hparams).
   """
+
+  def moving_step(moving, frozen, batch, hparams):
+    state, metrics = step(moving.replace(frozen=frozen), batch, hparams)
+    return state.replace(frozen={}), metrics
+
   if mode == "jit":
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return _jit(step, mesh, (shardings, NamedSharding(mesh, P())), donate=0)
-  return _pmap(step, mesh, donate=0)
+    moving = state.replace(frozen={})
+    shardings = jax.tree.map(lambda x: x.sharding, moving)
+    out = shardings, NamedSharding(mesh, P())
+    compiled = _jit(moving_step, mesh, out, donate=0)
+  else:
+    compiled = _pmap(moving_step, mesh, (None, None, 0, None), donate=0)
+
+  def call(state, batch, hparams):
+    moving, frozen = state.replace(frozen={}), state.frozen
+    state, metrics = compiled(moving, frozen, batch, hparams)
+    return state.replace(frozen=frozen), metrics
+
+  if mode == "jit":
+    call.compiled = compiled.compiled
+  return call
 
 
 def evaluator(fn, mesh, mode):
   """Compiles `fn(state, batch, hparams) -> sums` without donating."""
   if mode == "jit":
     return _jit(fn, mesh, NamedSharding(mesh, P()), donate=())
-  return _pmap(fn, mesh, donate=())
+  return _pmap(fn, mesh, (None, 0, None), donate=())
 
 
 def forward(fn, mesh):
@@ -61,12 +79,12 @@ def _jit(fn, mesh, out_shardings, donate):
   return call
 
 
-def _pmap(fn, mesh, donate):
+def _pmap(fn, mesh, in_axes, donate):
   # No device axis on the state, in or out: one checkpoint layout for both.
   return jax.pmap(
     fn,
     axis_name=PMAP_AXIS,
-    in_axes=(None, 0, None),
+    in_axes=in_axes,
     out_axes=None,
     devices=list(mesh.devices.flat),
     donate_argnums=donate,

@@ -20,6 +20,8 @@ FREE_FIELDS = (
   "train.steps",
   "train.epochs",
   "checkpoint.",
+  "audit.",
+  "export.",
   "data.eval",
   "eval.",
   "log.",
@@ -269,7 +271,8 @@ def check_run(workdir, config, ref):
       raise ValueError(f"{path}: step {step}: {error}") from error
   about = {k: v for k, v in meta["config"].items() if k not in config}
   check_config(meta["config"], {**config, **about}, path)
-  frozen = {k.removeprefix("ref/"): v for k, v in meta["frozen"].items()}
+  # "ref/…", or "base/…" under an adapter
+  frozen = {k.partition("/")[2]: v for k, v in meta["frozen"].items()}
   trained_with = about.get("reference") or frozen
   if trained_with and trained_with != state_lib.fingerprint(ref):
     raise ValueError(

@@ -35,9 +35,10 @@ def _rmsprop(o):
 
 def _adamw(o):
   """Adam with decoupled weight decay on matrices (no biases, no norms)."""
+  matrices = ("kernel", "lora_a", "lora_b")
 
   def decayed(params):
-    return tree.map_named(lambda path, _: path.endswith("kernel"), params)
+    return tree.map_named(lambda path, _: path.endswith(matrices), params)
 
   return optax.chain(
     optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),

@@ -18,7 +18,8 @@ class TrainState:
     step: i32, updates attempted.
     params: the policy.
     opt_state: of the trained part of params.
-    frozen: {"ref": params}; never differentiated, never saved.
+    frozen: {"ref": params}, or {"base": params} under an adapter; never
+      differentiated, never saved, never donated.
     extra: what an algorithm keeps between steps.
     skipped: i32, updates in a row refused for not being finite.
   """
@@ -54,8 +55,11 @@ def saved(state):
 @jax.jit
 def _checksums(leaves):
   def checksum(x):
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+    if x.dtype == jnp.uint4:
+      words = x.astype(jnp.uint32)
+    else:
+      bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+      words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
     # The position of each word, without a reshape that would gather x.
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):

@@ -125,12 +125,16 @@ def test_needed_flops_count_every_kernel_and_every_visible_pair(name):
     leaf.size for path, leaf in tree.named(params["layers"]) if "kernel" in path
   )
   tokens, scored, visible = 100, 40, 700
-  # q·k and probs·v: H multiply-adds for each head of each pair, in each layer.
-  scores = 2 * c.layers * c.heads * c.head_dim * visible
+  # q·k and probs·v: H multiply-adds for each head of each pair.
+  scores = 2 * c.heads * c.head_dim * visible
   head = c.embed * worlds.VOCAB * scored
-  want = 2 * (kernels * tokens + scores + head)
+  want = 2 * (kernels * tokens + head), 2 * scores
   got = model_config.matmul_flops(c, worlds.VOCAB, tokens, scored, visible)
   assert got == want
+
+
+def sum_of_flops(*args):
+  return sum(model_config.matmul_flops(*args))
 
 
 def test_a_run_counts_the_reference_pass_and_sets_its_precision(monkeypatch):
@@ -143,13 +147,13 @@ def test_a_run_counts_the_reference_pass_and_sets_its_precision(monkeypatch):
     run = assembly.prepare(config)
     assert jax.config.jax_default_matmul_precision == "default"
     _, stats = run.loader.batch(0)
-    one = model_config.matmul_flops(
+    one = sum_of_flops(
       run.setup.model.config, 257, stats.tokens, stats.scored, stats.visible
     )
     assert assembly.step_flops(run, stats) == 4 * one
     alone = assembly.prepare(cli.load_config("configs/sft.py:smoke"))
     _, stats = alone.loader.batch(0)
-    one = model_config.matmul_flops(
+    one = sum_of_flops(
       run.setup.model.config, 257, stats.tokens, stats.scored, stats.visible
     )
     assert assembly.step_flops(alone, stats) == 3 * one

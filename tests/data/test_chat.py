@@ -238,3 +238,81 @@ def test_without_jinja2_the_error_says_how_to_install_it(loaded):
   tokenizer = loaded["chatml"]._replace(apply_template=without_jinja2)
   with pytest.raises(ValueError, match="pip install jinja2"):
     encode(RECORD, tokenizer, "skip")
+
+
+TURNS = [
+  {"role": "system", "content": "You are a critic."},
+  USER,
+  {"role": "assistant", "content": "Slow, then moving."},
+  {"role": "user", "content": "And the cast?"},
+]
+# name: (form, row) of a conversation with a system turn and several others.
+FORMS = {
+  "whole conversations": (
+    "preference",
+    {"chosen": [*TURNS, WARM], "rejected": [*TURNS, DULL]},
+  ),
+  "and a prompt as text": (
+    "preference",
+    {
+      "prompt": "And the cast?",
+      "chosen": [*TURNS, WARM],
+      "rejected": [*TURNS, DULL],
+    },
+  ),
+  "prompt": (
+    "preference",
+    {"prompt": TURNS, "chosen": [WARM], "rejected": [DULL]},
+  ),
+  "completions": (
+    "preference",
+    {"prompt": TURNS, "completions": [[WARM], [DULL]], "pairs": [[0, 1]]},
+  ),
+  "messages": ("sft", {"messages": [*TURNS, WARM]}),
+  "completion": ("sft", {"prompt": TURNS, "completion": [WARM]}),
+  "a whole completion": ("sft", {"completion": [*TURNS, WARM]}),
+  "first of a pair": ("sft", {"chosen": [*TURNS, WARM], "rejected": TURNS}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_but_the_last_turn_is_the_prompt_whatever_the_form(tokenizer, form):
+  name, row = FORMS[form]
+  record = records.make(row, name, "my.jsonl:3")
+  assert record.prompt == tuple(TURNS)
+  example, _ = encode(record, tokenizer)
+  text = tokenizer.apply_template(TURNS, add_generation_prompt=True)
+  alone = [i for i in tokenizer.encode([text])[0] if i != tokenizer.bos_id]
+  assert example.prompt == [tokenizer.bos_id, *alone]
+  for ids, reply in zip(example.completions, (WARM, DULL), strict=False):
+    assert tokenizer.decode(ids).strip() == reply["content"]
+  assert len(example.completions) == (1 if name == "sft" else 2)
+
+
+def test_every_message_and_head_of_a_turn_is_in_the_prompt(loaded):
+  record = records.make(FORMS["messages"][1], "sft", "my.jsonl:3")
+  made = chat.render_record(record, loaded["chatml"].apply_template)
+  assert made.record.prompt == (
+    "<|im_start|>system\nYou are a critic.<|im_end|>\n"
+    "<|im_start|>user\nHow is the plot?<|im_end|>\n"
+    "<|im_start|>assistant\nSlow, then moving.<|im_end|>\n"
+    "<|im_start|>user\nAnd the cast?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+  )
+  assert made.record.completions == ("Warm and clever.<|im_end|>",)
+
+
+def test_the_prompt_of_a_preference_is_also_what_is_sampled_from(tokenizer):
+  for name, row in FORMS.values():
+    record = records.make(row, "prompt", "my.jsonl:3")
+    assert record.prompt == tuple(TURNS), name
+    text = chat.prompt_text(record, tokenizer.apply_template)
+    assert text == tokenizer.apply_template(TURNS, add_generation_prompt=True)
+
+
+def test_conversations_that_part_before_the_last_turn_are_refused():
+  other = [*TURNS[:2], {"role": "assistant", "content": "Fine."}, TURNS[3]]
+  row = {"chosen": [*TURNS, WARM], "rejected": [*other, DULL]}
+  with pytest.raises(records.BadRecord) as caught:
+    records.make(row, "preference", "my.jsonl:3")
+  assert caught.value.reason == "different prompts"

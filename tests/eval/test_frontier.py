@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli, scoring
+from dpo_jax import assembly, cli, scoring, weights
 from dpo_jax.data import tokenize
 from dpo_jax.eval import frontier, generate, rewards
 from tests import conftest, worlds
@@ -28,7 +28,7 @@ def setup():
 @pytest.fixture(scope="module")
 def trees(setup):
   """The parameters of a policy and of its reference."""
-  initial = jax.device_get(assembly.initial_params(setup))
+  initial = jax.device_get(weights.initial(setup))
   ref = worlds.noisy(initial, 1, 0.2)
   return jax.device_get((worlds.noisy(ref, 2, 0.02), ref))
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli
+from dpo_jax import assembly, cli, weights
 from dpo_jax.data import sources, tokenize
 from dpo_jax.eval import generate, rewards
 from tests import conftest, worlds
@@ -30,7 +30,7 @@ def setup():
 
 @pytest.fixture(scope="module")
 def params(setup):
-  initial = jax.device_get(assembly.initial_params(setup))
+  initial = jax.device_get(weights.initial(setup))
   return jax.device_get(worlds.noisy(initial, 5, 0.3))
 
 

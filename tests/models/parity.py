@@ -1,21 +1,33 @@
-"""Random small models of published architectures, in torch and here."""
+"""Small models of published architectures: of torch, in files, and here.
+
+torch is imported by the functions that need it only.
+"""
 
 import copy
-import functools
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
-import torch
-import transformers
+import safetensors.numpy
 
-from dpo_jax.models import families, hf, transformer
+from dpo_jax import compat, tree
+from dpo_jax.models import axes, families, hf, keys, transformer
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.models import axes
+from tests import worlds
 from tests.models import published
 
 VOCAB = 101  # not a multiple of 128
 WINDOW = 5  # shorter than the sequences
+
+MIXTURES = ("mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B")
+SUPPORTED = [name for name in published.PUBLISHED if name not in MIXTURES]
+
+DTYPES = {
+  "float32": np.float32,
+  "float16": np.float16,
+  "bfloat16": ml_dtypes.bfloat16,
+}
 
 _SIZES = {
   "vocab_size": VOCAB,
@@ -37,17 +49,15 @@ _SIZES = {
 
 def small(name, **changes):
   """A published config.json with small sizes, every other field kept."""
-  raw = copy.deepcopy(published.PUBLISHED[name])
+  whole = published.PUBLISHED[name]
+  raw = copy.deepcopy(whole)
   for field, size in _SIZES.items():
     if raw.get(field) is not None:
       raw[field] = size
+  grouped = whole.get("num_key_value_heads")
+  if grouped is not None and grouped == whole["num_attention_heads"]:
+    raw["num_key_value_heads"] = raw["num_attention_heads"]
   kind = raw["model_type"]
-  heads = raw.get("num_attention_heads")
-  if raw.get("num_key_value_heads") == 3 and (
-    published.PUBLISHED[name]["num_key_value_heads"]
-    == published.PUBLISHED[name]["num_attention_heads"]
-  ):
-    raw["num_key_value_heads"] = heads  # no groups where it has none
   if kind == "gemma3_text":
     # Some of its sizes are the class's defaults: one period, and two more.
     raw |= {k: _SIZES[k] for k in ("vocab_size", "head_dim")}
@@ -59,7 +69,7 @@ def small(name, **changes):
       raw[field] = raw[field][:6]
   scaling = raw.get("rope_scaling")
   if scaling and "short_factor" in scaling:
-    dim = raw["hidden_size"] // heads
+    dim = raw["hidden_size"] // raw["num_attention_heads"]
     rotated = int(dim * raw.get("partial_rotary_factor", 1.0)) // 2
     for field in ("short_factor", "long_factor"):
       scaling[field] = scaling[field][-rotated:]
@@ -69,17 +79,27 @@ def small(name, **changes):
   return raw | changes
 
 
+def mesh(data=1, fsdp=1, tensor=1):
+  """A mesh of the first devices; not all, as the product's own has."""
+  shape = (data, fsdp, tensor, 1)
+  devices = jax.devices()[: data * fsdp * tensor]
+  return compat.make_mesh(devices, shape, mesh_lib.AXES)
+
+
 def save(raw, folder, seed=0):
   """A random torch model of a config.json, saved as transformers would.
 
   Its config.json is then replaced by `raw`: the published fields.
   """
+  import torch
+  import transformers
+
+  transformers.utils.logging.disable_progress_bar()
   torch.manual_seed(seed)
   given = copy.deepcopy({k: v for k, v in raw.items() if k != "model_type"})
   config = transformers.AutoConfig.for_model(raw["model_type"], **given)
-  config._attn_implementation = "eager"
   model = transformers.AutoModelForCausalLM.from_config(
-    config, dtype=torch.float32
+    config, dtype=torch.float32, attn_implementation="eager"
   ).eval()
   with torch.no_grad():  # biases, norms and heads matter too
     for p in model.parameters():
@@ -89,7 +109,77 @@ def save(raw, folder, seed=0):
   return model
 
 
+def write(raw, folder, *, dtype="float32", files=1, rename=None, extra=None):
+  """A random checkpoint of a config.json, written without torch.
+
+  Args:
+    raw: content of config.json.
+    folder: exists.
+    dtype: of the tensors, of DTYPES.
+    files: more than one also get an index.
+    rename: function of a tensor's name to that in the file; None leaves it out.
+    extra: {name: array} of further tensors.
+  Returns: nested dict of the parameters in the files, as numpy f32.
+  """
+  config, vocab_size = families.read(raw)
+  model = transformer.build(config, vocab_size)
+  params = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1)
+  flat = {
+    path: np.asarray(x).astype(DTYPES[dtype]) for path, x in tree.named(params)
+  }
+  for path, x in flat.items():
+    axis = keys.vocabulary_axis(path)
+    if axis is not None:  # what pads the vocabulary is not in the file
+      np.moveaxis(x, axis, 0)[vocab_size:] = 0
+  tensors = {
+    name: x
+    for name, x in tensors_of(raw, config, vocab_size, flat).items()
+    if rename is None or rename(name) is not None
+  }
+  if rename is not None:
+    tensors = {rename(name): x for name, x in tensors.items()}
+  put(folder, raw, tensors | (extra or {}), files)
+  return tree.nest({k: x.astype(np.float32) for k, x in flat.items()})
+
+
+def tensors_of(raw, config, vocab_size, flat):
+  """{name: array} of a checkpoint with the parameters {path: array}."""
+  wanted = keys.tensors(
+    families.find(raw).table,
+    config,
+    {path: x.shape for path, x in flat.items()},
+    vocab_size,
+  )
+  out = {}
+  for name, tensor in wanted.items():
+    leaves = []
+    for place in tensor.places:
+      x = flat[place.path]
+      x = x if place.layer is None else x[place.layer]
+      axis = keys.vocabulary_axis(place.path)
+      leaves.append(x if axis is None else x.take(range(vocab_size), axis))
+    out[name] = keys.from_leaves(leaves, tensor, config.rotary_dim)
+  return out
+
+
+def put(folder, raw, tensors, files=1):
+  """Writes config.json, and the tensors into one file or several."""
+  (folder / "config.json").write_text(json.dumps(raw))
+  if files == 1:
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return
+  weight_map = {}
+  for i in range(files):
+    file = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
+    part = {name: tensors[name] for name in list(tensors)[i::files]}
+    safetensors.numpy.save_file(part, folder / file)
+    weight_map |= dict.fromkeys(part, file)
+  index = {"metadata": {}, "weight_map": weight_map}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def abstract(model, mesh):
+  """The model's parameters as ShapeDtypeStructs with their shardings."""
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   shardings = mesh_lib.shardings(mesh, shapes, axes.spec)
   return jax.tree.map(
@@ -104,3 +194,16 @@ def load(folder, mesh, base="float32"):
   checkpoint = hf.open_folder(folder)
   model = transformer.build(checkpoint.config, checkpoint.vocab_size)
   return model, hf.load(checkpoint, abstract(model, mesh), base)
+
+
+def by_completion(values, batch):
+  """{(example, completion): its scored tokens' values} of [R, S]."""
+  completions = batch["completion_weights"].shape[2]
+  out = {}
+  for row, ids in enumerate(batch["example_id"]):
+    for slot in range(len(ids) * completions):
+      p, c = divmod(slot, completions)
+      if batch["completion_weights"][row, p, c]:
+        mine = batch["target_slot"][row] == slot
+        out[int(ids[p]), c] = np.asarray(values[row])[mine]
+  return out

@@ -42,7 +42,8 @@ def compiled(name, accumulation=1):
   call = run.parallelize(step, mesh, "jit", state)
   placed = run.place_batch(batch, mesh, "jit")
   with jax.set_mesh(mesh):
-    lowered = call.compiled.lower(state, placed, topology.HPARAMS)
+    moving, frozen = state.replace(frozen={}), state.frozen
+    lowered = call.compiled.lower(moving, frozen, placed, topology.HPARAMS)
     return lowered.compile(), batch, params
 
 

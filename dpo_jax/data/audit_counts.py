@@ -1,0 +1,237 @@
+"""What there is to count of examples, and the limits it is held against."""
+
+import collections
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Check(NamedTuple):
+  """A limit of config.audit.
+
+  Attributes:
+    of: what the share is of, "records" or "examples".
+    hint: what to do where it is exceeded.
+  """
+
+  of: str
+  hint: str
+
+
+# By their fields of config.audit.
+CHECKS = {
+  "skipped": Check(
+    "records",
+    "mend them or take them out: with data.bad_records='error' training stops "
+    "at the first",
+  ),
+  "boundary_merges": Check(
+    "examples",
+    "end prompts without white space and begin completions with it; these "
+    "completions are encoded alone, as sampling continues a prompt",
+  ),
+  "cut": Check(
+    "examples",
+    "raise data.max_prompt_length or data.max_completion_length, or take the "
+    "longest out: a completion that is cut does not teach to stop",
+  ),
+  "double_bos": Check(
+    "examples",
+    "take it out of the text, of the chat template or of the tokens drawn: one "
+    "is put first in any case",
+  ),
+  "special_tokens": Check(
+    "examples",
+    "take them out of the text; if it was written by a chat template, give "
+    "the messages instead",
+  ),
+  "empty": Check(
+    "examples",
+    "take them out: there is nothing to score but the end",
+  ),
+  "other_end": Check(
+    "examples",
+    "make the template's end of turn the tokenizer's eos_token: sampling stops "
+    "at the EOS only",
+  ),
+}
+
+
+class Facts(NamedTuple):
+  """What there is to count of an example.
+
+  Attributes:
+    origin: "file:line".
+    found: names of what it has, most of them those of CHECKS.
+    bos: BOS in its prompt and one completion, the most.
+    eos: EOS in each completion.
+    prompt: tokens.
+    completions: tokens of each.
+    pairs: (winner, loser).
+  """
+
+  origin: str
+  found: frozenset[str]
+  bos: int
+  eos: tuple[int, ...]
+  prompt: int
+  completions: tuple[int, ...]
+  pairs: tuple[tuple[int, int], ...]
+
+
+def facts_of(record, made, tokenizer):
+  """The Facts of an example.
+
+  Args:
+    record: sources.Record.
+    made: its tokenize.Encoded, which has an example.
+    tokenizer: tokenize.Tokenizer.
+  """
+  example, changed = made.example, made.changed
+  bos = count_bos(example, tokenizer)
+  found = {
+    "boundary_merges": changed["boundary merge"],
+    "prompt_cut": changed["prompt cut"],
+    "completion_cut": changed["completion cut"],
+    "cut": changed["prompt cut"] or changed["completion cut"],
+    "double_bos": bos > 1,
+    "special_tokens": _writes_specials(record, example, tokenizer),
+    "empty": any(
+      all(i in tokenizer.specials for i in ids) for ids in example.completions
+    ),
+    "other_end": changed["end of turn that is not the EOS"],
+  }
+  return Facts(
+    origin=record.origin,
+    found=frozenset(name for name, there in found.items() if there),
+    bos=bos,
+    eos=tuple(ids.count(tokenizer.eos_id) for ids in example.completions),
+    prompt=len(example.prompt),
+    completions=tuple(map(len, example.completions)),
+    pairs=tuple((winner, loser) for winner, loser, _ in example.pairs),
+  )
+
+
+def count_bos(example, tokenizer):
+  """BOS that a model reads in the prompt and one completion, the most."""
+  bos, prompt = tokenizer.bos_id, example.prompt
+  if bos == tokenizer.eos_id:  # elsewhere it is an end
+    return next((n for n, i in enumerate(prompt) if i != bos), len(prompt))
+  return prompt.count(bos) + max(ids.count(bos) for ids in example.completions)
+
+
+def _writes_specials(record, example, tokenizer):
+  """Whether text holds a special token, but for the BOS: it is counted."""
+  if isinstance(record.prompt, str):
+    prompt = example.prompt
+    if prompt[0] == tokenizer.bos_id or prompt == [tokenizer.eos_id]:
+      prompt = prompt[1:]
+    texts = [prompt]
+    for ids in example.completions:
+      texts.append(ids[:-1] if ids[-1] == tokenizer.eos_id else ids)
+  else:
+    messages = [*record.prompt, *(m for (m,) in record.completions)]
+    texts = tokenizer.encode([message["content"] for message in messages])
+  bad = set(tokenizer.specials)
+  if tokenizer.bos_id != tokenizer.eos_id:
+    bad.discard(tokenizer.bos_id)
+  return any(i in bad for ids in texts for i in ids)
+
+
+def summary(facts, skipped, first):
+  """The numbers of a source.
+
+  Args:
+    facts: list of Facts, one an example.
+    skipped: {reason: records}.
+    first: {reason: message of the first}.
+  Returns: dict; "found" counts examples, "bos" examples and "eos" completions
+    by how many they have (2: or more), "first" holds an origin for each name
+    in "found", "lengths" are in tokens.
+  """
+  found, origins = collections.Counter(), {}
+  bos, eos = collections.Counter(), collections.Counter()
+  for fact in facts:
+    found.update(fact.found)
+    for name in fact.found:
+      origins.setdefault(name, fact.origin)
+    bos[min(fact.bos, 2)] += 1
+    eos.update(min(count, 2) for count in fact.eos)
+  return {
+    "records": len(facts) + sum(skipped.values()),
+    "examples": len(facts),
+    "completions": sum(len(fact.completions) for fact in facts),
+    "comparisons": sum(len(fact.pairs) for fact in facts),
+    "skipped": dict(skipped),
+    "why": dict(first),
+    "found": dict(found),
+    "first": origins,
+    "bos": dict(bos),
+    "eos": dict(eos),
+    **_lengths(facts),
+  }
+
+
+def _lengths(facts):
+  """{"lengths", "longer"}: of each kind of text, and chosen over rejected."""
+  lengths = {"prompt": [fact.prompt for fact in facts]}
+  pairs = [
+    (fact.completions[winner], fact.completions[loser])
+    for fact in facts
+    for winner, loser in fact.pairs
+  ]
+  if not pairs:
+    lengths["completion"] = [n for fact in facts for n in fact.completions]
+  else:
+    lengths["chosen"], lengths["rejected"] = zip(*pairs, strict=True)
+  out = {
+    "lengths": {
+      name: {
+        "mean": float(np.mean(values)),
+        "median": float(np.median(values)),
+        "p95": float(np.percentile(values, 95)),
+        "max": int(np.max(values)),
+      }
+      for name, values in lengths.items()
+      if values
+    },
+    "longer": None,
+  }
+  if pairs:
+    gap = np.subtract(*np.transpose(pairs))
+    out["longer"] = {
+      "share": float(np.mean(gap > 0)),
+      "equal": float(np.mean(gap == 0)),
+      "difference": float(np.mean(gap)),
+    }
+  return out
+
+
+def checks(parts, limits):
+  """Every limit against every source.
+
+  Args:
+    parts: list of `summary` with "source".
+    limits: config.audit.
+  Returns: list of {"name", "source", "count", "of", "limit", "failed"}. A
+    source of which nothing is left fails by "skipped", whatever its limit.
+  """
+  out = []
+  for name, check in CHECKS.items():
+    for part in parts:
+      count, of = part["found"].get(name, 0), part[check.of]
+      if name == "skipped":
+        count = sum(part["skipped"].values())
+      limit = limits[name]
+      above = limit is not None and count > limit * of
+      out.append(
+        {
+          "name": name,
+          "source": part["source"],
+          "count": count,
+          "of": of,
+          "limit": limit,
+          "failed": above or (name == "skipped" and not part["examples"]),
+        }
+      )
+  return out

@@ -1,0 +1,199 @@
+"""LoRA adapters in the files of the PEFT library.
+
+    lora_A.weight [r, inputs], lora_B.weight [outputs, r], scale alpha / r
+
+Where a checkpoint has queries, keys and values in one matrix, PEFT has one
+adapter for the three and this project three: on the way in they share A, on the
+way out their A lie one under the other and B is block-diagonal. Both are exact.
+"""
+
+import json
+import re
+
+import jax
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from dpo_jax import tree
+from dpo_jax.models import axes, export, keys
+
+_PREFIX = "base_model.model."
+# Of adapter_config.json: what must have one of these values, where it is there.
+_ONLY = {
+  "peft_type": ("LORA",),
+  "bias": ("none",),
+  "modules_to_save": (None, []),
+  "use_dora": (False,),
+  "layer_replication": (None,),
+  "use_qalora": (False,),
+  "lora_bias": (False,),
+  "trainable_token_indices": (None,),
+  "target_parameters": (None, []),
+}
+
+
+def write(folder, adapter, table, config, shapes, vocab_size, about):
+  """Writes adapter_model.safetensors and adapter_config.json.
+
+  Args:
+    folder: epath.Path that exists.
+    adapter: of lora.init.
+    table: list of keys.Key of the base.
+    config: ModelConfig.
+    shapes: {path: shape} of the base's parameters.
+    vocab_size: real tokens.
+    about: {"rank", "alpha", "rank_stabilised", "scale", "base"}: the options,
+      their factor, and the name of the base model.
+  """
+  flat = {p: jax.device_get(x) for p, x in tree.named(adapter)}
+  tensors, ranks = {}, {}
+  for name, tensor in _kernels(table, config, shapes, vocab_size).items():
+    pair = _joined(tensor, flat, config.rotary_dim)
+    if pair is None:
+      continue
+    module = name.removesuffix(".weight")
+    tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair[0]
+    tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair[1]
+    ranks[module] = len(pair[0])
+  safetensors.numpy.save_file(
+    tensors, folder / "adapter_model.safetensors", {"format": "pt"}
+  )
+  rank, stabilised = about["rank"], about["rank_stabilised"]
+  other = {m: r for m, r in ranks.items() if r != rank}
+  power = 0.5 if stabilised else 1.0
+  content = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": about["base"],
+    "r": rank,
+    "lora_alpha": about["alpha"],
+    "use_rslora": stabilised,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": any(key.inputs_first for key in table),
+    "target_modules": sorted(ranks),
+    "rank_pattern": other,
+    "alpha_pattern": {m: about["scale"] * r**power for m, r in other.items()},
+    "inference_mode": True,
+  }
+  export.write_json(folder / "adapter_config.json", content)
+
+
+def _kernels(table, config, shapes, vocab_size):
+  """{name: Tensor} of the matrices of layers."""
+  found = keys.tensors(table, config, shapes, vocab_size)
+  return {
+    name: tensor
+    for name, tensor in found.items()
+    if tensor.places[0].layer is not None
+    and tensor.places[0].path.endswith("kernel")
+  }
+
+
+def _leaf(place, name):
+  return f"{place.path.removesuffix('kernel')}{name}"
+
+
+def _joined(tensor, flat, rotary_dim):
+  """(A [r, inputs], B [outputs, r]) of a matrix, or None without an adapter."""
+  there = [p for p in tensor.places if _leaf(p, "lora_a") in flat]
+  if not there:
+    return None
+  downs, ups = {}, {}
+  for place in there:
+    a = flat[_leaf(place, "lora_a")][place.layer]
+    b = flat[_leaf(place, "lora_b")][place.layer]
+    downs[place] = a.reshape(-1, a.shape[-1]).T
+    ups[place] = b.reshape(b.shape[0], -1).T
+  total, start, parts = sum(len(a) for a in downs.values()), 0, []
+  for place in tensor.places:
+    outputs = int(np.prod(place.shape)) // int(np.prod(_inputs(place)))
+    rows = np.zeros((outputs, total), np.float32)
+    if place in ups:
+      width = ups[place].shape[1]
+      rows[:, start : start + width] = ups[place]
+      start += width
+    parts.append(rows)
+  b = keys.join_rows(parts, tensor, rotary_dim)
+  return np.concatenate(list(downs.values())), np.ascontiguousarray(b)
+
+
+def _inputs(place):
+  return place.shape[: axes.inputs(place.path)]
+
+
+def read(folder, table, config, shapes, vocab_size):
+  """(adapter, rank, scale) of a PEFT folder, as numpy arrays.
+
+  Args: as `write`.
+  Returns: adapter as lora.init makes it. Modules of another rank or alpha keep
+    their rank and have the ratio of their scale in B.
+  Raises: ValueError naming what is not supported, missing or unknown.
+  """
+  folder = epath.Path(folder)
+  path = folder / "adapter_config.json"
+  if not path.exists():
+    raise ValueError(f"{folder} holds no adapter_config.json of PEFT")
+  about = json.loads(path.read_text())
+  for field, allowed in _ONLY.items():
+    if field in about and about[field] not in allowed:
+      raise ValueError(
+        f"{path}: {field} = {about[field]!r} is not supported (allowed: "
+        f"{', '.join(map(repr, allowed))})"
+      )
+  file = folder / "adapter_model.safetensors"
+  if not file.exists():
+    raise ValueError(f"{folder} holds no adapter_model.safetensors")
+  tensors = safetensors.numpy.load_file(file)
+  scale = _scale(about, about["r"], about["lora_alpha"])
+  wanted = _kernels(table, config, shapes, vocab_size)
+  stacks = {}
+  for name, tensor in wanted.items():
+    module = name.removesuffix(".weight")
+    a = tensors.pop(f"{_PREFIX}{module}.lora_A.weight", None)
+    b = tensors.pop(f"{_PREFIX}{module}.lora_B.weight", None)
+    if a is None or b is None:
+      continue
+    rank = _pattern(about.get("rank_pattern"), module, about["r"])
+    alpha = _pattern(about.get("alpha_pattern"), module, about["lora_alpha"])
+    b = b.astype(np.float32) * (_scale(about, rank, alpha) / scale)
+    parts = keys.split_rows(b, tensor, config.rotary_dim)
+    for place, rows in zip(tensor.places, parts, strict=True):
+      inputs = _inputs(place)
+      outputs = place.shape[len(inputs) :]
+      down = a.astype(np.float32).T.reshape(*inputs, rank)
+      stacks.setdefault(_leaf(place, "lora_a"), {})[place.layer] = down
+      up = rows.T.reshape(rank, *outputs)
+      stacks.setdefault(_leaf(place, "lora_b"), {})[place.layer] = up
+  if tensors:
+    raise ValueError(
+      f"{file}: {sorted(tensors)[:4]} belong to no layer of the base model"
+    )
+  return tree.nest(_stacked(stacks, shapes, file)), about["r"], scale
+
+
+def _stacked(stacks, shapes, file):
+  out = {}
+  for path, layers in stacks.items():
+    kernel = re.sub(r"lora_[ab]$", "kernel", path)
+    missing = sorted(set(range(shapes[kernel][0])) - set(layers))
+    if missing:
+      raise ValueError(
+        f"{file}: layers {missing} of {path} have no adapter; those of only "
+        "some layers are not supported"
+      )
+    out[path] = np.stack([layers[i] for i in sorted(layers)])
+  return out
+
+
+def _scale(about, rank, alpha):
+  return alpha / (rank**0.5 if about.get("use_rslora") else rank)
+
+
+def _pattern(patterns, module, default):
+  """The value of the first pattern that a module's name ends in."""
+  for pattern, value in (patterns or {}).items():
+    if re.search(rf"(^|.*\.){pattern}$", module):
+      return value
+  return default

@@ -1,0 +1,152 @@
+"""A trained policy as a folder that transformers or PEFT loads, and its upload.
+
+config.json, model.safetensors     the policy, an adapter merged into it
+adapter_config.json, …             or the adapter alone (export.form)
+tokenizer.json, …                  the tokenizer, with its chat template
+generation_config.json             what ends a generation
+README.md                          the model card: what it was trained on
+"""
+
+import shutil
+
+import jax
+from etils import epath
+
+from dpo_jax import assembly, lookup, origin, weights
+from dpo_jax.data import vocabulary
+from dpo_jax.models import export, families, peft
+from dpo_jax.train import checkpoint
+
+FORMS = ("merged", "adapter")
+
+
+def publish(config, workdir):
+  """Exports the policy saved last in a run's folder.
+
+  Args:
+    config: of the run; reads export.
+    workdir: run folder.
+  Returns: the folder, complete: it appears when all files are written.
+  Raises: ValueError for what the user can mend, before anything is written.
+  """
+  options, workdir = config.export, epath.Path(workdir)
+  lookup.lookup(FORMS, options.form, "export.form")
+  lookup.lookup(export.DTYPES, options.dtype, "export.dtype")
+  if options.form == "adapter" and config.lora is None:
+    raise ValueError(
+      "export.form = 'adapter': this run trained all parameters, not an "
+      "adapter; set it to 'merged'"
+    )
+  if jax.process_count() > 1:
+    raise ValueError("export runs in one process")
+  folder = epath.Path(options.folder or workdir / "export")
+  if folder.exists():
+    raise ValueError(
+      f"{folder} exists already; delete it, or set export.folder to a new one"
+    )
+  setup = assembly.prepare_model(config)
+  raw = _config_json(setup)
+  step = checkpoint.latest_step(workdir)
+  partial = folder.parent / f"{folder.name}.part"
+  if partial.exists():
+    shutil.rmtree(partial)
+  partial.mkdir(parents=True)
+  _write_weights(partial, setup, workdir, raw)
+  tokenizer = vocabulary.load(config.tokenizer)
+  tokenizer.save_pretrained(partial)
+  ends = {
+    name: getattr(tokenizer, name)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    if getattr(tokenizer, name) is not None
+  }
+  export.write_json(partial / "generation_config.json", ends)
+  (partial / "README.md").write_text(_card(config, step))
+  partial.rename(folder)
+  if options.push is not None:
+    push(folder, options.push)
+  return folder
+
+
+def _config_json(setup):
+  """The config.json of what is exported.
+
+  Raises: ValueError if no published architecture is this model.
+  """
+  model = setup.model
+  there = _origin(setup.config)
+  if there is not None:
+    return there.raw
+  raw = export.describe(model.config, model.vocab_size)
+  bos, eos = setup.tokenizer.bos_id, setup.tokenizer.eos_id
+  return {**raw, "bos_token_id": bos, "eos_token_id": eos}
+
+
+def _origin(config):
+  """The checkpoint that a run, or the run it started from, began with."""
+  there = weights.pretrained(config.init_from)
+  if there is None and config.init_from is not None:
+    return _origin(checkpoint.saved_config(config.init_from))
+  return there
+
+
+def _write_weights(folder, setup, workdir, raw):
+  config, model = setup.config, setup.model
+  params = weights.trained(setup, workdir)
+  if config.export.form == "adapter":
+    shapes = {p: x.shape for p, x in weights.flat_shapes(setup).items()}
+    about = {
+      "rank": config.lora.rank,
+      "alpha": config.lora.alpha,
+      "rank_stabilised": config.lora.rank_stabilised,
+      "scale": weights.scale(config),
+      "base": origin.parse(config.init_from or "")[1],
+    }
+    table = families.find(raw).table
+    peft.write(
+      folder, params, table, model.config, shapes, model.vocab_size, about
+    )
+    return
+  if config.lora is not None:
+    params = weights.merged(setup, weights.initial(setup), params)
+  export.write(
+    folder, params, model.config, model.vocab_size, raw, config.export.dtype
+  )
+
+
+def _card(config, step):
+  """The model card, with the metadata that the hub reads."""
+  library = "peft" if config.export.form == "adapter" else "transformers"
+  loss = ", ".join(f"{k} {v}" for k, v in config.loss.items() if k != "name")
+  kind, name = origin.parse(config.init_from or "")
+  base = [f"base_model: {name}"] if kind == "hf" else []
+  head = ["---", f"library_name: {library}", *base, "tags: [dpo_jax]", "---"]
+  return "\n".join(
+    [
+      *head,
+      "",
+      f"Trained with dpo_jax: {config.loss.name}{f' ({loss})' * bool(loss)}, "
+      f"{step} steps on `{config.data.train}`, from "
+      f"`{config.init_from or 'random parameters'}`.",
+      "",
+    ]
+  )
+
+
+def push(folder, name):
+  """Uploads a folder to the Hugging Face hub, as a new commit of `name`.
+
+  The token is that of `hf auth login`, or HF_TOKEN.
+
+  Raises: ValueError with what the hub said.
+  """
+  import huggingface_hub
+
+  try:
+    api = huggingface_hub.HfApi()
+    api.create_repo(name, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=str(folder))
+  except Exception as error:  # no token, no right, no network: anything
+    raise ValueError(
+      f"{folder} is written, but could not be pushed to {name!r}: {error}. "
+      "Log in with `hf auth login`, or set HF_TOKEN"
+    ) from error

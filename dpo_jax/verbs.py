@@ -1,0 +1,190 @@
+"""What `dpo-jax VERB` does, each a function of config and run folder.
+
+Imports are inside: `dpo-jax help` and mistakes in a command need no jax.
+"""
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+from etils import epath
+
+
+class Verb(NamedTuple):
+  """A verb of the command line.
+
+  Attributes:
+    run: (config, workdir, module of the config or None) -> exit code.
+    saved: without --config it takes that of the run folder.
+    folder: it needs a run folder.
+  """
+
+  run: Callable
+  saved: bool
+  folder: bool = True
+
+
+def train(config, workdir, module):
+  """Trains a policy (loop.fit), or what algo = "tokenizer" or "stages" says."""
+  if config.get("algo") == "stages":
+    return _stages(config, workdir, module)
+  if config.get("algo") == "tokenizer":
+    return _tokenizer(config, workdir)
+  from dpo_jax import loop
+
+  return loop.fit(config, workdir).exit_code
+
+
+def _stages(config, workdir, module):
+  """Runs verbs on other configs of the same file; the first failure ends it."""
+  from dpo_jax import cli
+
+  if workdir != config.workdir:
+    raise ValueError(
+      f"--workdir {workdir}: the stages have folders of their own; name the "
+      f"root by the config's argument, root={workdir}"
+    )
+  for verb, arg in config.stages:
+    print(f"━━ {verb} {arg}", flush=True)
+    code = cli.run(verb, {"config": f"{module.__file__}:{arg}"}, [])
+    if code:
+      return code
+  return 0
+
+
+def _tokenizer(config, workdir):
+  from dpo_jax.data import bpe, sources
+
+  about = epath.Path(workdir) / "tokenizer.about.json"
+  if about.exists():
+    if json.loads(about.read_text()) != json.loads(config.to_json()):
+      raise ValueError(f"{workdir} holds a tokenizer of another config")
+    print(f"{workdir}: trained before, skipped")
+    return 0
+  records = sources.load(config.data.train, "sft", sources.Policy("error"))
+  sources.refuse_messages(records, "the tokenizer's data.train")
+  texts = [r.prompt + c for r in records for c in r.completions]
+  size = bpe.train(texts, config.vocab_size, workdir)
+  about.write_text(config.to_json())
+  print(f"{size} tokens from {len(texts)} texts in {workdir}")
+  return 0
+
+
+def evaluate(config, workdir, module):
+  """Evaluates the policy of a run folder; writes evaluation.json there."""
+  del module
+  from dpo_jax import assembly, evaluation, weights
+  from dpo_jax.train import checkpoint
+
+  setup = assembly.prepare_model(config)
+  ref = weights.initial(setup)
+  policy = weights.saved(setup, ref, workdir)
+  meta = checkpoint.check_run(workdir, config.to_dict(), ref)
+  made = evaluation.made_of(meta["step"], meta["data_fingerprint"], ref)
+  result = evaluation.evaluate(setup, policy, ref, workdir, made)
+  for name, value in result.get("comparisons", {}).items():
+    print(f"{name:24} {value:.4g}")
+  for name, value in result.get("means", {}).items():
+    print(f"{name:24} {value['mean']:.4g} ± {value['se']:.2g}")
+  return 0
+
+
+def sample(config, workdir, module):
+  """Draws completions of a run's policy, or of init_from's, into its folder."""
+  del module
+  from dpo_jax import assembly, weights
+  from dpo_jax.eval import generate
+  from dpo_jax.train import checkpoint
+  from dpo_jax.train import state as state_lib
+
+  setup = assembly.prepare_model(config)
+  step = checkpoint.latest_step(workdir)
+  if step is not None:
+    policy = weights.saved(setup, weights.initial(setup), workdir)
+    print(f"the policy of {workdir}, step {step}")
+  elif config.init_from is not None:
+    policy = weights.initial(setup)
+    print(f"the policy of init_from = {config.init_from}")
+  else:
+    raise ValueError(
+      f"{workdir} holds no trained policy, and init_from names none"
+    )
+  identity = {
+    "sample": config.sample.to_dict(),
+    "policy": state_lib.fingerprint(policy),
+    "model": config.model.to_dict(),
+    "precision": config.precision,
+    "tokenizer": config.tokenizer,
+  }
+  rows = generate.write(setup, policy, identity, workdir)
+  for row in rows[:3]:
+    print(f"{row['prompt']} ⟶{row['completion']}")
+  return 0
+
+
+def sweep(config, workdir, module):
+  """Trains and evaluates the points of the config file's `sweep()`."""
+  from dpo_jax import report, sweeps
+
+  if not hasattr(module, "sweep"):
+    where = "a run's config.json" if module is None else module.__file__
+    raise ValueError(
+      f"{where} has no sweep(): name a config file that has one, which yields "
+      'the points, for example {"loss.beta": 0.1}'
+    )
+  code = sweeps.sweep(config, module.sweep(), workdir)
+  if code == 0:
+    page = report.write(workdir)
+    print(report.table(report.rows(workdir), "text"))
+    print(f"report: {page}")
+  return code
+
+
+def write_report(config, workdir, module):
+  """Writes report.html, report.md and the figures of a sweep's folder."""
+  del config, module
+  from dpo_jax import report
+
+  page = report.write(workdir)
+  print(report.table(report.rows(workdir), "text"))
+  print(f"report: {page}")
+  return 0
+
+
+def audit(config, workdir, module):
+  """Prints what data.train and data.eval hold; 1 if a limit is exceeded."""
+  del workdir, module
+  from dpo_jax import assembly
+  from dpo_jax.data import audit, audit_text
+
+  if "audit" not in config:
+    raise ValueError("audit needs a config that starts from configs/base.py")
+  assembly.check(config)
+  reports = audit.audit(config)
+  for report in reports:
+    print(audit_text.text(report))
+  print(audit_text.verdict(reports))
+  return int(any(check["failed"] for r in reports for check in r["checks"]))
+
+
+def export(config, workdir, module):
+  """Writes the policy of a run folder as transformers or PEFT load it."""
+  del module
+  from dpo_jax import publish
+
+  folder = publish.publish(config, workdir)
+  print(f"{config.export.form} policy in {folder}")
+  if config.export.push is not None:
+    print(f"pushed to https://huggingface.co/{config.export.push}")
+  return 0
+
+
+VERBS = {
+  "train": Verb(train, saved=False),
+  "eval": Verb(evaluate, saved=True),
+  "sample": Verb(sample, saved=True),
+  "sweep": Verb(sweep, saved=False),
+  "report": Verb(write_report, saved=True),
+  "audit": Verb(audit, saved=True, folder=False),
+  "export": Verb(export, saved=True),
+}
