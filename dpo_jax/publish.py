@@ -7,8 +7,6 @@ generation_config.json             what ends a generation
 README.md                          the model card: what it was trained on
 """
 
-import shutil
-
 import jax
 from etils import epath
 
@@ -49,7 +47,7 @@ def publish(config, workdir):
   step = checkpoint.latest_step(workdir)
   partial = folder.parent / f"{folder.name}.part"
   if partial.exists():
-    shutil.rmtree(partial)
+    partial.rmtree()
   partial.mkdir(parents=True)
   _write_weights(partial, setup, workdir, raw)
   tokenizer = vocabulary.load(config.tokenizer)

@@ -42,7 +42,8 @@ def write(folder, params, config, vocab_size, raw, dtype):
       name: _tensor(wanted[name], flat, config).astype(DTYPES[dtype])
       for name in names
     }
-    safetensors.numpy.save_file(tensors, folder / file, {"format": "pt"})
+    content = safetensors.numpy.save(tensors, {"format": "pt"})
+    (folder / file).write_bytes(content)
   if len(files) > 1:
     total = sum(math.prod(t.shape) for t in wanted.values()) * size
     index = {

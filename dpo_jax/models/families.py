@@ -116,14 +116,23 @@ def _gptj(f):
   }
 
 
-def _rotary(f, head_dim, rope=None):
-  """Fields of the rotation, and max_positions."""
+def _rotary(f, head_dim, rope=None, partial=False):
+  """Fields of the rotation, and max_positions.
+
+  Only where `partial` do transformers' models heed partial_rotary_factor.
+  """
   rope = f["rope_parameters"] if rope is None else rope
+  share = rope.get("partial_rotary_factor") or 1.0
+  if share != 1.0 and not partial:
+    raise ValueError(
+      f"config.json: partial_rotary_factor = {share} is not supported with "
+      "this model_type"
+    )
   scaling, longest = fields.scaling(rope, f["max_position_embeddings"])
   return {
     "max_positions": longest,
     "position": "rotary",
-    "rotary_dim": int(head_dim * (rope.get("partial_rotary_factor") or 1.0)),
+    "rotary_dim": int(head_dim * share),
     "rope_theta": float(rope["rope_theta"]),
     "rope_scaling": scaling,
   }
@@ -145,11 +154,11 @@ def _neox(f):
     "qkv_bias": f["attention_bias"],
     "out_bias": f["attention_bias"],
     "tied": f["tie_word_embeddings"],
-    **_rotary(f, head_dim),
+    **_rotary(f, head_dim, partial=True),
   }
 
 
-def _llama(f, *, rope=None, activation="hidden_act"):
+def _llama(f, *, rope=None, activation="hidden_act", partial=False):
   """What Llama and its relatives share."""
   embed, heads = f["hidden_size"], f["num_attention_heads"]
   head_dim = f["head_dim"] or embed // heads
@@ -170,7 +179,7 @@ def _llama(f, *, rope=None, activation="hidden_act"):
     "out_bias": bias,
     "mlp_bias": bool(f["mlp_bias"]),
     "tied": f["tie_word_embeddings"],
-    **_rotary(f, head_dim, rope),
+    **_rotary(f, head_dim, rope, partial),
   }
 
 
@@ -235,7 +244,7 @@ def _phi3(f):
     ("mlp_bias", False),
   ):
     f.only(name, None, value)
-  return {**_llama(f), **_windows(f)}
+  return {**_llama(f, partial=True), **_windows(f)}
 
 
 def _olmo2(f):

@@ -90,10 +90,7 @@ def split(params):
 
 
 def merge(base, adapter, scale):
-  """`base` with W + scale · A·B for each W with an adapter.
-
-  A quantised W becomes f32.
-  """
+  """`base` with W + scale · A·B, in f32, for each W with an adapter."""
   by_path = flat(base)
 
   def walk(node, prefix):
@@ -103,8 +100,7 @@ def merge(base, adapter, scale):
     whole = dequantize(kernel)
     a, b = node["lora_a"], node["lora_b"]
     add = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
-    whole = (whole.astype(jnp.float32) + scale * add).astype(whole.dtype)
-    return {"kernel": whole}
+    return {"kernel": whole.astype(jnp.float32) + scale * add}
 
   return tree.graft(base, walk(adapter, ""))
 

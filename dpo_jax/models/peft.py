@@ -56,9 +56,8 @@ def write(folder, adapter, table, config, shapes, vocab_size, about):
     tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair[0]
     tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair[1]
     ranks[module] = len(pair[0])
-  safetensors.numpy.save_file(
-    tensors, folder / "adapter_model.safetensors", {"format": "pt"}
-  )
+  content = safetensors.numpy.save(tensors, {"format": "pt"})
+  (folder / "adapter_model.safetensors").write_bytes(content)
   rank, stabilised = about["rank"], about["rank_stabilised"]
   other = {m: r for m, r in ranks.items() if r != rank}
   power = 0.5 if stabilised else 1.0

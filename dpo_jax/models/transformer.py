@@ -202,7 +202,7 @@ def build(config, vocab_size):
     # Heads before positions: a step's products then need no transposed copy.
     shape = (batch_size, config.kv_heads, length, config.head_dim)
     return {
-      name: (jnp.zeros((len(kinds), *shape), config.dtype),) * 2
+      name: tuple(jnp.zeros((len(kinds), *shape), config.dtype) for _ in "kv")
       for name, kinds in stacks(config).items()
     }
 

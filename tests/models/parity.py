@@ -4,7 +4,9 @@ torch is imported by the functions that need it only.
 """
 
 import copy
+import dataclasses
 import json
+import sys
 
 import jax
 import ml_dtypes
@@ -12,7 +14,10 @@ import numpy as np
 import safetensors.numpy
 
 from dpo_jax import compat, tree
+from dpo_jax.algos import base
+from dpo_jax.data import rows, tokenize
 from dpo_jax.models import axes, families, hf, keys, transformer
+from dpo_jax.ops import logprobs
 from dpo_jax.parallel import mesh as mesh_lib
 from tests import worlds
 from tests.models import published
@@ -196,6 +201,85 @@ def load(folder, mesh, base="float32"):
   return model, hf.load(checkpoint, abstract(model, mesh), base)
 
 
+# f32 rounding after some layers of logits of order 1: 4e-6 is typical. A sum of
+# up to 8 log-probs may err eight times as much as one.
+TOLERANCE = {
+  "logits": 2e-5,
+  "packed": 2e-5,
+  "completion": 2e-4,
+  "decode": 2e-5,
+}
+ITEMS = worlds.examples(7, seed=3, completions=4)
+_LAYOUT = rows.Layout(True, True, 2, None)
+_LENGTH = 24  # of the plain sequences
+# Compiling dominates.
+FAST = {"xla_backend_optimization_level": 0}
+
+
+def measure(raw, folder, *, decode=False, fault=None):
+  """The largest absolute differences of a random model from transformers.
+
+  Args:
+    raw: content of config.json.
+    folder: for the checkpoint.
+    decode: with the cache too.
+    fault: fields of ModelConfig to get wrong, or None.
+  Returns: {what: difference}; see test_families.
+  """
+  torch_model = save(raw, folder)
+  model, params = load(folder, mesh())
+  packed = worlds.batch(ITEMS, row_multiple=_LAYOUT.row_multiple)
+  assert packed["example_id"].shape[1] > 2  # several examples in a row
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, VOCAB, (2, _LENGTH)).tolist()
+  want = np.stack([theirs(torch_model, row) for row in ids])
+  plain = _plain(ids)
+  run, out = _forward(model), {}
+
+  def logits(run):
+    return run(params, plain)[0][:, :_LENGTH, :VOCAB]
+
+  out["logits"] = _difference(logits(run), want)
+  got = by_completion(run(params, packed)[1], packed)
+  single = _completion_logps(torch_model)
+  assert got.keys() == single.keys()
+  out["packed"] = max(_difference(got[k], single[k]) for k in got)
+  out["completion"] = max(
+    _difference(got[k].sum(), single[k].sum()) for k in got
+  )
+  if decode:
+    out["decode"] = _difference(_decoded(model, params, np.asarray(ids)), want)
+  if fault is not None:
+    faulty = dataclasses.replace(model.config, **fault)
+    assert faulty != model.config
+    run = _forward(transformer.build(faulty, model.vocab_size))
+    out["fault"] = _difference(logits(run), want)
+  return out
+
+
+def show(capsys, name, numbers):
+  """Prints a line of numbers: to stderr, which workers of xdist keep too."""
+  line = "  ".join(f"{key} {value:.1e}" for key, value in numbers.items())
+  with capsys.disabled():
+    print(f"\n{name:46s} {line} ", end="", file=sys.stderr, flush=True)
+
+
+def assert_equal_up_to_rounding(numbers):
+  """Of `measure`."""
+  for what, tolerance in TOLERANCE.items():
+    assert numbers.get(what, 0.0) <= tolerance, (what, numbers)
+  # A fault is no rounding: ten times the tolerance.
+  assert numbers.get("fault", 1.0) >= 10 * TOLERANCE["logits"], numbers
+
+
+def theirs(torch_model, ids):
+  """Logits [T, V] of one sequence."""
+  import torch
+
+  with torch.no_grad():
+    return torch_model(torch.tensor([ids])).logits[0].numpy()
+
+
 def by_completion(values, batch):
   """{(example, completion): its scored tokens' values} of [R, S]."""
   completions = batch["completion_weights"].shape[2]
@@ -207,3 +291,54 @@ def by_completion(values, batch):
         mine = batch["target_slot"][row] == slot
         out[int(ids[p]), c] = np.asarray(values[row])[mine]
   return out
+
+
+def _forward(model):
+  """(params, batch) -> logits of every position, log-probs of the scored."""
+
+  def forward(params, batch):
+    hidden, head = model.apply(params, batch)
+    logps = base.token_logps(lambda *_: (hidden, head), params, batch, 7)
+    return logprobs.logits(hidden, head), logps
+
+  return jax.jit(forward, compiler_options=FAST)
+
+
+def _plain(ids):
+  """A batch of whole sequences, one a row, in the shape of ITEMS' batch."""
+  examples = [
+    tokenize.Example(i, 0, row[:1], (row[1:],), ()) for i, row in enumerate(ids)
+  ]
+  need = rows.needs(ITEMS, _LAYOUT)
+  shape = rows.needed_shape(need, rows.assign(need.length, _LAYOUT))
+  return rows.build([[example] for example in examples], shape, _LAYOUT)
+
+
+def _completion_logps(torch_model):
+  """{(example, completion): log-probs}, each sequence alone."""
+  out = {}
+  for example in ITEMS:
+    for c, completion in enumerate(example.completions):
+      logits = theirs(torch_model, example.prompt + completion)
+      logps = np.asarray(jax.nn.log_softmax(logits))
+      at = len(example.prompt) - 1 + np.arange(len(completion))
+      out[example.example_id, c] = logps[at, completion]
+  return out
+
+
+def _decoded(model, params, ids):
+  """Logits of a prefill longer than the window, then of one step a token."""
+  decode = jax.jit(model.decode, compiler_options=FAST)
+  cache = model.init_cache(len(ids), _LENGTH + 3)
+  positions = np.broadcast_to(np.arange(_LENGTH, dtype=np.int32), ids.shape)
+  out, start = [], 0
+  for end in range(WINDOW + 2, _LENGTH + 1):
+    here = slice(start, end)
+    logits, cache = decode(params, ids[:, here], positions[:, here], cache)
+    out.append(logits)
+    start = end
+  return np.concatenate(out, axis=1)[..., :VOCAB]
+
+
+def _difference(got, want):
+  return float(np.max(np.abs(np.asarray(got) - np.asarray(want))))

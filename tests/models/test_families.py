@@ -8,37 +8,25 @@ prints a line of the largest absolute differences:
                 against one sequence prompt + completion at a time
     completion  sums of these over a completion
     decode      logits of a prefill and single steps with the cache
-    fault       logits with a fault planted in the config: what a tolerance
+    fault       logits with a fault planted in the config: what the tolerance
                 has to catch
+    gradient    of the DPO loss, relative; of the worst leaf
 """
-
-import dataclasses
-import sys
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
-from dpo_jax.algos import base
-from dpo_jax.data import rows
-from dpo_jax.models import families, transformer
-from dpo_jax.ops import logprobs
+from configs import common
+from dpo_jax import tree
+from dpo_jax.algos import preference
+from dpo_jax.models import families, keys
+from dpo_jax.ops import reduce
 from tests import worlds
 from tests.models import parity, published
 
 pytestmark = pytest.mark.slow
-
-# f32 rounding after some layers of logits of order 1: 4e-6 is typical. A sum of
-# up to 8 log-probs may err eight times as much as one.
-TOLERANCE = {
-  "logits": 2e-5,
-  "packed": 2e-5,
-  "completion": 2e-4,
-  "decode": 2e-5,
-}
-LENGTH = 24  # of the plain sequences
-ITEMS = worlds.examples(7, seed=3, completions=4)
-LAYOUT = rows.Layout(True, True, 2, None)
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
 LLAMA3 = "meta-llama/Llama-3.2-1B"
@@ -51,9 +39,13 @@ GEMMA2 = "google/gemma-2-2b"
 GEMMA3 = "google/gemma-3-1b-pt"
 SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
 PHI3 = "microsoft/Phi-3-mini-4k-instruct"
-PHI3_LONG = "microsoft/Phi-3-mini-128k-instruct"
 PHI4 = "microsoft/Phi-4-mini-instruct"
 OLMO2 = "allenai/OLMo-2-1124-7B"
+
+# Grouped heads; learned positions and a tied head; windows, norms on both
+# sides, and layers beyond whole periods.
+GRADIENTS = (LLAMA3, "gpt2", PYTHIA, GEMMA3)
+BETA = 0.1
 
 # What of a ModelConfig tells the architecture from its nearest relative.
 FAULTS = {
@@ -63,35 +55,16 @@ FAULTS = {
   LLAMA: {"norm_eps": 1e-6},
   MISTRAL: {"window": parity.WINDOW + 1},
   QWEN3: {"rope_theta": 1e4},
-  GEMMA2: {"attention_softcap": None},
+  GEMMA2: {"attention_scale": None},
   GEMMA3: {"window_theta": None},
   "google/gemma-3-4b-pt": {"attention_scale": None},
-  SMOLLM3: {"layer_pattern": ("full",)},
+  SMOLLM3: {"layer_pattern": ("full",) * 4},
   PHI3: {"window": parity.WINDOW - 1},
-  PHI3_LONG: {"rope_scaling": None},
-  PHI4: {"rotary_dim": 4},
+  "microsoft/Phi-3-mini-128k-instruct": {"rope_scaling": None},
+  PHI4: {"rope_scaling": None},
   OLMO2: {"norm_eps": 1e-5},
 }
 
-
-def scaled(kind, **fields):
-  """Changes that scale the rotation of a Llama."""
-  return {"rope_scaling": {"rope_type": kind, **fields}}
-
-
-UNSCALED = {"rope_scaling": None}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
-# Rotations over 256 positions: 41, 8.8 (kept), 1.9 (between), 0.4 … (divided).
-THREE_REGIMES = {
-  "factor": 8.0,
-  "low_freq_factor": 1.0,
-  "high_freq_factor": 4.0,
-  "original_max_position_embeddings": 256,
-}
-LONG = {
-  "short_factor": [1.5, 2.5, 4.0, 1.0],
-  "long_factor": [9.0, 9.0, 9.0, 9.0],
-}
 
 # Beyond what is published: (published, changes, planted fault).
 VARIANTS = {
@@ -133,42 +106,6 @@ VARIANTS = {
     LLAMA,
     {"attention_bias": True, "mlp_bias": True},
     None,
-  ),
-  "llama, linear": (LLAMA, scaled("linear", factor=4.0), UNSCALED),
-  "llama, all three regimes": (
-    LLAMA,
-    {"head_dim": 12, **scaled("llama3", **THREE_REGIMES)},
-    UNSCALED,
-  ),
-  "llama, yarn": (LLAMA, scaled("yarn", **YARN), UNSCALED),
-  "llama, yarn, its own magnitude": (
-    LLAMA,
-    scaled("yarn", **YARN, attention_factor=0.8),
-    UNSCALED,
-  ),
-  "llama, yarn, fractions of dimensions": (
-    LLAMA,
-    scaled("yarn", **YARN, truncate=False, beta_fast=2.0, beta_slow=0.3),
-    UNSCALED,
-  ),
-  "llama, longrope": (
-    LLAMA,
-    {
-      "max_position_embeddings": 96,
-      **scaled("longrope", original_max_position_embeddings=32, **LONG),
-    },
-    UNSCALED,
-  ),
-  "llama, longrope, its own magnitude": (
-    LLAMA,
-    scaled(
-      "longrope",
-      factor=4.0,
-      original_max_position_embeddings=32,
-      attention_factor=1.25,
-      **LONG,
-    ),
-    UNSCALED,
   ),
   "mistral, heads of 20": (MISTRAL, {"head_dim": 20}, None),
   "qwen2, windows from layer 1 on": (
@@ -213,7 +150,7 @@ VARIANTS = {
         "long_factor": [9.0] * 6,
       },
     },
-    UNSCALED,
+    {"rope_scaling": None},
   ),
   "olmo2, 6 heads read 2, biases": (
     OLMO2,
@@ -252,132 +189,15 @@ def _families():
   return out
 
 
-@pytest.fixture
-def show(capsys):
-  """Prints a line of numbers; to stderr, which xdist's workers keep."""
-
-  def show(name, numbers):
-    line = "  ".join(f"{key} {value:.1e}" for key, value in numbers.items())
-    with capsys.disabled():
-      print(f"\n{name:46s} {line}", end="", file=sys.stderr, flush=True)
-
-  return show
-
-
-def forward(model):
-  """(params, batch) -> logits of every position, log-probs of the scored."""
-
-  @jax.jit
-  def forward(params, batch):
-    hidden, head = model.apply(params, batch)
-    logps = base.token_logps(lambda *_: (hidden, head), params, batch, 7)
-    return logprobs.logits(hidden, head), logps
-
-  return forward
-
-
-def theirs(torch_model, ids):
-  """Logits [T, V] of one sequence."""
-  import torch
-
-  with torch.no_grad():
-    return torch_model(torch.tensor([ids])).logits[0].numpy()
-
-
-def log_softmax(logits):
-  return np.asarray(jax.nn.log_softmax(logits))
-
-
-def difference(got, want):
-  return float(np.max(np.abs(np.asarray(got) - np.asarray(want))))
-
-
-def measure(raw, folder, *, decode, fault):
-  """{what: largest absolute difference} from transformers."""
-  torch_model = parity.save(raw, folder)
-  model, params = parity.load(folder, parity.mesh())
-  packed = worlds.batch(ITEMS, row_multiple=LAYOUT.row_multiple)
-  assert packed["example_id"].shape[1] > 2  # several examples in a row
-  rng = np.random.default_rng(0)
-  plain_ids = rng.integers(0, parity.VOCAB, (2, LENGTH)).tolist()
-  want = np.stack([theirs(torch_model, ids) for ids in plain_ids])
-  plain = _plain(plain_ids)
-  run, numbers = forward(model), {}
-
-  def logits(run):
-    return run(params, plain)[0][:, :LENGTH, : parity.VOCAB]
-
-  numbers["logits"] = difference(logits(run), want)
-  got = parity.by_completion(run(params, packed)[1], packed)
-  single = _completion_logps(torch_model)
-  assert got.keys() == single.keys()
-  numbers["packed"] = max(difference(got[k], single[k]) for k in got)
-  numbers["completion"] = max(
-    difference(got[k].sum(), single[k].sum()) for k in got
-  )
-  if decode:
-    got = _decoded(model, params, np.asarray(plain_ids))
-    numbers["decode"] = difference(got, want)
-  if fault is not None:
-    config = dataclasses.replace(model.config, **fault)
-    assert config != model.config
-    faulty = transformer.build(config, model.vocab_size)
-    numbers["fault"] = difference(logits(forward(faulty)), want)
-  return numbers
-
-
-def _plain(ids):
-  """A batch of whole sequences, one a row, in the shape of ITEMS' batch."""
-  examples = [
-    worlds.tokenize.Example(i, 0, row[:1], (row[1:],), ())
-    for i, row in enumerate(ids)
-  ]
-  need = rows.needs(ITEMS, LAYOUT)
-  shape = rows.needed_shape(need, rows.assign(need.length, LAYOUT))
-  return rows.build([[example] for example in examples], shape, LAYOUT)
-
-
-def _completion_logps(torch_model):
-  """{(example, completion): log-probs}, each sequence alone."""
-  out = {}
-  for example in ITEMS:
-    for c, completion in enumerate(example.completions):
-      logps = log_softmax(theirs(torch_model, example.prompt + completion))
-      at = len(example.prompt) - 1 + np.arange(len(completion))
-      out[example.example_id, c] = logps[at, completion]
-  return out
-
-
-def _decoded(model, params, ids):
-  """Logits of a prefill longer than the window, then of one step a token."""
-  decode, cache = jax.jit(model.decode), model.init_cache(2, LENGTH + 3)
-  positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape)
-  out, start = [], 0
-  for end in range(parity.WINDOW + 2, LENGTH + 1):
-    here = slice(start, end)
-    logits, cache = decode(params, ids[:, here], positions[:, here], cache)
-    out.append(logits)
-    start = end
-  return np.concatenate(out, axis=1)[..., : parity.VOCAB]
-
-
-def assert_equal_up_to_rounding(numbers):
-  for what, tolerance in TOLERANCE.items():
-    assert numbers.get(what, 0.0) <= tolerance, (what, numbers)
-  # A fault is no rounding: ten times the tolerance.
-  assert numbers.get("fault", 1.0) >= 10 * TOLERANCE["logits"], numbers
-
-
 @pytest.mark.parametrize("name", parity.SUPPORTED)
 def test_a_published_architecture_computes_what_transformers_does(
-  name, tmp_path, show
+  name, tmp_path, capsys
 ):
   decode = name in _families().values()
-  numbers = measure(
-    parity.small(name), tmp_path, decode=decode, fault=FAULTS.get(name)
-  )
-  show(name, numbers)
-  assert_equal_up_to_rounding(numbers)
+  raw, fault = parity.small(name), FAULTS.get(name)
+  numbers = parity.measure(raw, tmp_path, decode=decode, fault=fault)
+  parity.show(capsys, name, numbers)
+  parity.assert_equal_up_to_rounding(numbers)
 
 
 def test_every_family_has_a_published_configuration():
@@ -386,10 +206,104 @@ def test_every_family_has_a_published_configuration():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_of_an_architecture_computes_what_transformers_does(
-  name, tmp_path, show
+  name, tmp_path, capsys
 ):
   published_name, changes, fault = VARIANTS[name]
   raw = parity.small(published_name, **changes)
-  numbers = measure(raw, tmp_path, decode=False, fault=fault)
-  show(name, numbers)
-  assert_equal_up_to_rounding(numbers)
+  numbers = parity.measure(raw, tmp_path, fault=fault)
+  parity.show(capsys, name, numbers)
+  parity.assert_equal_up_to_rounding(numbers)
+
+
+def _our_gradient(model, params, ref_logps):
+  """Gradient of the mean DPO loss over all pairs, and (values, weights)."""
+  batch = worlds.batch(parity.ITEMS, row_multiple=2)
+  ref = np.zeros(batch["target_slot"].shape, np.float32)
+  for (row, at), slot in np.ndenumerate(batch["target_slot"]):
+    p, c = divmod(int(slot), batch["completion_weights"].shape[2])
+    if p < batch["example_id"].shape[1]:
+      # All of a completion's reference log-prob on each token, in parts.
+      count = int((batch["target_slot"][row] == slot).sum())
+      ref[row, at] = ref_logps[int(batch["example_id"][row, p]), c] / count
+  batch["ref_token_logps"] = ref
+  config = config_dict.ConfigDict(
+    {"loss": common.loss("dpo").to_dict(), "ref": "cached", "head_chunk": 7}
+  )
+  algorithm = preference.make(config, model.apply)
+  hparams = {"beta": BETA, "label_smoothing": 0.0}
+
+  def loss(params):
+    terms = algorithm.objective(params, {}, batch, hparams)
+    return reduce.means(terms.losses)["dpo"]
+
+  return jax.jit(jax.value_and_grad(loss), compiler_options=parity.FAST)(params)
+
+
+def _torch_gradient(torch_model, ref_logps):
+  """(loss, {name of a tensor: gradient}), each sequence alone."""
+  import torch
+
+  losses = []
+  for example in parity.ITEMS:
+    ratios = []
+    for c, completion in enumerate(example.completions):
+      ids = torch.tensor([example.prompt + completion])
+      logps = torch_model(ids).logits[0].log_softmax(-1)
+      first = len(example.prompt) - 1
+      scored = logps[first:-1].gather(1, ids[0, first + 1 :, None]).sum()
+      ratios.append(scored - ref_logps[example.example_id, c])
+    losses += [
+      -torch.nn.functional.logsigmoid(BETA * (ratios[w] - ratios[l]))
+      for w, l, _ in example.pairs
+    ]
+  loss = torch.stack(losses).mean()
+  loss.backward()
+  named = torch_model.named_parameters()
+  return loss.item(), {name: p.grad.numpy() for name, p in named}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_dpo_gradients_equal_those_of_torch(name, tmp_path, capsys):
+  """To 1e-5 of each leaf's norm; rounding is at 1e-6."""
+  raw = parity.small(name)
+  if "pad_token_id" in raw:  # torch gives its embedding no gradient
+    raw["pad_token_id"] = parity.VOCAB - 1
+  torch_model = parity.save(raw, tmp_path)
+  model, params = parity.load(tmp_path, parity.mesh())
+  rng = np.random.default_rng(1)
+  ref_logps = {
+    (e.example_id, c): -5.0 * len(ids) + rng.normal()
+    for e in parity.ITEMS
+    for c, ids in enumerate(e.completions)
+  }
+  want_loss, tensors = _torch_gradient(torch_model, ref_logps)
+  loss, gradient = _our_gradient(model, params, ref_logps)
+  got = dict(tree.named(gradient))
+  wanted = keys.tensors(
+    families.find(raw).table,
+    model.config,
+    {path: x.shape for path, x in got.items()},
+    parity.VOCAB,
+  )
+  want = {path: np.zeros(x.shape, np.float32) for path, x in got.items()}
+  for tensor_name, tensor in wanted.items():
+    # NeoX's head has another name in torch than in files.
+    x = tensors.get(tensor_name, tensors.get("lm_head.weight"))
+    leaves = keys.to_leaves(x, tensor, model.config.rotary_dim)
+    for place, leaf in zip(tensor.places, leaves, strict=True):
+      layer = slice(None) if place.layer is None else place.layer
+      at = tuple(map(slice, leaf.shape))
+      want[place.path][layer][at] = leaf  # the padded vocabulary stays 0
+  whole = np.sqrt(sum(np.sum(x**2) for x in want.values()))
+  errors = {}
+  for path, x in want.items():
+    size = np.linalg.norm(x)
+    # A constant added to all keys of learned positions cancels in the softmax:
+    # that bias has no gradient, and what is left is rounding.
+    size = size if size > 1e-6 * whole else whole
+    errors[path] = float(np.linalg.norm(np.asarray(got[path]) - x) / size)
+  worst = max(errors, key=errors.get)
+  parity.show(capsys, f"{name}, gradient", {f"of {worst}": errors[worst]})
+  assert len(errors) > 8
+  assert abs(float(loss) - want_loss) < 1e-5
+  assert errors[worst] <= 1e-5, errors

@@ -1,0 +1,151 @@
+"""LoRA: an adapter beside the kernels is the same as one merged into them."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import tree
+from dpo_jax.algos import base as base_lib
+from dpo_jax.models import lora, transformer
+from tests import worlds
+
+ALL = (r"(attn|mlp)/\w+/kernel$",)
+# Layers that are left over by the pattern are a second stack.
+MODELS = {
+  **worlds.MODELS,
+  "rest": dataclasses.replace(
+    worlds.MODELS["llama"],
+    layers=3,
+    window=5,
+    layer_pattern=("window", "full"),
+  ),
+}
+SCALE = lora.scale_of(4, 6.0, False)
+
+
+def world(name):
+  """(model, base, an adapter that is not zero)."""
+  model = transformer.build(MODELS[name], worlds.VOCAB)
+  base = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1)
+  adapter = lora.init(jax.random.key(1), base, 4, ALL)
+  return model, base, worlds.noisy(adapter, 2)
+
+
+def logps(model, params):
+  batch = worlds.batch(worlds.examples(4, seed=3))
+  run = jax.jit(lambda p: base_lib.token_logps(model.apply, p, batch, None))
+  return run(params)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_new_adapter_changes_no_bit(name):
+  model, base, _ = world(name)
+  adapter = lora.init(jax.random.key(1), base, 4, ALL)
+  grafted = lora.graft(base, adapter, SCALE)
+  np.testing.assert_array_equal(logps(model, grafted), logps(model, base))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_merged_equals_grafted(name):
+  model, base, adapter = world(name)
+  grafted = logps(model, lora.graft(base, adapter, SCALE))
+  merged = logps(model, lora.merge(base, adapter, SCALE))
+  # Log-probs of order 5, two ways to add products of order 1 in f32.
+  np.testing.assert_allclose(grafted, merged, atol=2e-5)
+  assert float(jnp.max(jnp.abs(grafted - logps(model, base)))) > 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "rest"])
+def test_gradients_reach_the_adapter_as_through_the_merged_kernel(name):
+  model, base, adapter = world(name)
+  batch = worlds.batch(worlds.examples(4, seed=3))
+
+  def total(params):
+    values = base_lib.token_logps(model.apply, params, batch, None)
+    return jnp.sum(jnp.sin(values))
+
+  @jax.jit
+  def both(adapter):
+    grad = jax.grad(lambda a: total(lora.graft(base, a, SCALE)))(adapter)
+    want = jax.grad(lambda a: total(lora.merge(base, a, SCALE)))(adapter)
+    return grad, want
+
+  got, want = both(adapter)
+  for (path, a), (_, b) in zip(tree.named(got), tree.named(want), strict=True):
+    # Relative to the leaf: f32 sums in another order.
+    assert float(tree.norm([a - b]) / tree.norm([b])) < 1e-4, path
+
+
+def test_split_gives_back_what_was_grafted_and_copies_nothing():
+  _, base, adapter = world("llama")
+  got = lora.split(lora.graft(base, adapter, SCALE))
+  for tree_got, tree_given in zip(got, (base, adapter), strict=True):
+    pairs = zip(tree.named(tree_got), tree.named(tree_given), strict=True)
+    for (path, a), (wanted, b) in pairs:
+      assert path == wanted
+      assert a is b
+
+
+def test_decoding_with_a_cache_sees_the_adapter():
+  model, base, adapter = world("rest")
+  tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, worlds.VOCAB)
+  positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+
+  def decode(params):
+    out, _ = model.decode(params, tokens, positions, model.init_cache(2, 9))
+    return out
+
+  grafted = decode(lora.graft(base, adapter, SCALE))
+  merged = decode(lora.merge(base, adapter, SCALE))
+  np.testing.assert_allclose(grafted, merged, rtol=1e-4, atol=2e-5)
+
+
+def test_targets_choose_kernels_by_path():
+  _, base, _ = world("rest")
+  adapter = lora.init(jax.random.key(0), base, 2, (r"attn/(q|v)/kernel$",))
+  assert [path for path, _ in tree.named(adapter)] == [
+    f"{stack}/attn/{name}/lora_{which}"
+    for stack in ("layers", "rest")
+    for name in ("q", "v")
+    for which in "ab"
+  ]
+  only = lora.init(jax.random.key(0), base, 2, (r"^layers/mlp/down",))
+  shapes = {path: x.shape for path, x in tree.named(only)}
+  assert shapes == {
+    "layers/mlp/down/lora_a": (2, 64, 2),
+    "layers/mlp/down/lora_b": (2, 2, 32),
+  }
+  for wrong in ("attn/w/kernel", "embed/tokens", "norm"):
+    with pytest.raises(ValueError, match="matches no kernel of a layer"):
+      lora.init(jax.random.key(0), base, 2, (wrong,))
+
+
+def test_the_scale_is_alpha_over_rank_or_over_its_root():
+  assert lora.scale_of(16, 32.0, False) == 2
+  assert lora.scale_of(16, 32.0, True) == 8
+  a = lora.init(jax.random.key(0), world("llama")[1], 64, ALL)
+  a = a["layers"]["attn"]["q"]["lora_a"]  # of 32 inputs
+  assert float(jnp.max(jnp.abs(a))) <= 32**-0.5
+  # Uniform: its standard deviation is the bound over √3; 4,096 draws.
+  assert math.isclose(float(jnp.std(a)), (32 * 3) ** -0.5, rel_tol=0.05)
+
+
+@pytest.mark.parametrize(
+  ("kind", "worst"), [("bfloat16", 1 / 256), ("int8", 1 / 250), ("nf4", 0.153)]
+)
+def test_a_base_is_within_its_rounding_and_the_model_reads_it(kind, worst):
+  """Half a step of each format: NF4's widest is 0.304 of a tile's largest."""
+  model, base, adapter = world("rest")
+  held = tree.map_named(lambda path, x: lora.store(path, x, kind), base)
+  plain, stored = lora.flat(base), lora.flat(held)
+  for path, x in plain.items():
+    error = jnp.abs(lora.dequantize(stored[path]).astype(jnp.float32) - x)
+    assert float(jnp.max(error) / jnp.max(jnp.abs(x))) <= worst, path
+  back = tree.nest({p: lora.dequantize(x) for p, x in stored.items()})
+  grafted = logps(model, lora.graft(held, adapter, SCALE))
+  merged = logps(model, lora.merge(back, adapter, SCALE))
+  np.testing.assert_allclose(grafted, merged, atol=2e-5)
