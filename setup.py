@@ -15,6 +15,8 @@ setuptools.setup(
     "datasets",
     "etils[epath]",
     "flax>=0.12",
+    "gguf",
+    "huggingface_hub",
     # 0.10 is the newest JAX for Python 3.11; 0.11 and 0.12 need 3.12.
     "jax>=0.10,<0.13",
     "jinja2",
@@ -23,9 +25,10 @@ setuptools.setup(
     "numpy",
     "optax",
     "orbax-checkpoint>=0.11",
+    "qwix",
     "safetensors",
     "tokenizers",
-    "transformers",
+    "transformers>=5",
   ],
   extras_require={
     "test": ["pytest", "pytest-xdist", "ruff"],

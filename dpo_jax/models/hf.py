@@ -62,7 +62,7 @@ def open_folder(folder):
   path = folder / "config.json"
   if not path.exists():
     raise ValueError(f"{folder} holds no config.json")
-  raw = json.loads(path.read_text())
+  raw = _json(path)
   try:
     config, vocab_size = families.read(raw)
     family = families.find(raw)
@@ -83,11 +83,12 @@ def open_folder(folder):
   names = {n: rename(n) if bare else n for n in shapes if n not in ignored}
 
   def read():
+    # Opened anew for each: the pages of a mapped file stay until it is closed.
     for file in _files(folder):
-      with safetensors.safe_open(file, "np") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a dict)
-          if name in names:
-            yield names[name], tensors.get_tensor(name)
+      for name in [name for name in _header(file) if name in names]:
+        with safetensors.safe_open(file, "np") as tensors:
+          x = [tensors.get_tensor(name)]
+        yield names[name], x.pop()
 
   return Checkpoint(
     raw=raw,
@@ -105,11 +106,18 @@ def _table_name(prefix, name):
   return name if name.startswith(("lm_head.", "embed_out.")) else prefix + name
 
 
+def _json(path):
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def _files(folder):
   """The safetensors files of a checkpoint, as local paths."""
   index = folder / "model.safetensors.index.json"
   if index.exists():
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(_json(index)["weight_map"].values()))
   else:
     names = ["model.safetensors"]
   missing = [name for name in names if not (folder / name).exists()]
@@ -187,8 +195,9 @@ def load(checkpoint, abstract, base):
   for name, x in checkpoint.read():
     tensor = wanted[name]
     leaves = keys.to_leaves(x, tensor, config.rotary_dim)
-    for place, leaf in zip(tensor.places, leaves, strict=True):
-      _write(out, place, leaf, flat[place.path], base)
+    del x  # or it would be there still when the next is read
+    for place in tensor.places:
+      _write(out, place, leaves.pop(0), flat[place.path], base)
     jax.block_until_ready([out[place.path] for place in tensor.places])
   return tree.nest(out)
 

@@ -115,7 +115,9 @@ def _joined(tensor, flat, rotary_dim):
       start += width
     parts.append(rows)
   b = keys.join_rows(parts, tensor, rotary_dim)
-  return np.concatenate(list(downs.values())), np.ascontiguousarray(b)
+  # safetensors writes memory as it lies.
+  a = np.concatenate(list(downs.values()))
+  return np.ascontiguousarray(a), np.ascontiguousarray(b)
 
 
 def _inputs(place):

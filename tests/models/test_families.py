@@ -216,7 +216,7 @@ def test_a_variant_of_an_architecture_computes_what_transformers_does(
 
 
 def _our_gradient(model, params, ref_logps):
-  """Gradient of the mean DPO loss over all pairs, and (values, weights)."""
+  """(mean DPO loss over all pairs, its gradient), of packed rows."""
   batch = worlds.batch(parity.ITEMS, row_multiple=2)
   ref = np.zeros(batch["target_slot"].shape, np.float32)
   for (row, at), slot in np.ndenumerate(batch["target_slot"]):
@@ -262,6 +262,26 @@ def _torch_gradient(torch_model, ref_logps):
   return loss.item(), {name: p.grad.numpy() for name, p in named}
 
 
+def _in_our_layout(tensors, raw, config, like):
+  """{path: array} of torch's tensors, in the shapes of `like`."""
+  wanted = keys.tensors(
+    families.find(raw).table,
+    config,
+    {path: x.shape for path, x in like.items()},
+    parity.VOCAB,
+  )
+  out = {path: np.zeros(x.shape, np.float32) for path, x in like.items()}
+  for name, tensor in wanted.items():
+    # NeoX's head has another name in torch than in files.
+    x = tensors.get(name, tensors.get("lm_head.weight"))
+    leaves = keys.to_leaves(x, tensor, config.rotary_dim)
+    for place, leaf in zip(tensor.places, leaves, strict=True):
+      layer = slice(None) if place.layer is None else place.layer
+      at = tuple(map(slice, leaf.shape))
+      out[place.path][layer][at] = leaf  # what pads the vocabulary stays 0
+  return out
+
+
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_dpo_gradients_equal_those_of_torch(name, tmp_path, capsys):
   """To 1e-5 of each leaf's norm; rounding is at 1e-6."""
@@ -279,21 +299,7 @@ def test_dpo_gradients_equal_those_of_torch(name, tmp_path, capsys):
   want_loss, tensors = _torch_gradient(torch_model, ref_logps)
   loss, gradient = _our_gradient(model, params, ref_logps)
   got = dict(tree.named(gradient))
-  wanted = keys.tensors(
-    families.find(raw).table,
-    model.config,
-    {path: x.shape for path, x in got.items()},
-    parity.VOCAB,
-  )
-  want = {path: np.zeros(x.shape, np.float32) for path, x in got.items()}
-  for tensor_name, tensor in wanted.items():
-    # NeoX's head has another name in torch than in files.
-    x = tensors.get(tensor_name, tensors.get("lm_head.weight"))
-    leaves = keys.to_leaves(x, tensor, model.config.rotary_dim)
-    for place, leaf in zip(tensor.places, leaves, strict=True):
-      layer = slice(None) if place.layer is None else place.layer
-      at = tuple(map(slice, leaf.shape))
-      want[place.path][layer][at] = leaf  # the padded vocabulary stays 0
+  want = _in_our_layout(tensors, raw, model.config, got)
   whole = np.sqrt(sum(np.sum(x**2) for x in want.values()))
   errors = {}
   for path, x in want.items():

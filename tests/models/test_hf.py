@@ -1,0 +1,400 @@
+"""Checkpoints from files: every form they come in, and every refusal."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dpo_jax import tree
+from dpo_jax.models import axes, families, hf, keys, lora, tables, transformer
+from dpo_jax.parallel import mesh as mesh_lib
+from tests.models import parity, published
+
+LLAMA = "meta-llama/Llama-3.2-1B"
+NEOX = "EleutherAI/pythia-70m"
+GPTJ = "EleutherAI/gpt-j-6b"
+
+
+def small(name=LLAMA, **changes):
+  """Two layers are enough to see a stack; even heads, to split them."""
+  layers = "n_layer" if "n_layer" in published.PUBLISHED[name] else None
+  changes = {layers or "num_hidden_layers": 2, **changes}
+  if name == LLAMA:
+    changes = {"num_key_value_heads": 2, **changes}
+  return parity.small(name, **changes)
+
+
+def assert_same(got, want):
+  got, want = dict(tree.named(got)), dict(tree.named(want))
+  assert got.keys() == want.keys()
+  for path, x in want.items():
+    np.testing.assert_array_equal(got[path], x, err_msg=path)
+
+
+def load(folder, **kwargs):
+  return parity.load(folder, parity.mesh(), **kwargs)[1]
+
+
+@pytest.mark.parametrize(
+  "form",
+  [
+    {},
+    {"files": 3},
+    {"dtype": "bfloat16"},
+    {"dtype": "float16", "files": 2},
+  ],
+  ids=str,
+)
+def test_a_checkpoint_is_read_as_it_was_written(form, tmp_path):
+  """Exactly: all is rearrangement, and f32 holds what f16 and bf16 do."""
+  want = parity.write(small(), tmp_path, **form)
+  got = load(tmp_path)
+  assert_same(got, want)
+  assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype("float32")}
+
+
+def bare(name):
+  """As GPT2Model, without the head around it, names its tensors."""
+  return name.removeprefix("transformer.")
+
+
+def test_gpt2_is_read_as_published_without_prefix_and_with_buffers(tmp_path):
+  buffers = {
+    f"h.{i}.attn.{name}": np.ones((1, 1, 64, 64), np.float32)
+    for i in range(2)
+    for name in ("bias", "masked_bias")
+  }
+  want = parity.write(small("gpt2"), tmp_path, rename=bare, extra=buffers)
+  with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
+    assert "wte.weight" in file.keys()  # noqa: SIM118 (not a dict)
+  assert_same(load(tmp_path), want)
+
+
+def test_buffers_of_older_checkpoints_are_left_out(tmp_path):
+  buffers = {
+    f"gpt_neox.layers.{i}.attention.{name}": np.ones(4, np.float32)
+    for i in range(2)
+    for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+  }
+  want = parity.write(small(NEOX), tmp_path, extra=buffers)
+  assert_same(load(tmp_path), want)
+
+
+def test_a_head_saved_beside_a_tied_embedding_is_left_out(tmp_path):
+  head = {"lm_head.weight": np.ones((parity.VOCAB, 48), np.float32)}
+  want = parity.write(small(), tmp_path, extra=head)
+  assert "head" not in want
+  assert_same(load(tmp_path), want)
+
+
+def test_an_untied_head_is_read_and_its_padding_is_zero(tmp_path):
+  want = parity.write(small(tie_word_embeddings=False), tmp_path)
+  got = load(tmp_path)
+  assert_same(got, want)
+  assert got["head"]["kernel"].shape == (48, 128)
+  assert not np.any(got["head"]["kernel"][:, parity.VOCAB :])
+  assert not np.any(got["embed"]["tokens"][parity.VOCAB :])
+
+
+def test_tensors_that_do_not_fit_are_listed_by_name(tmp_path):
+  lost = "model.layers.1.mlp.up_proj.weight"
+  extra = {
+    "model.layers.0.self_attn.q_proj.bias": np.zeros(72, np.float32),
+    "model.layers.2.mlp.up_proj.weight": np.zeros((56, 48), np.float32),
+    "model.norm.weight": np.zeros(47, np.float32),
+  }
+  parity.write(
+    small(),
+    tmp_path,
+    rename=lambda name: None if name == lost else name,
+    extra=extra,
+  )
+  with pytest.raises(ValueError, match="do not fit") as error:
+    load(tmp_path)
+  message = str(error.value)
+  assert f"1 missing: {lost};" in message
+  assert (
+    "2 not of this architecture: model.layers.0.self_attn.q_proj.bias, "
+    "model.layers.2.mlp.up_proj.weight;"
+  ) in message
+  assert "1 of another shape: model.norm.weight is [47], not [48]" in message
+  assert str(tmp_path) in message
+
+
+def test_a_file_of_the_index_that_is_missing_is_named(tmp_path):
+  parity.write(small(), tmp_path, files=3)
+  name = "model-00002-of-00003.safetensors"
+  (tmp_path / name).unlink()
+  with pytest.raises(ValueError, match=rf"are missing: \['{name}'\]"):
+    hf.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1])
+def test_a_file_that_was_cut_short_is_named(size, tmp_path):
+  parity.write(small(), tmp_path, files=2)
+  file = tmp_path / "model-00002-of-00002.safetensors"
+  file.write_bytes(file.read_bytes()[:size])
+  with pytest.raises(ValueError, match=rf"{file.name} is damaged or cut short"):
+    hf.open_folder(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(small()))
+  (tmp_path / "pytorch_model.bin").write_bytes(b"")
+  with pytest.raises(ValueError, match=r"from_pretrained\('.*'\)\.save_pre"):
+    hf.open_folder(tmp_path)
+
+
+def test_a_folder_without_weights_or_config_says_which(tmp_path):
+  with pytest.raises(ValueError, match=r"holds no config\.json"):
+    hf.open_folder(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps(small()))
+  with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+    hf.open_folder(tmp_path)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "lla')
+  with pytest.raises(ValueError, match=r"config\.json"):
+    hf.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("raw", "message"),
+  [
+    (published.PUBLISHED["mistralai/Mixtral-8x7B-v0.1"], "mixture of experts"),
+    (published.PUBLISHED["Qwen/Qwen3-30B-A3B"], "mixture of experts"),
+    ({"model_type": "gemma3", "text_config": {}}, "'gemma3' sees images"),
+    ({"model_type": "mamba", "hidden_size": 8}, "'mamba'"),
+    ({"model_type": "llama4"}, r"'llama4'.*did you mean.*'llama'"),
+    ({"hidden_size": 8}, "names no model_type"),
+  ],
+)
+def test_another_architecture_is_refused_by_name(raw, message, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(raw))
+  with pytest.raises(ValueError, match=message) as error:
+    hf.open_folder(tmp_path)
+  assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "message"),
+  [
+    (LLAMA, {"alibi": True}, r"\['alibi'\] of a llama are not known"),
+    (LLAMA, {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+    (LLAMA, {"rope_interleaved": True}, "rope_interleaved = True"),
+    (
+      LLAMA,
+      {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+      r"quantization_config.*lora\.base",
+    ),
+    (
+      LLAMA,
+      {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+      "rope_type.*'dynamic'",
+    ),
+    (
+      LLAMA,
+      {
+        "rope_scaling": {
+          "rope_type": "yarn",
+          "factor": 4.0,
+          "original_max_position_embeddings": 32,
+          "mscale": 0.7,
+        }
+      },
+      r"\['mscale'\]",
+    ),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
+    (GPTJ, {"tie_word_embeddings": True}, "tie_word_embeddings = True"),
+    (
+      "HuggingFaceTB/SmolLM3-3B",
+      {"use_sliding_window": True, "sliding_window": 5},
+      "use_sliding_window = True",
+    ),
+    (
+      "google/gemma-3-1b-pt",
+      {"use_bidirectional_attention": True},
+      "use_bidirectional_attention = True",
+    ),
+    (
+      "Qwen/Qwen2-7B",
+      {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]},
+      "chunked_attention",
+    ),
+    ("allenai/OLMo-2-1124-7B", {"clip_qkv": 8.0}, r"\['clip_qkv'\]"),
+    (
+      "microsoft/Phi-3-mini-4k-instruct",
+      {"lm_head_bias": True},
+      "lm_head_bias = True",
+    ),
+  ],
+)
+def test_what_the_decoder_has_not_is_refused_by_name(name, changes, message):
+  families.read(parity.small(name))
+  with pytest.raises(ValueError, match=message):
+    families.read(parity.small(name, **changes))
+
+
+@pytest.mark.parametrize("base", lora.BASES)
+def test_parameters_are_born_sharded_as_the_base_holds_them(base, tmp_path):
+  want = parity.write(small(), tmp_path, files=2)
+  mesh = parity.mesh(data=2, fsdp=2, tensor=2)
+  _, got = parity.load(tmp_path, mesh, base)
+  alone = load(tmp_path, base=base)
+  held = tree.map_named(lambda path, x: lora.store(path, x, base), want)
+  shardings = mesh_lib.shardings(mesh, held, axes.spec)
+  places = dict(tree.named(shardings))
+  one, stored = dict(tree.named(alone)), dict(tree.named(held))
+  split = 0
+  for path, x in tree.named(got):
+    assert x.sharding.is_equivalent_to(places[path], x.ndim), path
+    assert x.dtype == stored[path].dtype, path
+    np.testing.assert_array_equal(x, one[path], err_msg=path)
+    split += not x.is_fully_replicated
+    if path.endswith("kernel/scale"):
+      # Another order of the same maximum and division.
+      np.testing.assert_allclose(x, stored[path], rtol=1e-6, err_msg=path)
+    else:
+      np.testing.assert_array_equal(x, stored[path], err_msg=path)
+  assert split >= 8  # embedding and seven kernels
+  quantised = [p for p, _ in tree.named(got) if p.endswith("/qvalue")]
+  assert len(quantised) == (7 if base in ("int8", "nf4") else 0)
+
+
+def shapes_of(raw):
+  """{path: shape} of the parameters."""
+  model = transformer.build(*families.read(raw))
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return {path: x.shape for path, x in tree.named(shapes)}
+
+
+def wanted(raw, table=None):
+  """{name: keys.Tensor} of a checkpoint."""
+  config, vocab_size = families.read(raw)
+  table = table or families.find(raw).table
+  return keys.tensors(table, config, shapes_of(raw), vocab_size)
+
+
+@pytest.mark.parametrize("name", [*parity.SUPPORTED, "GGUF"])
+def test_key_tables_are_exact_in_both_directions(name):
+  raw = parity.small(LLAMA if name == "GGUF" else name)
+  table = tables.GGUF_LLAMA if name == "GGUF" else None
+  config, shapes = families.read(raw)[0], shapes_of(raw)
+  rng = np.random.default_rng(0)
+  seen = dict.fromkeys(shapes, 0)
+  for tensor in wanted(raw, table).values():
+    x = rng.normal(size=tensor.shape)
+    leaves = keys.to_leaves(x, tensor, config.rotary_dim)
+    for place, leaf in zip(tensor.places, leaves, strict=True):
+      assert leaf.shape == place.shape, place.path
+      seen[place.path] += leaf.size
+    back = keys.from_leaves(leaves, tensor, config.rotary_dim)
+    np.testing.assert_array_equal(back, x)
+    assert sum(leaf.size for leaf in leaves) == x.size
+  padding = {"embed/tokens": 27, "head/kernel": 27}  # 101 of 128 rows
+  for path, shape in shapes.items():
+    missing = padding.get(path, 0) * config.embed
+    missing = 27 if path == "head/bias" else missing
+    assert seen[path] == np.prod(shape) - missing, path
+
+
+def leaves_of(name, tensor_name, x):
+  """{path: leaf} of one tensor of a small model."""
+  raw = small(name)
+  tensor = wanted(raw)[tensor_name]
+  leaves = keys.to_leaves(x, tensor, families.read(raw)[0].rotary_dim)
+  return {
+    place.path.removeprefix("layers/"): leaf
+    for place, leaf in zip(tensor.places, leaves, strict=True)
+  }
+
+
+def test_neox_stores_q_k_and_v_of_one_head_after_another():
+  x = np.arange(3 * 48 * 48).reshape(6, 3, 8, 48)  # heads, q k v, H, D
+  leaves = leaves_of(
+    NEOX,
+    "gpt_neox.layers.1.attention.query_key_value.weight",
+    x.reshape(-1, 48),
+  )
+  for i, name in enumerate("qkv"):
+    got = leaves[f"attn/{name}/kernel"]  # D, heads, H
+    np.testing.assert_array_equal(got, np.moveaxis(x[:, i], -1, 0))
+
+
+def test_gptj_rotates_neighbours_which_here_are_the_halves():
+  x = np.arange(48 * 48).reshape(6, 8, 48)  # heads, H, D; 4 of H rotate
+  got = leaves_of(
+    GPTJ, "transformer.h.0.attn.q_proj.weight", x.reshape(-1, 48)
+  )["attn/q/kernel"]
+  order = [0, 2, 1, 3, 4, 5, 6, 7]
+  np.testing.assert_array_equal(got, np.moveaxis(x[:, order], -1, 0))
+
+
+def test_gpt2_stores_kernels_with_their_inputs_first():
+  x = np.arange(48 * 3 * 48).reshape(48, 3, 6, 8)  # D, q k v, heads, H
+  leaves = leaves_of(
+    "gpt2", "transformer.h.0.attn.c_attn.weight", x.reshape(48, -1)
+  )
+  for i, name in enumerate("qkv"):
+    np.testing.assert_array_equal(leaves[f"attn/{name}/kernel"], x[:, i])
+
+
+# Of a fresh process: what it holds beyond the parameters while it loads.
+_MEMORY = """
+import re, sys, pathlib, jax
+from dpo_jax import tree
+from tests.models import parity
+
+def memory(field):
+  status = pathlib.Path("/proc/self/status").read_text()
+  return 1024 * int(re.search(field + r":\\s+(\\d+)", status)[1])
+
+mesh = parity.mesh()
+parity.load(pathlib.Path(sys.argv[2]), mesh)  # compiles, imports
+before = memory("VmRSS")
+_, params = parity.load(pathlib.Path(sys.argv[1]), mesh)
+jax.block_until_ready(params)
+print(memory("VmHWM") - before - tree.nbytes(params), tree.nbytes(params))
+"""
+
+
+@pytest.mark.slow
+def test_loading_holds_little_beside_the_parameters(tmp_path, capsys):
+  """Three copies of the largest tensor and some for compiling: no file.
+
+  Tensors of 42 MB, as real ones are: what is below 32 MiB glibc keeps.
+  """
+  raw = small(
+    vocab_size=10240,
+    hidden_size=1024,
+    intermediate_size=10240,
+    num_hidden_layers=3,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_dim=64,
+  )
+  big, warm = tmp_path / "big", tmp_path / "warm"
+  big.mkdir()
+  warm.mkdir()
+  tensors = {
+    name: np.full(tensor.shape, 0.5, np.float32)
+    for name, tensor in wanted(raw).items()
+  }
+  parity.put(big, raw, tensors, files=2)
+  parity.write(small(), warm)
+  file = max(f.stat().st_size for f in big.glob("*.safetensors"))
+  tensor = 4 * 10240 * 1024
+  command = [sys.executable, "-c", _MEMORY, str(big), str(warm)]
+  out = subprocess.run(command, check=True, capture_output=True, text=True)
+  beside, held = map(int, out.stdout.split()[-2:])
+  numbers = {"beside": beside, "held": held, "file": file, "tensor": tensor}
+  parity.show(capsys, "bytes while loading", numbers)
+  assert held > 4e8
+  assert beside <= 4 * tensor < file, numbers

@@ -1,0 +1,253 @@
+"""The export verb: a run's policy as a folder, complete or not there."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import assembly, cli, loop, publish, tree, weights
+from dpo_jax.data import tokenize
+from dpo_jax.models import hf
+from tests import conftest
+from tests.models import parity
+
+SMOKE = ["train.steps=2", "mesh.data=1"]
+PYTHIA = "EleutherAI/pythia-70m"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+  monkeypatch.chdir(conftest.ROOT)
+  one = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda *_: one)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+  """A folder with random published weights, whose vocabulary holds bytes."""
+  folder = tmp_path_factory.mktemp("pretrained")
+  parity.write(parity.small(PYTHIA, vocab_size=300), folder)
+  return folder
+
+
+def on(pretrained, *overrides, lora=True):
+  """A smoke config that starts from the folder."""
+  arg = "lora" if lora else "loss=dpo"
+  spec = f"configs/dpo.py:{arg},model=hf:{pretrained}"
+  small = ["data.train=toy", "data.eval=toy:8", "data.batch_size=8"]
+  lengths = ["data.max_prompt_length=64", "data.max_completion_length=64"]
+  given = ["tokenizer=bytes", *small, *lengths, "optim.learning_rate=0.001"]
+  return cli.load_config(spec, [*SMOKE, *given, *overrides])
+
+
+def logps(setup, params):
+  loader, _ = assembly.held_out_loader(setup)
+  from dpo_jax import scoring
+
+  found = dict(scoring.token_logps(setup, params, loader))
+  return np.concatenate([found[i] for i in sorted(found)])
+
+
+def test_an_exported_adapter_run_starts_the_next_as_its_merged_policy(
+  pretrained, tmp_path
+):
+  config = on(pretrained)
+  loop.fit(config, tmp_path)
+  assert cli.main(["export", "--workdir", str(tmp_path)]) == 0
+  folder = tmp_path / "export"
+  assert {p.name for p in folder.iterdir()} == {
+    "README.md",
+    "config.json",
+    "dpo_jax.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+  }
+  setup = assembly.prepare_model(config)
+  policy = weights.saved(setup, weights.initial(setup), tmp_path)
+  again = assembly.prepare_model(on(folder, "tokenizer=hf:" + str(folder)))
+  # Merged in f32: two ways to add products of order 1.
+  np.testing.assert_allclose(
+    logps(again, weights.initial(again)), logps(setup, policy), atol=2e-5
+  )
+  raw = json.loads((folder / "config.json").read_text())
+  source = json.loads((pretrained / "config.json").read_text())
+  assert raw.pop("dtype") == "float32"
+  source.pop("torch_dtype")
+  assert raw == source
+  text = "Prosit, 3 café 😀"
+  ours, theirs = tokenize.load("bytes"), tokenize.load(str(folder))
+  assert ours.encode([text]) == theirs.encode([text])
+
+
+def test_a_full_run_exports_its_very_parameters(pretrained, tmp_path):
+  result = loop.fit(on(pretrained, lora=False), tmp_path)
+  folder = publish.publish(on(pretrained, lora=False), tmp_path)
+  checkpoint = hf.open_folder(folder)
+  _, params = parity.load(folder, parity.mesh())
+  got, want = dict(tree.named(params)), dict(tree.named(result.state.params))
+  assert got.keys() == want.keys()
+  for path, x in want.items():
+    x = np.asarray(x)
+    if path in ("embed/tokens", "head/kernel"):  # padding is not in the file
+      axis = 0 if path == "embed/tokens" else 1
+      size = checkpoint.vocab_size
+      x = np.moveaxis(x, axis, 0)[:size]
+      got[path] = np.moveaxis(np.asarray(got[path]), axis, 0)[:size]
+    np.testing.assert_array_equal(got[path], x, err_msg=path)
+
+
+def test_a_model_born_here_is_exported_with_the_bytes_tokenizer(tmp_path):
+  config = cli.load_config("configs/dpo.py:smoke", SMOKE)
+  loop.fit(config, tmp_path)
+  folder = publish.publish(config, tmp_path)
+  raw = json.loads((folder / "config.json").read_text())
+  assert (raw["model_type"], raw["vocab_size"]) == ("llama", 257)
+  assert raw["eos_token_id"] == 256
+  ends = json.loads((folder / "generation_config.json").read_text())
+  assert ends == {"eos_token_id": 256}
+  assert "dpo (beta 0.1" in (folder / "README.md").read_text()
+
+
+def test_an_exported_peft_adapter_starts_a_run_where_that_one_ended(
+  pretrained, tmp_path
+):
+  result = loop.fit(on(pretrained), tmp_path / "run")
+  config = on(pretrained, "export.form=adapter")
+  folder = publish.publish(config, tmp_path / "run")
+  about = json.loads((folder / "adapter_config.json").read_text())
+  assert about["base_model_name_or_path"] == str(pretrained)
+  # NeoX has one adapter for queries, keys and values, of three times the rank:
+  # the other matrices go back as they were.
+  targets = r"lora.targets=('attn/out/','mlp/')"
+  narrow = on(pretrained, targets)
+  loop.fit(narrow, tmp_path / "narrow")
+  narrow_export = on(
+    pretrained,
+    targets,
+    "export.form=adapter",
+    f"export.folder={tmp_path / 'adapter'}",
+  )
+  publish.publish(narrow_export, tmp_path / "narrow")
+  start = on(pretrained, targets, f"lora.init_from=hf:{tmp_path / 'adapter'}")
+  run = assembly.prepare(start)
+  state = assembly.initial_state(run, weights.initial(run.setup))
+  want = weights.trained(run.setup, tmp_path / "narrow")
+  jax.tree.map(np.testing.assert_array_equal, state.params, want)
+  assert result.exit_code == 0
+  with pytest.raises(ValueError, match=r"lora\.alpha"):
+    assembly.initial_state(
+      assembly.prepare(
+        on(
+          pretrained,
+          targets,
+          f"lora.init_from=hf:{tmp_path / 'adapter'}",
+          "lora.alpha=8.0",
+        )
+      ),
+      None,
+    )
+
+
+def test_an_export_that_is_there_is_skipped_and_another_is_kept(
+  tmp_path, capsys
+):
+  config = cli.load_config("configs/dpo.py:smoke", SMOKE)
+  loop.fit(config, tmp_path)
+  argv = ["export", "--workdir", str(tmp_path)]
+  assert cli.main(argv) == 0
+  stamp = (tmp_path / "export/model.safetensors").stat().st_mtime_ns
+  assert cli.main(argv) == 0
+  assert "done before, skipped" in capsys.readouterr().out
+  assert (tmp_path / "export/model.safetensors").stat().st_mtime_ns == stamp
+  loop.fit(cli.load_config("configs/dpo.py:smoke", SMOKE), tmp_path)
+  assert cli.main([*argv, "--config.export.dtype=bfloat16"]) == 2
+  assert "exists already" in capsys.readouterr().err
+  assert (tmp_path / "export/model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_an_interrupted_export_leaves_no_folder_that_looks_complete(
+  tmp_path, monkeypatch
+):
+  config = cli.load_config("configs/dpo.py:smoke", SMOKE)
+  loop.fit(config, tmp_path)
+
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(publish, "_card", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      publish.publish(config, tmp_path)
+  assert not (tmp_path / "export").exists()
+  assert publish.publish(config, tmp_path).exists()
+
+
+def test_a_push_uploads_the_folder_and_a_failed_one_keeps_it(
+  tmp_path, monkeypatch, capsys
+):
+  import huggingface_hub
+
+  calls = []
+  fake = types.SimpleNamespace(
+    create_repo=lambda name, exist_ok: calls.append(("create", name)),
+    upload_folder=lambda repo_id, folder_path: calls.append(
+      (repo_id, folder_path)
+    ),
+  )
+  monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+  config = cli.load_config("configs/dpo.py:smoke", SMOKE)
+  loop.fit(config, tmp_path)
+  argv = ["export", "--workdir", str(tmp_path), "--config.export.push=me/it"]
+  assert cli.main(argv) == 0
+  folder = str(tmp_path / "export")
+  assert calls == [("create", "me/it"), ("me/it", folder)]
+  assert "https://huggingface.co/me/it" in capsys.readouterr().out
+
+  def refuse(**_):
+    raise RuntimeError("401 Unauthorized")
+
+  fake.upload_folder = refuse
+  assert cli.main(argv) == 2  # the folder is there already, and is pushed
+  err = capsys.readouterr().err
+  assert "401 Unauthorized" in err
+  assert "hf auth login" in err
+  assert (tmp_path / "export/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    ("export.form=adapter", "trained all parameters"),
+    ("export.form=lora", "export.form"),
+    ("export.dtype=int8", "export.dtype"),
+  ],
+)
+def test_what_cannot_be_exported_is_said_before_anything_is_written(
+  override, message, tmp_path, capsys
+):
+  config = cli.load_config("configs/dpo.py:smoke", SMOKE)
+  loop.fit(config, tmp_path)
+  argv = ["export", "--workdir", str(tmp_path), f"--config.{override}"]
+  assert cli.main(argv) == 2
+  assert message in capsys.readouterr().err
+  assert not list(tmp_path.glob("export*"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+  parity.write(parity.small(PYTHIA), tmp_path)
+  with pytest.raises(ValueError, match="has 257 tokens"):
+    loop.fit(on(tmp_path), tmp_path / "run")
+
+
+def test_a_shape_beside_a_checkpoint_that_has_its_own_is_refused(
+  pretrained, tmp_path
+):
+  config = cli.load_config(
+    "configs/dpo.py:smoke", [*SMOKE, f"init_from=hf:{pretrained}"]
+  )
+  with pytest.raises(ValueError, match=f":model=hf:{pretrained}"):
+    loop.fit(config, tmp_path)
