@@ -1,10 +1,13 @@
 """A trained policy as a folder that transformers or PEFT loads, and its upload.
 
-config.json, model.safetensors     the policy, an adapter merged into it
-adapter_config.json, …             or the adapter alone (export.form)
-tokenizer.json, …                  the tokenizer, with its chat template
-generation_config.json             what ends a generation
-README.md                          the model card: what it was trained on
+What the folder holds:
+
+    config.json, model.safetensors     the policy, an adapter merged into it
+    adapter_config.json, …             or the adapter alone (export.form)
+    tokenizer.json, …                  the tokenizer, with its chat template
+    generation_config.json             what ends a generation
+    README.md                          the model card: what it was trained on
+    dpo_jax.json                       the config of the run, and its step
 """
 
 import json

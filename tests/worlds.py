@@ -15,7 +15,10 @@ VOCAB = 61  # not a multiple of 128: the padded columns are always in play
 _MICRO = model_config.PRESETS["micro"]
 
 # One of each: RoPE with GQA, learned positions, parallel residual with partial
-# rotary and biases and an untied head, and a window shorter than the examples.
+# rotary and biases and an untied head, and what Gemma has: layers that alternate
+# between a window shorter than the examples, with its own rotation, and all; a
+# layer after whole periods; norms on both sides, and of queries and keys;
+# softcaps.
 MODELS = {
   "llama": _MICRO,
   "gpt2": dataclasses.replace(
@@ -33,7 +36,19 @@ MODELS = {
     rotary_dim=4,
     head_bias=True,
   ),
-  "window": dataclasses.replace(_MICRO, window=5, layer_pattern=("window",)),
+  "window": dataclasses.replace(
+    _MICRO,
+    layers=3,
+    window=5,
+    layer_pattern=("window", "full"),
+    window_theta=100.0,
+    norm_place="both",
+    norm_offset=1.0,
+    qk_norm="head",
+    embed_scale=32**0.5,
+    attention_softcap=4.0,
+    logit_softcap=8.0,
+  ),
 }
 
 

@@ -122,7 +122,9 @@ def test_needed_flops_count_every_kernel_and_every_visible_pair(name):
   model, params = worlds.model(name)
   c = model.config
   kernels = sum(
-    leaf.size for path, leaf in tree.named(params["layers"]) if "kernel" in path
+    leaf.size
+    for path, leaf in tree.named(params)
+    if path.startswith(("layers", "rest")) and "kernel" in path
   )
   tokens, scored, visible = 100, 40, 700
   # q·k and probs·v: H multiply-adds for each head of each pair.

@@ -1,6 +1,5 @@
 """LoRA: an adapter beside the kernels is the same as one merged into them."""
 
-import dataclasses
 import math
 
 import jax
@@ -14,22 +13,12 @@ from dpo_jax.models import lora, transformer
 from tests import worlds
 
 ALL = (r"(attn|mlp)/\w+/kernel$",)
-# Layers that are left over by the pattern are a second stack.
-MODELS = {
-  **worlds.MODELS,
-  "rest": dataclasses.replace(
-    worlds.MODELS["llama"],
-    layers=3,
-    window=5,
-    layer_pattern=("window", "full"),
-  ),
-}
 SCALE = lora.scale_of(4, 6.0, False)
 
 
 def world(name):
   """(model, base, an adapter that is not zero)."""
-  model = transformer.build(MODELS[name], worlds.VOCAB)
+  model = transformer.build(worlds.MODELS[name], worlds.VOCAB)
   base = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1)
   adapter = lora.init(jax.random.key(1), base, 4, ALL)
   return model, base, worlds.noisy(adapter, 2)
@@ -41,7 +30,7 @@ def logps(model, params):
   return run(params)
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(worlds.MODELS))
 def test_a_new_adapter_changes_no_bit(name):
   model, base, _ = world(name)
   adapter = lora.init(jax.random.key(1), base, 4, ALL)
@@ -49,7 +38,7 @@ def test_a_new_adapter_changes_no_bit(name):
   np.testing.assert_array_equal(logps(model, grafted), logps(model, base))
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(worlds.MODELS))
 def test_merged_equals_grafted(name):
   model, base, adapter = world(name)
   grafted = logps(model, lora.graft(base, adapter, SCALE))
@@ -59,7 +48,7 @@ def test_merged_equals_grafted(name):
   assert float(jnp.max(jnp.abs(grafted - logps(model, base)))) > 0.1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "rest"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "window"])
 def test_gradients_reach_the_adapter_as_through_the_merged_kernel(name):
   model, base, adapter = world(name)
   batch = worlds.batch(worlds.examples(4, seed=3))
@@ -91,7 +80,7 @@ def test_split_gives_back_what_was_grafted_and_copies_nothing():
 
 
 def test_decoding_with_a_cache_sees_the_adapter():
-  model, base, adapter = world("rest")
+  model, base, adapter = world("window")
   tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, worlds.VOCAB)
   positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
 
@@ -105,7 +94,7 @@ def test_decoding_with_a_cache_sees_the_adapter():
 
 
 def test_targets_choose_kernels_by_path():
-  _, base, _ = world("rest")
+  _, base, _ = world("window")
   adapter = lora.init(jax.random.key(0), base, 2, (r"attn/(q|v)/kernel$",))
   assert [path for path, _ in tree.named(adapter)] == [
     f"{stack}/attn/{name}/lora_{which}"
@@ -139,7 +128,7 @@ def test_the_scale_is_alpha_over_rank_or_over_its_root():
 )
 def test_a_base_is_within_its_rounding_and_the_model_reads_it(kind, worst):
   """Half a step of each format: NF4's widest is 0.304 of a tile's largest."""
-  model, base, adapter = world("rest")
+  model, base, adapter = world("window")
   held = tree.map_named(lambda path, x: lora.store(path, x, kind), base)
   plain, stored = lora.flat(base), lora.flat(held)
   for path, x in plain.items():
