@@ -14,11 +14,10 @@ VOCAB = 61  # not a multiple of 128: the padded columns are always in play
 
 _MICRO = model_config.PRESETS["micro"]
 
-# One of each: RoPE with GQA, learned positions, parallel residual with partial
-# rotary and biases and an untied head, and what Gemma has: layers that alternate
-# between a window shorter than the examples, with its own rotation, and all; a
-# layer after whole periods; norms on both sides, and of queries and keys;
-# softcaps.
+# One of each: RoPE with GQA; learned positions; parallel residual with partial
+# rotary, biases and an untied head; and Gemma's: layers with a window shorter
+# than the examples and a rotation of its own, and layers without; one layer
+# after whole periods; norms on both sides, of queries and of keys; softcaps.
 MODELS = {
   "llama": _MICRO,
   "gpt2": dataclasses.replace(
