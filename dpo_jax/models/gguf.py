@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from dpo_jax import origin
 from dpo_jax.models import families, hf, tables
 
 # Metadata of the model, and the field of a Llama's config.json that it is.
@@ -20,14 +21,22 @@ _FIELDS = {
   "tokenizer.ggml.eos_token_id": "eos_token_id",
   "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
+_OPTIONAL = {
+  "llama.attention.head_count_kv",  # else that of heads
+  "llama.rope.freq_base",  # else llama.cpp's default
+  "llama.rope.dimension_count",  # else embedding / heads
+  "llama.vocab_size",  # else the rows of the embedding
+}
+_FREQ_BASE = 10000.0
 
 
 def open_file(path):
   """The hf.Checkpoint of a GGUF file.
 
-  Raises: ValueError for another architecture, or metadata that is not known.
+  Raises: ValueError for another architecture, or metadata that is not known
+    or missing.
   """
-  reader = _reader(path)
+  reader = origin.gguf_reader(path)
   values = {name: reader.fields[name].contents() for name in reader.fields}
   kind = values.get("general.architecture")
   if kind != "llama":
@@ -38,8 +47,16 @@ def open_file(path):
   unknown = [n for n in values if n.startswith("llama.") and n not in _FIELDS]
   if unknown:
     raise ValueError(f"{path}: the metadata {unknown} is not known here")
-  names = {tensor.name for tensor in reader.tensors}
+  needed = {name for name in _FIELDS if name.startswith("llama.")} - _OPTIONAL
+  missing = sorted(needed - values.keys())
+  if missing:
+    raise ValueError(f"{path}: the metadata {missing} is missing")
+  # The file counts dimensions from the innermost.
+  shapes = {t.name: tuple(map(int, t.shape[::-1])) for t in reader.tensors}
   raw = {field: values[n] for n, field in _FIELDS.items() if n in values}
+  raw.setdefault("rope_theta", _FREQ_BASE)
+  if "token_embd.weight" in shapes:
+    raw.setdefault("vocab_size", shapes["token_embd.weight"][0])
   # The file holds f32, in which 1e-5 is 9.99999975e-06.
   for name in ("rms_norm_eps", "rope_theta"):
     raw[name] = float(str(np.float32(raw[name])))
@@ -47,9 +64,9 @@ def open_file(path):
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
-    "attention_bias": "blk.0.attn_q.bias" in names,
-    "mlp_bias": "blk.0.ffn_up.bias" in names,
-    "tie_word_embeddings": "output.weight" not in names,
+    "attention_bias": "blk.0.attn_q.bias" in shapes,
+    "mlp_bias": "blk.0.ffn_up.bias" in shapes,
+    "tie_word_embeddings": "output.weight" not in shapes,
   }
   config, vocab_size = families.read(raw)
 
@@ -65,21 +82,7 @@ def open_file(path):
     config=config,
     vocab_size=vocab_size,
     table=tables.GGUF_LLAMA,
-    # The file counts dimensions from the innermost.
-    shapes={t.name: tuple(map(int, t.shape[::-1])) for t in reader.tensors},
+    shapes=shapes,
     read=read,
     where=str(path),
   )
-
-
-def _reader(path):
-  try:
-    import gguf
-  except ImportError as error:
-    raise ValueError(
-      "GGUF files need the package gguf: pip install gguf"
-    ) from (error)
-  try:
-    return gguf.GGUFReader(path)
-  except Exception as error:  # a damaged file raises anything
-    raise ValueError(f"{path} is no GGUF file, or damaged: {error}") from error

@@ -208,7 +208,9 @@ def _write(out, place, leaf, abstract, base):
   if place.layer is None:
     axis = keys.vocabulary_axis(path)
     placed = _placed(leaf, abstract.shape, sharding, axis)
-    out[path] = _converted(path, placed, base, sharding)
+    out[path] = placed
+    if placed.dtype != base:
+      out[path] = _store(path, placed, base)
     return
   spec = PartitionSpec(*sharding.spec[1:])
   layer = NamedSharding(sharding.mesh, spec)
@@ -233,38 +235,24 @@ def _placed(leaf, shape, sharding, pad_axis):
   return jax.make_array_from_callback(shape, sharding, shard)
 
 
-def _held_sharding(path, x, base, sharding):
-  """Shardings of a parameter as the base holds it."""
-  held = jax.eval_shape(lambda x: lora.store(path, x, base), x)
-  if not isinstance(held, jax.ShapeDtypeStruct):
-    sizes = dict(sharding.mesh.shape)
-    return tree.map_named(
-      lambda part, x: NamedSharding(
-        sharding.mesh, axes.spec(f"{path}/{part}", x.shape, sizes)
-      ),
-      held,
-    )
-  return sharding
-
-
-def _converted(path, x, base, sharding):
-  convert = jax.jit(
-    lambda x: lora.store(path, x, base),
-    donate_argnums=(0,) if x.dtype == base else (),
-    out_shardings=_held_sharding(path, x, base, sharding),
-  )
-  return convert(x)
-
-
 def _empty(path, abstract, base):
   """A stack of zeros, as the base holds it."""
-  shape = jax.ShapeDtypeStruct(abstract.shape, jnp.float32)
-  held = jax.eval_shape(lambda x: lora.store(path, x, base), shape)
-  make = jax.jit(
-    lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held),
-    out_shardings=_held_sharding(path, shape, base, abstract.sharding),
-  )
-  return make()
+  sharding = abstract.sharding
+  sizes = dict(sharding.mesh.shape)
+  held = jax.eval_shape(lambda x: lora.store(path, x, base), abstract)
+
+  def zeros(part, x):
+    where = sharding
+    if part:  # of a quantised kernel
+      spec = axes.spec(f"{path}/{part}", x.shape, sizes)
+      where = NamedSharding(sharding.mesh, spec)
+    return jnp.zeros(x.shape, x.dtype, device=where)
+
+  return tree.map_named(zeros, held)
+
+
+# Compiled once a shape, not once a leaf of a load.
+_store = jax.jit(lora.store, static_argnums=(0, 2))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

@@ -1,0 +1,52 @@
+"""An adapter trains to the same values whatever the devices and the base."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import assembly, cli, tree, weights
+from tests import conftest
+
+DEVICES = {
+  "2x2x2": ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
+  "pmap": ["mesh.mode=pmap"],
+  "2x2x2, two microbatches": [
+    *("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.accumulation=2")
+  ],
+}
+
+
+def adapter_after_two_steps(overrides):
+  """The adapter, and the sharding of the base's first query kernel."""
+  config = cli.load_config(
+    "configs/dpo.py:lora,smoke",
+    ["train.steps=2", "data.batch_size=16", *overrides],
+  )
+  run = assembly.prepare(config)
+  state = assembly.initial_state(run, weights.initial(run.setup))
+  step = assembly.train_step(run, state)
+  for number in range(2):
+    batch, _ = assembly.place_batch(run.setup, run.loader, number)
+    state, _ = step(state, batch, run.hparams)
+  kernel = jax.tree.leaves(state.frozen["base"]["layers"]["attn"]["q"])[0]
+  return jax.device_get(state.params), kernel.sharding.spec
+
+
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+@pytest.mark.parametrize("devices", DEVICES)
+def test_devices_change_nothing_of_a_trained_adapter(
+  devices, base, monkeypatch
+):
+  monkeypatch.chdir(conftest.ROOT)
+  given = [f"lora.base={base}"]
+  got, spec = adapter_after_two_steps([*given, *DEVICES[devices]])
+  if devices != "pmap":
+    assert spec[1:3] == ("fsdp", "tensor")
+  one = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda *_: one)
+  want, _ = adapter_after_two_steps(given)
+  for (path, a), (_, b) in zip(tree.named(got), tree.named(want), strict=True):
+    # After RMSprop, which turns the sign of a gradient near 0 into a step of
+    # full size: of the leaf's norm, not of each element.
+    error = np.linalg.norm(a - b) / np.linalg.norm(b)
+    assert error < 1e-3, (path, error)
