@@ -83,12 +83,8 @@ def _write(config, workdir, folder, about):
   _write_weights(partial, setup, workdir, raw)
   tokenizer = vocabulary.load(config.tokenizer)
   tokenizer.save_pretrained(partial)
-  ends = {
-    name: getattr(tokenizer, name)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    if getattr(tokenizer, name) is not None
-  }
-  export.write_json(partial / "generation_config.json", ends)
+  generation = _generation(_origin(config), tokenizer)
+  export.write_json(partial / "generation_config.json", generation)
   export.write_json(partial / "dpo_jax.json", about)
   (partial / "README.md").write_text(_card(config, about["step"]))
   partial.rename(folder)
@@ -114,6 +110,16 @@ def _origin(config):
   if there is None and config.init_from is not None:
     return _origin(checkpoint.saved_config(config.init_from))
   return there
+
+
+def _generation(there, tokenizer):
+  """generation_config.json: the checkpoint's own, or what the tokenizer says."""
+  path = epath.Path(there.where if there else "") / "generation_config.json"
+  if there and path.exists():
+    return json.loads(path.read_text())
+  names = ("bos_token_id", "eos_token_id", "pad_token_id")
+  ids = {name: getattr(tokenizer, name) for name in names}
+  return {name: i for name, i in ids.items() if i is not None}
 
 
 def _write_weights(folder, setup, workdir, raw):
