@@ -113,7 +113,7 @@ def _origin(config):
 
 
 def _generation(there, tokenizer):
-  """generation_config.json: the checkpoint's own, or what the tokenizer says."""
+  """generation_config.json: the checkpoint's own, or of the tokenizer."""
   path = epath.Path(there.where if there else "") / "generation_config.json"
   if there and path.exists():
     return json.loads(path.read_text())

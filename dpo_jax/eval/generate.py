@@ -116,6 +116,7 @@ def draws(setup, params, given, *, skip=0):
         temperature=options.temperature,
         top_p=options.top_p,
         eos_id=eos,
+        vocab_size=setup.tokenizer.vocab_size,
       )
     drawn, ends, finished = map(
       np.asarray, (out.tokens, out.lengths, out.finished)

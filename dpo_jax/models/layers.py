@@ -50,9 +50,16 @@ class Linear(nn.Module):
   def __call__(self, x):
     init = nn.initializers.normal(self.std)
     kernel = self.param("kernel", init, self.inputs + self.outputs)
-    kernel = lora.dequantize(kernel).astype(self.dtype)
     x = x.astype(self.dtype)
-    out = jnp.tensordot(x, kernel, len(self.inputs))
+
+    def product(x, kernel):
+      kernel = lora.dequantize(kernel).astype(self.dtype)
+      return jnp.tensordot(x, kernel, len(self.inputs))
+
+    if not isinstance(kernel, jax.Array) or kernel.dtype != self.dtype:
+      # Made anew in the backward pass, or all layers' would be kept for it.
+      product = jax.checkpoint(product, prevent_cse=False)
+    out = product(x, kernel)
     if self.bias:
       bias = self.param("bias", nn.initializers.zeros, self.outputs)
       out += bias.astype(self.dtype)
@@ -72,7 +79,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x):
     c = self.config
     init = nn.initializers.constant(1 - c.norm_offset)
-    scale = self.param("scale", init, self.shape)
+    scale = self.param("scale", init, self.shape).astype(jnp.float32)
     x = x.astype(jnp.float32)
     over = tuple(range(-len(self.shape), 0))
     square = jnp.mean(jnp.square(x), axis=over, keepdims=True)

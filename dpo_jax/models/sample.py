@@ -29,12 +29,12 @@ class Samples(NamedTuple):
 def compiled(model):
   """`sample` of a model, jitted once per shape.
 
-  A compilation each for (batch size, prompt length, max_new_tokens, eos_id);
-  parameters, temperature and top_p are traced.
+  A compilation each for (batch size, prompt length, max_new_tokens, eos_id,
+  vocab_size); parameters, temperature and top_p are traced.
   """
   return jax.jit(
     functools.partial(sample, model),
-    static_argnames=("max_new_tokens", "eos_id"),
+    static_argnames=("max_new_tokens", "eos_id", "vocab_size"),
   )
 
 
@@ -57,8 +57,12 @@ def nucleus(logits, top_p):
   return jax.lax.cond(top_p < 1, hide, lambda logits: logits, logits)
 
 
-def _draw(logits, rngs, step, temperature, top_p):
+def _draw(logits, rngs, step, temperature, top_p, known):
   """(token, its log-prob at temperature 1); temperature 0 is greedy."""
+  logps = jax.nn.log_softmax(logits, axis=-1)
+  if known is not None:
+    index = jnp.arange(logits.shape[-1])
+    logits = jnp.where(index < known, logits, _HIDDEN)
   scaled = nucleus(logits / jnp.maximum(temperature, 1e-6), top_p)
   keys = jax.vmap(jax.random.fold_in, (0, None))(rngs, step)
   noise = jax.vmap(lambda key, x: jax.random.gumbel(key, x.shape))(keys, scaled)
@@ -68,7 +72,6 @@ def _draw(logits, rngs, step, temperature, top_p):
   best = score == jnp.max(score, axis=-1, keepdims=True)
   index = jnp.arange(score.shape[-1], dtype=jnp.int32)
   token = jnp.min(jnp.where(best, index, score.shape[-1] - 1), axis=-1)
-  logps = jax.nn.log_softmax(logits, axis=-1)
   return token, jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]
 
 
@@ -84,6 +87,7 @@ def sample(
   temperature,
   top_p,
   eos_id,
+  vocab_size=None,
 ):
   """Draws one continuation per prompt.
 
@@ -101,6 +105,8 @@ def sample(
     temperature: ≥ 0; 0 takes the most likely token.
     top_p: in (0, 1].
     eos_id: i32, or None to never stop; static.
+    vocab_size: ids from here on are never drawn, as the tokenizer has none of
+      them (published tables have spare rows); None is all of the model's.
   Returns: Samples.
   Raises: ValueError past the end of a learned position table.
   """
@@ -123,6 +129,8 @@ def sample(
     prompt_lengths - 1,
   )
   fill = 0 if eos_id is None else eos_id
+  spare = vocab_size is not None and vocab_size < model.vocab_size
+  known = vocab_size if spare else None
   out = Samples(
     jnp.full((batch, max_new_tokens), fill, jnp.int32),
     jnp.zeros(batch, jnp.int32),
@@ -136,7 +144,7 @@ def sample(
 
   def body(carry):
     step, logits, cache, out = carry
-    token, logp = _draw(logits, rngs, step, temperature, top_p)
+    token, logp = _draw(logits, rngs, step, temperature, top_p, known)
     live = ~out.finished
     token = jnp.where(live, token, fill)
     ended = jnp.zeros(batch, bool) if eos_id is None else token == eos_id

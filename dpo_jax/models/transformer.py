@@ -134,29 +134,36 @@ def _run(config, kinds, params, x, context, cache):
   c = config
   period = kinds[: len(c.layer_pattern)]
   turns = len(kinds) // len(period)
+  unroll = min(c.unroll, turns)
 
-  def block(kind, params, x, context, cache):
+  def block(kind, index, inputs, x, context):
+    # The slice is inside what is recomputed, so that it is not stored.
+    params, cache = jax.tree.map(lambda leaf: leaf[index], inputs)
     module = layers.Block(c, kind)
     return module.apply({"params": params}, x, context, cache)
 
   if c.remat:
-    block = jax.checkpoint(block, prevent_cse=False, static_argnums=0)
+    # A loop of one turn is no loop: there the compiler would merge the two.
+    block = jax.checkpoint(
+      block, prevent_cse=unroll == turns, static_argnums=(0, 1)
+    )
 
   def body(x, inputs):
+    if len(period) == 1:  # the parameters as they are: no copy, nothing stored
+      return block(period[0], ..., inputs, x, context)
     out = []
-    for i, kind in enumerate(period):
-      params, cache = jax.tree.map(lambda leaf, i=i: leaf[i], inputs)
-      x, cache = block(kind, params, x, context, cache)
+    for index, kind in enumerate(period):
+      x, cache = block(kind, index, inputs, x, context)
       out.append(cache)
     return x, jax.tree.map(lambda *caches: jnp.stack(caches), *out)
 
-  def by_period(tree):
-    return jax.tree.map(
-      lambda leaf: leaf.reshape(turns, len(period), *leaf.shape[1:]), tree
-    )
-
-  inputs = by_period((params, cache))
-  x, cache = jax.lax.scan(body, x, inputs, unroll=min(c.unroll, turns))
+  inputs = params, cache
+  if len(period) == 1:
+    return jax.lax.scan(body, x, inputs, unroll=unroll)
+  inputs = jax.tree.map(
+    lambda leaf: leaf.reshape(turns, len(period), *leaf.shape[1:]), inputs
+  )
+  x, cache = jax.lax.scan(body, x, inputs, unroll=unroll)
   return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cache)
 
 
