@@ -22,6 +22,7 @@ def get_config():
   c.ref_store = optional(str)  # of "cached"; None: the run folder
   c.init_seed = 0  # of the random initial parameters
   c.init_from = optional(str)  # hf:NAME, gguf:FILE, run folder, or None: random
+  c.init_adapter = optional(str)  # hf:NAME of a PEFT adapter to merge into it
   # Decoder shape, see models/config.py; of init_from: common.pretrained.
   c.model = common.model("tiny")
   c.lora = optional(config_dict.ConfigDict)  # common.lora; None: train it all

@@ -93,7 +93,6 @@ def lora():
   o.rank_stabilised = False  # or alpha / √r
   o.targets = (r"(attn|mlp)/\w+/kernel$",)  # path regexes of adapted kernels
   o.base = "float32"  # how the base is held: float32, bfloat16, int8, nf4
-  o.init_from = config_dict.placeholder(str)  # hf:FOLDER of a PEFT adapter
   return o
 
 

@@ -14,7 +14,7 @@ from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.train import checkpoint, optim
+from dpo_jax.train import optim, settings
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 
@@ -150,7 +150,7 @@ def prepare_point(config, run):
 
 def _untraced(config):
   """The fields of a config that are compiled in, flat."""
-  flat = checkpoint.flatten(config.to_dict())
+  flat = settings.flatten(config.to_dict())
   _, numeric = base.split_fields(config.loss)
   traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
   return {k: v for k, v in flat.items() if k not in traced} | dict.fromkeys(

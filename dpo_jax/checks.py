@@ -2,7 +2,7 @@
 
 from dpo_jax import lookup, tree
 from dpo_jax.data import audit_counts
-from dpo_jax.train import checkpoint
+from dpo_jax.train import settings
 
 # Shares of data, each may be None.
 _SHARES = tuple(f"audit.{name}" for name in audit_counts.CHECKS)
@@ -14,7 +14,7 @@ _OPTIONAL = {
   *("data.train", "data.eval", "data.max_row_length"),
   *("train.steps", "mesh.data", "workdir", "ref_store", "log.wandb"),
   *("sample.prompts", "sample.prefix", "sample.labelled", *_SHARES),
-  *("export.folder", "export.push", "lora.init_from"),
+  *("export.folder", "export.push", "init_adapter"),
 }
 _LOWEST = {
   **dict.fromkeys(("init_seed", "data.seed", "optim.warmup"), 0),
@@ -32,7 +32,7 @@ def values(config):
   Whole numbers are at least 1 and others above 0 but for `_LOWEST`; what is
   not in `_OPTIONAL` is not None. Losses check their own fields.
   """
-  for path, value in checkpoint.flatten(config.to_dict()).items():
+  for path, value in settings.flatten(config.to_dict()).items():
     if value is None and path not in _OPTIONAL:
       raise ValueError(f"{path} = None: it needs a value")
     if isinstance(value, bool | str | tuple | None) or path.startswith("loss."):

@@ -52,10 +52,10 @@ def load_config(spec, overrides=()):
 def _load(spec, overrides):
   """(locked config, its module or None)."""
   if spec.endswith(".json"):
-    from dpo_jax.train import checkpoint
+    from dpo_jax.train import settings
 
     path, module = spec, None
-    config = checkpoint.saved_config(epath.Path(spec).parent)
+    config = settings.saved_config(epath.Path(spec).parent)
   else:
     path, _, arg = spec.partition(":")
     module = _import_file(path)

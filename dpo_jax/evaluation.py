@@ -9,7 +9,7 @@ from etils import epath
 
 from dpo_jax import assembly, scoring
 from dpo_jax.eval import frontier, preference
-from dpo_jax.train import checkpoint
+from dpo_jax.train import settings
 from dpo_jax.train import state as state_lib
 
 # Fields that change neither the policy nor what is measured of it.
@@ -90,8 +90,8 @@ def done(config, workdir, made):
   if any(there.get(name) != value for name, value in made.items()):
     return False
   saved, now = there["config"], config.to_dict()
-  checkpoint.check_config(saved, now, workdir)
-  return not checkpoint.differences(saved, now, _NO_MATTER)
+  settings.check_config(saved, now, workdir)
+  return not settings.differences(saved, now, _NO_MATTER)
 
 
 def _held_out(setup, params, ref, workdir):

@@ -43,6 +43,11 @@ def batches(config):
 
 
 def _algorithm(config, apply):
+  if config.lora is not None:
+    raise ValueError(
+      "these functions train all parameters: set config.lora = None, or use "
+      "dj.fit, which trains adapters"
+    )
   return lookup.lookup(algos.ALGOS, config.algo, "algo")(config, apply)
 
 

@@ -11,6 +11,11 @@ import pathlib
 from etils import epath
 
 KINDS = ("hf", "gguf")
+CONVERT = """\
+{0} holds pickled weights (.bin), which can run code when they are read. \
+Convert them with transformers and torch, then name the new folder:
+  python -c "from transformers import AutoModelForCausalLM as M; \
+M.from_pretrained('{0}').save_pretrained('NEW_FOLDER')" """
 
 
 def parse(spec):
@@ -28,17 +33,28 @@ def folder(name, field):
 
   Raises: ValueError saying what was tried.
   """
+  if "://" in name:
+    raise ValueError(f"{field} = 'hf:{name}': copy it to a local folder first")
   path = epath.Path(name)
   if path.is_dir():
     return path
   import huggingface_hub
 
   try:
-    return epath.Path(
+    there = epath.Path(
       huggingface_hub.snapshot_download(
-        name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+        name,
+        allow_patterns=["*.json", "*model*.safetensors", "*.model", "*.jinja"],
+        ignore_patterns=["*/*"],
       )
     )
+    if not list(there.glob("*.safetensors")):
+      files = huggingface_hub.HfApi().list_repo_files(name)
+      if any(file.endswith(".bin") for file in files):
+        raise ValueError(CONVERT.format(name))
+    return there
+  except ValueError:
+    raise
   except Exception as error:  # no network, no such name, no token: anything
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(

@@ -18,7 +18,7 @@ from etils import epath
 from dpo_jax import assembly, lookup, origin, weights
 from dpo_jax.data import vocabulary
 from dpo_jax.models import export, families, peft
-from dpo_jax.train import checkpoint
+from dpo_jax.train import checkpoint, settings
 
 FORMS = ("merged", "adapter")
 # Fields that change nothing of what is written.
@@ -48,8 +48,16 @@ def publish(config, workdir):
   if jax.process_count() > 1:
     raise ValueError("export runs in one process")
   folder = epath.Path(options.folder or workdir / "export")
-  step = checkpoint.latest_step(workdir)
-  about = {"step": step, "config": config.to_dict()}
+  if "://" in str(folder):
+    raise ValueError(f"{folder}: exports go to a local folder; copy it then")
+  kind, _ = origin.parse(config.init_from or "")
+  whole_base = kind == "hf" and config.init_adapter is None
+  if options.form == "adapter" and not whole_base:
+    raise ValueError(
+      "export.form = 'adapter' needs a base that PEFT can load: a run with "
+      "init_from = 'hf:…' and no init_adapter. Export this one as 'merged'"
+    )
+  about = {**checkpoint.identity(workdir), "config": config.to_dict()}
   if folder.exists():
     if not _same(folder, about):
       raise ValueError(
@@ -69,18 +77,26 @@ def _same(folder, about):
   if not path.exists():
     return False
   there = json.loads(path.read_text())
-  differ = checkpoint.differences(there["config"], about["config"], _NO_MATTER)
-  return there["step"] == about["step"] and not differ
+  differ = settings.differences(there["config"], about["config"], _NO_MATTER)
+  names = ("step", "checksums")
+  return not differ and all(there[name] == about[name] for name in names)
 
 
 def _write(config, workdir, folder, about):
   setup = assembly.prepare_model(config)
   raw = _config_json(setup)
+  base = None if config.lora is None else weights.initial(setup)
+  params = weights.trained(setup, base, workdir)
   partial = folder.parent / f"{folder.name}.part"
   if partial.exists():
     partial.rmtree()
   partial.mkdir(parents=True)
-  _write_weights(partial, setup, workdir, raw)
+  if config.export.form == "adapter":
+    _write_adapter(partial, setup, params, raw)
+  else:
+    model, params = setup.model, weights.merged(setup, base, params)
+    dtype = config.export.dtype
+    export.write(partial, params, model.config, model.vocab_size, raw, dtype)
   tokenizer = vocabulary.load(config.tokenizer)
   tokenizer.save_pretrained(partial)
   generation = _generation(_origin(config), tokenizer)
@@ -108,7 +124,7 @@ def _origin(config):
   """The checkpoint that a run, or the run it started from, began with."""
   there = weights.pretrained(config.init_from)
   if there is None and config.init_from is not None:
-    return _origin(checkpoint.saved_config(config.init_from))
+    return _origin(settings.saved_config(config.init_from))
   return there
 
 
@@ -116,33 +132,30 @@ def _generation(there, tokenizer):
   """generation_config.json: the checkpoint's own, or of the tokenizer."""
   path = epath.Path(there.where if there else "") / "generation_config.json"
   if there and path.exists():
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    ends = found.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
+    if tokenizer.eos_token_id not in ends:
+      found["eos_token_id"] = [*ends, tokenizer.eos_token_id]
+    return found
   names = ("bos_token_id", "eos_token_id", "pad_token_id")
   ids = {name: getattr(tokenizer, name) for name in names}
   return {name: i for name, i in ids.items() if i is not None}
 
 
-def _write_weights(folder, setup, workdir, raw):
+def _write_adapter(folder, setup, adapter, raw):
   config, model = setup.config, setup.model
-  params = weights.trained(setup, workdir)
-  if config.export.form == "adapter":
-    shapes = {p: x.shape for p, x in weights.flat_shapes(setup).items()}
-    about = {
-      "rank": config.lora.rank,
-      "alpha": config.lora.alpha,
-      "rank_stabilised": config.lora.rank_stabilised,
-      "scale": weights.scale(config),
-      "base": origin.parse(config.init_from or "")[1],
-    }
-    table = families.find(raw).table
-    peft.write(
-      folder, params, table, model.config, shapes, model.vocab_size, about
-    )
-    return
-  if config.lora is not None:
-    params = weights.merged(setup, weights.initial(setup), params)
-  export.write(
-    folder, params, model.config, model.vocab_size, raw, config.export.dtype
+  shapes = {p: x.shape for p, x in weights.flat_shapes(setup).items()}
+  about = {
+    "rank": config.lora.rank,
+    "alpha": config.lora.alpha,
+    "rank_stabilised": config.lora.rank_stabilised,
+    "scale": weights.scale(config),
+    "base": origin.parse(config.init_from)[1],
+  }
+  table = families.find(raw).table
+  peft.write(
+    folder, adapter, table, model.config, shapes, model.vocab_size, about
   )
 
 
@@ -151,7 +164,8 @@ def _card(config, step):
   library = "peft" if config.export.form == "adapter" else "transformers"
   loss = ", ".join(f"{k} {v}" for k, v in config.loss.items() if k != "name")
   kind, name = origin.parse(config.init_from or "")
-  base = [f"base_model: {name}"] if kind == "hf" else []
+  on_hub = kind == "hf" and not epath.Path(name).exists()
+  base = [f"base_model: {name}"] if on_hub else []
   head = ["---", f"library_name: {library}", *base, "tags: [dpo_jax]", "---"]
   return "\n".join(
     [

@@ -8,7 +8,7 @@ from etils import epath
 
 from dpo_jax import assembly, evaluation, lookup, loop, weights
 from dpo_jax.eval import rewards
-from dpo_jax.train import checkpoint
+from dpo_jax.train import settings
 
 
 def point_name(overrides):
@@ -24,7 +24,7 @@ def at(config, overrides):
 
   Raises: ValueError for a field that is not there, or of another type.
   """
-  config, fields = copy.deepcopy(config), checkpoint.flatten(config.to_dict())
+  config, fields = copy.deepcopy(config), settings.flatten(config.to_dict())
   for key, value in overrides.items():
     if key not in fields:
       raise ValueError(

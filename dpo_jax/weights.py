@@ -6,7 +6,6 @@ its reference too; without, all parameters.
 """
 
 import dataclasses
-import math
 
 import jax
 from jax.sharding import PartitionSpec
@@ -17,7 +16,7 @@ from dpo_jax.models import axes, families, gguf, hf, lora, peft, transformer
 from dpo_jax.models import config as model_config
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.train import checkpoint
+from dpo_jax.train import checkpoint, settings
 
 # Fields of config.model that every model has, whatever its shape.
 RUNTIME = ("dtype", "attention", "remat", "unroll")
@@ -55,7 +54,7 @@ def shape(config):
   if checkpoint_there is not None:
     found, vocab_size = checkpoint_there.config, checkpoint_there.vocab_size
   elif config.init_from is not None:
-    found, vocab_size = shape(checkpoint.saved_config(config.init_from))
+    found, vocab_size = shape(settings.saved_config(config.init_from))
   else:
     raise ValueError(
       "config.model has no shape and init_from is not set; name a pre-trained "
@@ -75,6 +74,10 @@ def build_model(config):
   found, vocab_size = shape(config)
   if vocab_size is None:
     vocab_size = tokenizer.vocab_size
+  spare = range(vocab_size, tokenizer.vocab_size)
+  if spare and all(i in tokenizer.specials for i in spare):
+    # Gemma 3 has a token for images, which its text models have no row for.
+    tokenizer = tokenizer._replace(vocab_size=vocab_size)
   if tokenizer.vocab_size > vocab_size:
     raise ValueError(
       f"tokenizer = {config.tokenizer!r} has {tokenizer.vocab_size} tokens, "
@@ -127,6 +130,11 @@ def initial(setup):
     return setup.cache["initial"]
   config, base = setup.config, base_kind(setup.config)
   there = pretrained(config.init_from)
+  if config.init_adapter is not None:
+    if there is None or origin.parse(config.init_from)[0] != "hf":
+      raise ValueError("init_adapter needs its base: init_from = 'hf:…'")
+    params = hf.load(there, whole(setup), "float32")
+    return _held(setup, _with_peft(setup, there, params), base)
   if there is not None:
     return hf.load(there, whole(setup), base)
   if config.init_from is not None:
@@ -158,13 +166,12 @@ def _held(setup, params, kind):
 
 def _of_run(setup, folder):
   """The policy of another run, in f32; an adapter is merged into its base."""
-  saved = checkpoint.saved_config(folder)
+  saved = settings.saved_config(folder)
   if saved.get("lora") is None:
     return checkpoint.load_params(folder, whole(setup))
   there = setup._replace(config=saved, cache={})
   base = initial(there)
-  adapter = checkpoint.load_params(folder, _adapter_shapes(there))
-  return merged(there, base, adapter)
+  return merged(there, base, trained(there, base, folder))
 
 
 def merged(setup, base, params):
@@ -193,14 +200,17 @@ def saved(setup, base, workdir):
     base: of `initial`.
     workdir: run folder.
   """
-  return policy(setup, base, trained(setup, workdir))
+  return policy(setup, base, trained(setup, base, workdir))
 
 
-def trained(setup, workdir):
+def trained(setup, base, workdir):
   """What was trained and saved last in a run's folder: parameters or adapter.
 
-  Raises: see checkpoint.load_params.
+  Args: see `saved`; parameters need no base.
+  Raises: ValueError if there is none, or it is an adapter of another base.
   """
+  if setup.config.lora is not None:
+    checkpoint.check_run(workdir, setup.config.to_dict(), base)
   return checkpoint.load_params(workdir, trained_shapes(setup), "the run")
 
 
@@ -223,43 +233,28 @@ def scale(config):
 
 
 def adapter(setup):
-  """The adapter that a run starts from: a new one, or that of lora.init_from.
+  """A new adapter, born sharded; it adds nothing yet."""
+  shardings = jax.tree.map(lambda x: x.sharding, _adapter_shapes(setup))
+  return run_lib.jitted(lambda: _new_adapter(setup), shardings)()
 
-  Raises: ValueError if that has another rank, scale or other targets.
-  """
-  shapes, options = _adapter_shapes(setup), setup.config.lora
-  shardings = jax.tree.map(lambda x: x.sharding, shapes)
-  if options.init_from is None:
-    return run_lib.jitted(lambda: _new_adapter(setup), shardings)()
-  there = pretrained(setup.config.init_from)
-  if there is None:
-    raise ValueError("lora.init_from needs init_from = 'hf:…', its base")
-  where = f"lora.init_from = {options.init_from!r}"
-  found, rank, factor = peft.read(
-    origin.folder(origin.parse(options.init_from)[1], "lora.init_from"),
+
+def _with_peft(setup, there, params):
+  """Parameters in f32 with the PEFT adapter of init_adapter merged in."""
+  spec = setup.config.init_adapter
+  found, _, factor = peft.read(
+    origin.folder(origin.parse(spec)[1], "init_adapter"),
     families.find(there.raw).table,
     setup.model.config,
     {path: x.shape for path, x in flat_shapes(setup).items()},
     setup.model.vocab_size,
   )
-  if not math.isclose(factor, scale(setup.config)):
-    raise ValueError(
-      f"{where} has rank {rank} and the factor {factor:g}, the config "
-      f"{scale(setup.config):g}: set lora.rank, lora.alpha and "
-      "lora.rank_stabilised to its own"
-    )
-  have = {path: x.shape for path, x in tree.named(found)}
-  want = {path: x.shape for path, x in tree.named(shapes)}
-  for path in sorted(have.keys() | want.keys()):
-    if have.get(path) != want.get(path):
-      raise ValueError(
-        f"{where}: {path} is {have.get(path, 'missing')} there, the config "
-        f"asks for {want.get(path, 'none')}; set lora.rank and lora.targets"
-      )
-  return jax.device_put(found, shardings)
+  shardings = jax.tree.map(lambda x: x.sharding, whole(setup))
+  merge = run_lib.jitted(lambda p, a: lora.merge(p, a, factor), shardings)
+  return merge(params, found)
 
 
 def _new_adapter(setup):
+  """A new adapter, to be traced."""
   options = setup.config.lora
   rng = jax.random.key(setup.config.init_seed)
   shapes = jax.eval_shape(setup.model.init, rng)

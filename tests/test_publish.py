@@ -112,44 +112,92 @@ def test_a_model_born_here_is_exported_with_the_bytes_tokenizer(tmp_path):
   assert "dpo (beta 0.1" in (folder / "README.md").read_text()
 
 
-def test_an_exported_peft_adapter_starts_a_run_where_that_one_ended(
+def test_a_run_starts_from_an_exported_peft_adapter_which_is_its_reference(
   pretrained, tmp_path
 ):
-  result = loop.fit(on(pretrained), tmp_path / "run")
-  config = on(pretrained, "export.form=adapter")
+  loop.fit(on(pretrained, "train.steps=4"), tmp_path / "run")
+  config = on(pretrained, "train.steps=4", "export.form=adapter")
   folder = publish.publish(config, tmp_path / "run")
   about = json.loads((folder / "adapter_config.json").read_text())
   assert about["base_model_name_or_path"] == str(pretrained)
-  # NeoX has one adapter for queries, keys and values, of three times the rank:
-  # the other matrices go back as they were.
-  targets = r"lora.targets=('attn/out/','mlp/')"
-  narrow = on(pretrained, targets)
-  loop.fit(narrow, tmp_path / "narrow")
-  narrow_export = on(
-    pretrained,
-    targets,
-    "export.form=adapter",
-    f"export.folder={tmp_path / 'adapter'}",
+  setup = assembly.prepare_model(config)
+  policy = weights.saved(setup, weights.initial(setup), tmp_path / "run")
+  # NeoX has one adapter for queries, keys and values: of another rank there.
+  next_run = assembly.prepare(on(pretrained, f"init_adapter=hf:{folder}"))
+  initial = weights.initial(next_run.setup)
+  np.testing.assert_allclose(
+    logps(next_run.setup, initial), logps(setup, policy), atol=2e-5
   )
-  publish.publish(narrow_export, tmp_path / "narrow")
-  start = on(pretrained, targets, f"lora.init_from=hf:{tmp_path / 'adapter'}")
-  run = assembly.prepare(start)
-  state = assembly.initial_state(run, weights.initial(run.setup))
-  want = weights.trained(run.setup, tmp_path / "narrow")
-  jax.tree.map(np.testing.assert_array_equal, state.params, want)
-  assert result.exit_code == 0
-  with pytest.raises(ValueError, match=r"lora\.alpha"):
-    assembly.initial_state(
-      assembly.prepare(
-        on(
-          pretrained,
-          targets,
-          f"lora.init_from=hf:{tmp_path / 'adapter'}",
-          "lora.alpha=8.0",
-        )
-      ),
-      None,
-    )
+  state = assembly.initial_state(next_run, initial)
+  batch, _ = assembly.place_batch(next_run.setup, next_run.loader, 0)
+  step = assembly.train_step(next_run, state)
+  _, metrics = step(state, batch, next_run.hparams)
+  # A new adapter adds 0; what is left is f32 rounding of log-probs near 100.
+  assert abs(float(metrics["rewards/margins"])) < 1e-5
+
+
+def test_an_adapter_is_never_joined_to_another_base(tmp_path, capsys):
+  """Its base was a run, and that run was trained on."""
+  sft = "configs/sft.py:smoke"
+  loop.fit(cli.load_config(sft, SMOKE), tmp_path / "sft")
+  spec, start = "configs/dpo.py:lora,smoke", f"init_from={tmp_path / 'sft'}"
+  loop.fit(cli.load_config(spec, [*SMOKE, start]), tmp_path / "dpo")
+  loop.fit(
+    cli.load_config(sft, ["train.steps=4", "mesh.data=1"]), tmp_path / "sft"
+  )
+  workdir = ["--workdir", str(tmp_path / "dpo")]
+  prompts = ["--config.sample.prompts=toy:4"]
+  for argv in (["export", *workdir], ["sample", *workdir, *prompts]):
+    assert cli.main(argv) == 2
+    assert "not the reference" in capsys.readouterr().err
+  third = cli.load_config(spec, [*SMOKE, f"init_from={tmp_path / 'dpo'}"])
+  with pytest.raises(ValueError, match="not the reference"):
+    loop.fit(third, tmp_path / "third")
+  assert not list((tmp_path / "dpo").glob("export*"))
+
+
+def test_an_adapter_is_joined_by_the_scale_it_was_trained_with(
+  tmp_path, capsys
+):
+  loop.fit(cli.load_config("configs/dpo.py:lora,smoke", SMOKE), tmp_path)
+  argv = ["export", "--workdir", str(tmp_path), "--config.lora.alpha=320.0"]
+  assert cli.main(argv) == 2
+  assert "lora.alpha (saved 32.0, now 320.0)" in capsys.readouterr().err
+
+
+def test_another_policy_of_the_same_config_is_not_taken_for_done(
+  tmp_path, capsys
+):
+  """Its data has the same name and other content."""
+  lines = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+  for path, word in zip(lines, ("good", "fine"), strict=True):
+    record = {"prompt": "It is", "chosen": f" {word}.", "rejected": " bad."}
+    path.write_text(json.dumps(record) + "\n")
+  data = tmp_path / "data.jsonl"
+  config = cli.load_config(
+    "configs/dpo.py:smoke",
+    [*SMOKE, f"data.train={data}", f"export.folder={tmp_path / 'out'}"],
+  )
+  for number, path in enumerate(lines):
+    data.write_text(path.read_text())
+    loop.fit(config, tmp_path / str(number))
+  publish.publish(config, tmp_path / "0")
+  with pytest.raises(ValueError, match="exists already"):
+    publish.publish(config, tmp_path / "1")
+
+
+def test_a_checkpoints_own_ends_are_kept_beside_the_tokenizers(
+  pretrained, tmp_path
+):
+  own = {"eos_token_id": [7, 9], "temperature": 0.6}
+  (pretrained / "generation_config.json").write_text(json.dumps(own))
+  try:
+    loop.fit(on(pretrained), tmp_path)
+    folder = publish.publish(on(pretrained), tmp_path)
+  finally:
+    (pretrained / "generation_config.json").unlink()
+  got = json.loads((folder / "generation_config.json").read_text())
+  assert got == {"eos_token_id": [7, 9, 256], "temperature": 0.6}
 
 
 def test_an_export_that_is_there_is_skipped_and_another_is_kept(
@@ -222,6 +270,7 @@ def test_a_push_uploads_the_folder_and_a_failed_one_keeps_it(
   ("override", "message"),
   [
     ("export.form=adapter", "trained all parameters"),
+    ("export.folder=gs://bucket/x", "local folder"),
     ("export.form=lora", "export.form"),
     ("export.dtype=int8", "export.dtype"),
   ],
@@ -251,3 +300,19 @@ def test_a_shape_beside_a_checkpoint_that_has_its_own_is_refused(
   )
   with pytest.raises(ValueError, match=f":model=hf:{pretrained}"):
     loop.fit(config, tmp_path)
+
+
+def test_an_adapter_alone_needs_a_base_that_peft_can_load(tmp_path, capsys):
+  loop.fit(cli.load_config("configs/dpo.py:lora,smoke", SMOKE), tmp_path)
+  argv = ["export", "--workdir", str(tmp_path)]
+  assert cli.main([*argv, "--config.export.form=adapter"]) == 2
+  assert "init_from = 'hf:" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_not_exported_and_stays_as_it_was(
+  tmp_path, capsys
+):
+  argv = ["export", "--workdir", str(tmp_path), "--config"]
+  assert cli.main([*argv, "configs/dpo.py:smoke"]) == 2
+  assert "train it first" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())

@@ -163,7 +163,7 @@ def test_evaluation_and_samples_are_those_of_the_adapted_policy(
     ("lora.alpha=0.0", "lora.alpha"),
     ("optim.freeze=('lora_a','lora_b')", "leaves nothing to train"),
     ("optim.freeze=('kernel',)", "matches no parameter"),
-    ("lora.init_from=hf:nowhere", "needs init_from"),
+    ("init_adapter=hf:nowhere", "needs its base"),
   ],
 )
 def test_mistakes_about_adapters_are_named(override, message, tmp_path):

@@ -113,11 +113,19 @@ def end_of_turn(apply_template):
   return text.rpartition(probe)[2]
 
 
-def conversation(apply_template):
-  """The text of a question and its reply, to see what a template writes."""
+def marks_turns(bos, apply_template):
+  """Whether a chat template begins every turn with the "BOS".
+
+  Such a token ("<|im_start|>" of some models) begins no text.
+  """
+  if bos is None or apply_template is None:
+    return False
   turns = [("user", "question"), ("assistant", "reply")]
   messages = [{"role": role, "content": text} for role, text in turns]
-  return _apply(apply_template, messages, False)
+  try:
+    return _apply(apply_template, messages, False).count(bos) > 1
+  except (records.BadRecord, ValueError):  # it refuses the probe
+    return False
 
 
 def _apply(apply_template, messages, add_generation_prompt):

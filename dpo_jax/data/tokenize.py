@@ -91,6 +91,7 @@ def load(name):
   template = None
   if hf.chat_template is not None:
     template = functools.partial(hf.apply_chat_template, tokenize=False)
+  marks_turns = chat.marks_turns(hf.bos_token, template)
   return Tokenizer(
     encode=lambda texts: (
       hf(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -99,7 +100,7 @@ def load(name):
       ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     ),
     vocab_size=len(hf),
-    bos_id=None if _marks_turns(hf.bos_token, template) else hf.bos_token_id,
+    bos_id=None if marks_turns else hf.bos_token_id,
     eos_id=hf.eos_token_id,
     apply_template=template,
     specials={
@@ -108,19 +109,6 @@ def load(name):
       if token.special
     },
   )
-
-
-def _marks_turns(bos, template):
-  """Whether a chat template begins every turn with the "BOS".
-
-  Such a token ("<|im_start|>" of some models) begins no text.
-  """
-  if bos is None or template is None:
-    return False
-  try:
-    return chat.conversation(template).count(bos) > 1
-  except (sources.BadRecord, ValueError):  # it refuses the probe
-    return False
 
 
 _ANCHORS = ("\n", "a", ".", "0")
@@ -227,6 +215,8 @@ def _example(number, made, prompt, whole, tokenizer, options, changed):
     completions = _drawn(record, prompt, tokenizer)
   completions = [_cut(ids, options, changed) for ids in completions]
   prompt = _begin(prompt, tokenizer, options, record.origin, changed)
+  for ids in (prompt, *completions):
+    _check_known(ids, tokenizer, record.origin)
   _check_completions(completions, tokenizer.eos_id, record)
   pairs = tuple((w, l, 1.0) for w, l in record.pairs)
   return Example(number, record.source, prompt, tuple(completions), pairs)
@@ -327,6 +317,16 @@ def _cut(ids, options, changed):
     changed["completion cut"] += 1
     ids = ids[: options.max_completion_length]
   return ids
+
+
+def _check_known(ids, tokenizer, origin):
+  """Raises BadRecord for a token that the model has no row for."""
+  if max(ids, default=0) >= tokenizer.vocab_size:
+    raise sources.BadRecord(
+      "unknown token",
+      f"{origin}: token {max(ids)} is of another use (an image), the model has "
+      f"the first {tokenizer.vocab_size} only; take it out of the text",
+    )
 
 
 def _check_completions(completions, eos_id, record):

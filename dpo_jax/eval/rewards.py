@@ -28,7 +28,7 @@ import numpy as np
 
 from dpo_jax import assembly, lookup, scoring, weights
 from dpo_jax.data import sources, tokenize
-from dpo_jax.train import checkpoint
+from dpo_jax.train import settings
 
 
 class Scorer(NamedTuple):
@@ -197,7 +197,7 @@ def _only_logit(logits):
 
 
 def _implicit(folder):
-  config = checkpoint.saved_config(folder)
+  config = settings.saved_config(folder)
   if "beta" not in config.loss:
     raise ValueError(f"scorer implicit:{folder}: its loss has no β")
   # As much as the model can read: a reward of part of a text is another's.

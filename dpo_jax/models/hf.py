@@ -17,7 +17,7 @@ import safetensors
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax import tree
+from dpo_jax import origin, tree
 from dpo_jax.models import axes, families, keys, lora
 from dpo_jax.models import config as config_lib
 
@@ -46,11 +46,6 @@ class Checkpoint(NamedTuple):
 
 # Buffers that old checkpoints carry beside their parameters.
 _BUFFERS = r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$"
-_BIN = """\
-{0} holds pickled weights (.bin), which can run code when they are read. \
-Convert them with transformers and torch, then name the new folder:
-  python -c "from transformers import AutoModelForCausalLM as M; \
-M.from_pretrained('{0}').save_pretrained('NEW_FOLDER')" """
 
 
 def open_folder(folder):
@@ -74,12 +69,11 @@ def open_folder(folder):
     for name, shape in _header(file).items():
       shapes[name] = shape
   bare = not any(name.startswith(family.prefix) for name in shapes)
-  ignored = {
-    name
-    for name in shapes
-    if re.search(_BUFFERS, name)
-    or (config.tied and name in ("lm_head.weight", "embed_out.weight"))
-  }
+  ignored = {name for name in shapes if re.search(_BUFFERS, name)}
+  heads = {"lm_head.weight", "embed_out.weight"} & set(shapes)
+  if config.tied and heads:
+    _check_tied(folder, heads.pop(), family)
+    ignored |= {"lm_head.weight", "embed_out.weight"}
   names = {n: rename(n) if bare else n for n in shapes if n not in ignored}
 
   def read():
@@ -99,6 +93,22 @@ def open_folder(folder):
     read=read,
     where=str(folder),
   )
+
+
+def _check_tied(folder, head, family):
+  """Raises ValueError for a head that is not the embedding it is tied to."""
+  embedding = next(k.name for k in family.table if k.paths == ("embed/tokens",))
+  names = {head, embedding, embedding.removeprefix(family.prefix)}
+  found = []
+  for file in _files(folder):
+    with safetensors.safe_open(file, "np") as tensors:
+      for name in names & set(tensors.keys()):
+        found.append(tensors.get_tensor(name))
+  if len(found) == 2 and not np.array_equal(*found):
+    raise ValueError(
+      f"{folder}: config.json ties the head to the embedding, but {head} is "
+      "another matrix; set tie_word_embeddings to false there"
+    )
 
 
 def _table_name(prefix, name):
@@ -128,7 +138,7 @@ def _files(folder):
       f"{folder}: files of model.safetensors.index.json are missing: {missing}"
     )
   if list(folder.glob("*.bin")):
-    raise ValueError(_BIN.format(folder))
+    raise ValueError(origin.CONVERT.format(folder))
   raise ValueError(
     f"{folder} holds no model.safetensors and no index of several"
   )

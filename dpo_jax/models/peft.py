@@ -30,6 +30,9 @@ _ONLY = {
   "lora_bias": (False,),
   "trainable_token_indices": (None,),
   "target_parameters": (None, []),
+  "alora_invocation_tokens": (None,),
+  # Of the others A·B belongs to a base that PEFT changes on loading.
+  "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -183,6 +186,12 @@ def _stacked(stacks, shapes, file):
       raise ValueError(
         f"{file}: layers {missing} of {path} have no adapter; those of only "
         "some layers are not supported"
+      )
+    shapes_there = {x.shape for x in layers.values()}
+    if len(shapes_there) > 1:
+      raise ValueError(
+        f"{file}: {path} has other ranks in other layers ({shapes_there}), "
+        "which is not supported"
       )
     out[path] = np.stack([layers[i] for i in sorted(layers)])
   return out

@@ -1,32 +1,14 @@
 """Checkpoints with exact resume: Orbax, checksums and the run's config."""
 
-import json
 import warnings
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import config_dict
 
 from dpo_jax import tree
+from dpo_jax.train import settings
 from dpo_jax.train import state as state_lib
-
-# A resumed run may differ from the saved one in these fields only: how long,
-# what is reported, and on which devices.
-FREE_FIELDS = (
-  "workdir",
-  "ref_store",
-  "sample.",
-  "train.steps",
-  "train.epochs",
-  "checkpoint.",
-  "audit.",
-  "export.",
-  "data.eval",
-  "eval.",
-  "log.",
-  "mesh.",
-)
 
 
 class Checkpointer:
@@ -98,7 +80,7 @@ class Checkpointer:
 
     Args:
       state: placed TrainState; its frozen part is kept.
-      identity: plain dict; must equal the saved one outside FREE_FIELDS.
+      identity: plain dict; must equal the saved one but for the free fields.
     Returns: TrainState, or None if nothing was ever saved here.
     Raises: ValueError naming the differing field or leaf.
     """
@@ -143,7 +125,7 @@ class Checkpointer:
 
   def _read(self, step, target, identity):
     meta = _read_meta(self._manager, step)
-    check_config(meta["config"], identity, self._path)
+    settings.check_config(meta["config"], identity, self._path)
     _check_leaves(meta["leaves"], _leaves(target), self._path)
     restore = ocp.args.StandardRestore(_abstract(target))
     values = _read_item(self._manager, step, "state", restore)
@@ -203,55 +185,6 @@ def _check_leaves(saved, wanted, where):
       )
 
 
-def flatten(config, prefix=""):
-  """{"loss.beta": 0.1, …} of a nested dict."""
-  flat = {}
-  for key, value in config.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f"{prefix}{key}.")
-    else:
-      flat[f"{prefix}{key}"] = value
-  return flat
-
-
-def differences(saved, current, free):
-  """Lines about the fields outside `free` in which two configs differ."""
-  saved = flatten(json.loads(json.dumps(saved)))
-  current = flatten(json.loads(json.dumps(current)))
-  return [
-    f"{key} (saved {saved.get(key)!r}, now {current.get(key)!r})"
-    for key in sorted(saved.keys() | current.keys())
-    if saved.get(key) != current.get(key) and not key.startswith(free)
-  ]
-
-
-def check_config(saved, current, where):
-  """Raises ValueError if a field outside FREE_FIELDS was changed."""
-  changed = differences(saved, current, FREE_FIELDS)
-  if changed:
-    raise ValueError(
-      f"{where} belongs to a run with another config: {'; '.join(changed)}. "
-      "Use a new --workdir, or set these fields back"
-    )
-
-
-def saved_config(workdir):
-  """The config of a run folder, unlocked; fields that were None take any value.
-
-  Raises: ValueError if there is none.
-  """
-  path = epath.Path(workdir) / "config.json"
-  if not path.exists():
-    raise ValueError(f"{path}: no such file; is {workdir} the folder of a run?")
-
-  def plain(value):  # JSON has no tuples, and configs no lists
-    if isinstance(value, dict):
-      return {k: plain(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
-
-  return config_dict.ConfigDict(plain(json.loads(path.read_text())))
-
-
 def check_run(workdir, config, ref):
   """Refuses a config or a reference that is not the one a run was trained with.
 
@@ -270,7 +203,7 @@ def check_run(workdir, config, ref):
     except _Damaged as error:
       raise ValueError(f"{path}: step {step}: {error}") from error
   about = {k: v for k, v in meta["config"].items() if k not in config}
-  check_config(meta["config"], {**config, **about}, path)
+  settings.check_config(meta["config"], {**config, **about}, path)
   # "ref/…", or "base/…" under an adapter
   frozen = {k.partition("/")[2]: v for k, v in meta["frozen"].items()}
   trained_with = about.get("reference") or frozen
@@ -280,6 +213,23 @@ def check_run(workdir, config, ref):
       "this run was trained with; was it trained on? Put it back"
     )
   return {"step": step, "data_fingerprint": about["data_fingerprint"]}
+
+
+def identity(workdir):
+  """{"step", "checksums"} of the newest checkpoint of a run folder.
+
+  Raises: ValueError if there is none.
+  """
+  if latest_step(workdir) is None:
+    raise ValueError(f"{workdir} holds no finished checkpoint; train it first")
+  path = epath.Path(workdir).absolute() / "checkpoints"
+  with ocp.CheckpointManager(path) as manager:
+    step = manager.latest_step()
+    try:
+      meta = _read_meta(manager, step)
+    except _Damaged as error:
+      raise ValueError(f"{path}: step {step}: {error}") from error
+  return {"step": step, "checksums": meta["checksums"] | meta["frozen"]}
 
 
 def latest_step(workdir):

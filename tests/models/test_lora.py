@@ -1,5 +1,6 @@
 """LoRA: an adapter beside the kernels is the same as one merged into them."""
 
+import dataclasses
 import math
 
 import jax
@@ -91,6 +92,47 @@ def test_decoding_with_a_cache_sees_the_adapter():
   grafted = decode(lora.graft(base, adapter, SCALE))
   merged = decode(lora.merge(base, adapter, SCALE))
   np.testing.assert_allclose(grafted, merged, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("kind", "changes"),
+  [
+    ("float32", {}),
+    ("float32", {"remat": True}),
+    ("float32", {"remat": True, "layer_pattern": ("window", "full")}),
+    ("int8", {}),
+    ("nf4", {}),
+    ("float32", {"dtype": "bfloat16"}),
+  ],
+)
+def test_a_gradient_keeps_no_second_copy_of_the_layers(kind, changes):
+  """Of 8 layers: what is made of one may be there, of all may not."""
+  if "layer_pattern" in changes:
+    changes = {**changes, "window": 5}
+  config = dataclasses.replace(
+    worlds.MODELS["llama"],
+    **{"layers": 8, "embed": 256, "heads": 4, "kv_heads": 4, "mlp": 1024},
+    head_dim=64,
+    rotary_dim=64,
+  )
+  model = transformer.build(
+    dataclasses.replace(config, **changes), worlds.VOCAB
+  )
+  batch = worlds.batch(worlds.examples(2, seed=3))
+  whole = jax.eval_shape(model.init, jax.random.key(0))
+  held = jax.eval_shape(
+    lambda p: tree.map_named(lambda path, x: lora.store(path, x, kind), p),
+    whole,
+  )
+  adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), whole, 2, ALL))
+
+  def total(adapter, base):
+    params = lora.graft(base, adapter, SCALE)
+    return jnp.sum(base_lib.token_logps(model.apply, params, batch, None))
+
+  program = jax.jit(jax.grad(total)).lower(adapter, held).compile()
+  temporary = program.memory_analysis().temp_size_in_bytes
+  assert temporary < 0.75 * tree.nbytes(whole["layers"])
 
 
 def test_targets_choose_kernels_by_path():

@@ -1,0 +1,78 @@
+"""A run's config as it is saved: flat, compared, read back."""
+
+import json
+
+from etils import epath
+from ml_collections import config_dict
+
+# A resumed run may differ from the saved one in these fields only: how long,
+# what is reported, and on which devices.
+FREE_FIELDS = (
+  "workdir",
+  "ref_store",
+  "sample.",
+  "train.steps",
+  "train.epochs",
+  "checkpoint.",
+  "audit.",
+  "export.",
+  "data.eval",
+  "eval.",
+  "log.",
+  "mesh.",
+)
+
+
+def flatten(config, prefix=""):
+  """{"loss.beta": 0.1, …} of a nested dict."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def differences(saved, current, free):
+  """Lines about the fields outside `free` in which two configs differ."""
+  saved = flatten(json.loads(json.dumps(saved)))
+  current = flatten(json.loads(json.dumps(current)))
+  return [
+    f"{key} (saved {saved.get(key)!r}, now {current.get(key)!r})"
+    for key in sorted(saved.keys() | current.keys())
+    if saved.get(key) != current.get(key) and not key.startswith(free)
+  ]
+
+
+def check_config(saved, current, where):
+  """Raises ValueError if a field outside FREE_FIELDS was changed."""
+  changed = differences(saved, current, FREE_FIELDS)
+  if changed:
+    raise ValueError(
+      f"{where} belongs to a run with another config: {'; '.join(changed)}. "
+      "Use a new --workdir, or set these fields back"
+    )
+
+
+def saved_config(workdir):
+  """The config of a run folder, unlocked; fields that were None take any value.
+
+  Raises: ValueError if there is none.
+  """
+  path = epath.Path(workdir) / "config.json"
+  if not path.exists():
+    raise ValueError(f"{path}: no such file; is {workdir} the folder of a run?")
+
+  def plain(value):  # JSON has no tuples, and configs no lists
+    if isinstance(value, dict):
+      return {k: plain(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+  config = config_dict.ConfigDict(plain(json.loads(path.read_text())))
+  if "model" in config and "lora" not in config:
+    raise ValueError(
+      f"{path} was written by an earlier version, whose fields are others; use "
+      "that version for this folder, or train anew"
+    )
+  return config
