@@ -74,8 +74,9 @@ def build_model(config):
   found, vocab_size = shape(config)
   if vocab_size is None:
     vocab_size = tokenizer.vocab_size
-  spare = range(vocab_size, tokenizer.vocab_size)
-  if spare and all(i in tokenizer.specials for i in spare):
+  spare = set(range(vocab_size, tokenizer.vocab_size))
+  ends = {tokenizer.bos_id, tokenizer.eos_id}
+  if spare <= set(tokenizer.specials) and not spare & ends:
     # Gemma 3 has a token for images, which its text models have no row for.
     tokenizer = tokenizer._replace(vocab_size=vocab_size)
   if tokenizer.vocab_size > vocab_size:

@@ -63,3 +63,13 @@ def test_a_train_step_needs_its_number_of_steps():
   apply, params = dj.build(config)
   with pytest.raises(ValueError, match=r"set train\.steps"):
     dj.train_step(config, apply, params)
+
+
+def test_functions_that_train_all_parameters_refuse_an_adapter():
+  path = str(conftest.ROOT / "configs/dpo.py:lora,smoke")
+  config = dj.load_config(path, ["train.steps=1"])
+  apply, params = dj.build(config)
+  with pytest.raises(ValueError, match=r"dj\.fit, which trains adapters"):
+    dj.objective(config, apply)
+  with pytest.raises(ValueError, match=r"dj\.fit, which trains adapters"):
+    dj.train_step(config, apply, params)

@@ -563,3 +563,19 @@ def test_a_continuation_of_half_a_character_is_what_it_spells_alone():
   ids = BYTES.encode(["é"])[0]
   text = tokenize.continuation(BYTES, ids[:1], ids[1:])
   assert text == BYTES.decode(ids[1:])
+
+
+def test_a_token_that_the_model_has_no_row_for_is_refused_where_it_occurs():
+  """Gemma 3's tokenizer has one for images, which its text models lack."""
+  short = BYTES._replace(
+    encode=lambda texts: [[ord(char) for char in text] for text in texts],
+    vocab_size=120,
+    eos_id=0,
+  )
+  for bad in (record("~", "a", "b"), record("x", "a", "b~")):
+    with pytest.raises(ValueError, match=r"my\.jsonl:1: token 126"):
+      encode([bad], short)
+  _, _, skipped = encode(
+    [record("x", "a", "b"), record("~", "a", "b")], short, on_bad="skip"
+  )
+  assert skipped == {"unknown token": 1}

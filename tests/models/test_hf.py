@@ -79,11 +79,16 @@ def test_buffers_of_older_checkpoints_are_left_out(tmp_path):
   assert_same(load(tmp_path), want)
 
 
-def test_a_head_saved_beside_a_tied_embedding_is_left_out(tmp_path):
-  head = {"lm_head.weight": np.ones((parity.VOCAB, 48), np.float32)}
-  want = parity.write(small(), tmp_path, extra=head)
+def test_a_head_saved_beside_a_tied_embedding_must_be_that(tmp_path):
+  want = parity.write(small(), tmp_path)
+  table = want["embed"]["tokens"][: parity.VOCAB]
+  parity.write(small(), tmp_path, extra={"lm_head.weight": table})
   assert "head" not in want
   assert_same(load(tmp_path), want)
+  other = {"lm_head.weight": np.ones((parity.VOCAB, 48), np.float32)}
+  parity.write(small(), tmp_path, extra=other, files=3)
+  with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix"):
+    load(tmp_path)
 
 
 def test_an_untied_head_is_read_and_its_padding_is_zero(tmp_path):
