@@ -182,9 +182,8 @@ def build_loader(config, tokenizer, shape, spec, *, training, row_multiple):
     row_multiple: of the rows of a batch.
   """
   policy = sources.Policy(config.data.bad_records)
-  form = "sft" if config.algo == "sft" else "preference"
   field = "data.train" if training else "data.eval"
-  records = sources.load(spec, form, policy, field)
+  records = sources.load(spec, sources.form_of(config.algo), policy, field)
   weights = tuple(weight for weight, _ in sources.parse(spec, field))
   examples, changed = tokenize.encode(records, tokenizer, config.data, policy)
   layout = rows.Layout(

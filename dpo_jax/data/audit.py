@@ -69,7 +69,7 @@ def report(config, tokenizer, field):
 
 def _encoded(config, tokenizer, source, policy, field):
   """Yields (record, tokenize.Encoded) of the usable records of a source."""
-  form = "sft" if config.algo == "sft" else "preference"
+  form = sources.form_of(config.algo)
   records = list(sources.read(source, form, policy, field))
   each = tokenize.encode_each(records, tokenizer, config.data)
   for record, made in zip(records, each, strict=True):

@@ -114,6 +114,11 @@ def parse(spec, field="data.train"):
   return out
 
 
+def form_of(algo):
+  """The form of the rows that `config.algo` trains on."""
+  return "sft" if algo == "sft" else "preference"
+
+
 def load(spec, form, policy, field="data.train"):
   """Reads all records of a source, or of all parts of a mixture in order.
 
