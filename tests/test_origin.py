@@ -1,5 +1,7 @@
 """The specs of pre-trained models, and where they are looked for."""
 
+import types
+
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
@@ -39,18 +41,31 @@ def test_of_the_hub_only_what_a_checkpoint_needs_is_fetched(
   needed = ["config.json", "model-00001-of-00002.safetensors"]
   needed += ["tokenizer.model", "chat_template.jinja"]
   heavy = ["pytorch_model.bin", "flax_model.msgpack", "model.gguf", "a.py"]
+  heavy += ["onnx/model.safetensors", "consolidated.safetensors"]
   asked = {}
 
-  def fetch(name, *, allow_patterns):
-    asked["name"], asked["patterns"] = name, allow_patterns
+  def fetch(name, **patterns):
+    asked["name"], asked["patterns"] = name, patterns
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+  (tmp_path / "model.safetensors").touch()
   assert origin.folder("some/model", FIELD) == tmp_path
-  kept = utils.filter_repo_objects(
-    needed + heavy, allow_patterns=asked["patterns"]
-  )
+  kept = utils.filter_repo_objects(needed + heavy, **asked["patterns"])
   assert (asked["name"], list(kept)) == ("some/model", needed)
+
+
+def test_a_hub_repository_of_pickles_names_the_command_that_converts_it(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(
+    huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path)
+  )
+  files = ["config.json", "pytorch_model.bin"]
+  api = types.SimpleNamespace(list_repo_files=lambda _: files)
+  monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+  with pytest.raises(ValueError, match=r"from_pretrained\('some/model'\)"):
+    origin.folder("some/model", FIELD)
 
 
 def test_what_is_neither_folder_nor_fetched_is_an_error_naming_field_and_name(

@@ -47,6 +47,7 @@ def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
     assert (conftest.ROOT / path).is_file(), path
   config = cli.load_config("configs/dpo.py")
   ipo = cli.load_config("configs/dpo.py:loss=ipo")
-  fields = set(cli._paths(config)) | set(cli._paths(ipo))
+  adapter = cli.load_config("configs/dpo.py:lora")
+  fields = {path for c in (config, ipo, adapter) for path in cli._paths(c)}
   for field in re.findall(r"--config\.([\w.]+)=", README):
     assert field in fields, field

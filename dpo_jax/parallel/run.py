@@ -93,6 +93,7 @@ def _pmap(fn, mesh, in_axes, donate):
 
 def place(values, shardings):
   """Puts a tree on the mesh as copies that may be donated."""
+  values = jax.device_put(values, shardings)  # from whatever devices
   return jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings)(
     values
   )

@@ -120,7 +120,6 @@ PLANTED = {
     (row("the <|bos|> plot is"), {}),
     (row(chosen="<|bos|> warm."), {}),
     (row(rejected=" <|bos|>"), {}),
-    (chat(), {"template": "bos"}),
     (chat(chosen="<|bos|>warm."), {"template": "eos"}),
   ],
   "special_tokens": [
@@ -144,7 +143,7 @@ def test_a_planted_defect_is_found_and_is_the_only_one(look, name, bad, fields):
   good = [chat(f"the plot {n}?") for n in range(3)]
   if "template" not in fields:
     good = GOOD
-  elif fields["template"] == "chatml" or bad == chat():
+  elif fields["template"] == "chatml":
     good = []
   report = look([*good, bad], boundary_merges=0.0, cut=0.0, **fields)
   assert failed(report) == [name]
@@ -155,6 +154,12 @@ def test_a_planted_defect_is_found_and_is_the_only_one(look, name, bad, fields):
   assert f"FAILED  {name:17}1 of {len(good) + 1} " in text
   assert f"0.jsonl:{len(good) + 1}" in text.replace("\n", "")
   assert audit_counts.CHECKS[name].hint.split()[0] in text
+
+
+def test_a_bos_that_begins_every_turn_is_no_bos_and_no_defect(look):
+  report = look([chat(), chat("the cast?")], template="bos")
+  assert not failed(report)
+  assert report["parts"][0]["bos"] == {0: 2}
 
 
 def test_specials_that_a_template_writes_are_not_text(look):
