@@ -1,7 +1,8 @@
 """Runs `fit` in a process of its own: driver.py WORKDIR KILL_AT OVERRIDE …
 
 Writes the example ids of every batch to WORKDIR/ids.jsonl as it is placed, and
-kills itself without warning once KILL_AT steps have been logged.
+kills itself without warning once KILL_AT steps have been logged and a
+checkpoint is complete.
 """
 
 import json
@@ -9,10 +10,19 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 from dpo_jax import cli, loop
 from dpo_jax.data import loader
 from dpo_jax.train import log
+
+
+def wait_for_a_checkpoint(workdir):
+  """Saving goes on in the background; it has its final name when complete."""
+  deadline = time.monotonic() + 60
+  while not any(p.name.isdigit() for p in workdir.glob("checkpoints/*")):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
 
 
 def main(workdir, kill_at, *overrides):
@@ -31,6 +41,7 @@ def main(workdir, kill_at, *overrides):
   def step(self, number, *args):
     out = step_of(self, number, *args)
     if str(number) == kill_at:
+      wait_for_a_checkpoint(workdir)
       os.kill(os.getpid(), signal.SIGKILL)
     return out
 

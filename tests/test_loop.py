@@ -332,8 +332,14 @@ def test_the_evaluation_is_the_mean_over_all_comparisons(tmp_path):
   result = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
   config = load("configs/dpo.py:smoke", "data.batch_size=960")
   run = assembly.prepare(config)
+  setup = run.setup
   loader, _ = assembly.build_loader(
-    config, run.setup.tokenizer, "toy", training=False, row_multiple=1
+    config,
+    setup.tokenizer,
+    setup.model.config,
+    "toy",
+    training=False,
+    row_multiple=1,
   )
   batch = loader.batch(0)[0]
   state = result.state
