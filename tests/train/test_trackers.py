@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 
 import numpy as np
@@ -105,4 +106,7 @@ def test_wandb_itself_takes_a_run(tmp_path, monkeypatch):
   monkeypatch.setenv("WANDB_MODE", "offline")
   loop.fit(load("log.wandb=mine"), tmp_path)
   (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-  assert b"rewards/margins" in file.read_bytes()
+  deadline = time.monotonic() + 30  # a process of its own writes the file
+  while b"rewards/margins" not in file.read_bytes():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
