@@ -195,13 +195,7 @@ def check_run(workdir, config, ref):
   Returns: {"step", "data_fingerprint"} of the newest checkpoint.
   Raises: ValueError naming the field, or init_from.
   """
-  path = epath.Path(workdir).absolute() / "checkpoints"
-  with ocp.CheckpointManager(path) as manager:
-    step = manager.latest_step()
-    try:
-      meta = _read_meta(manager, step)
-    except _Damaged as error:
-      raise ValueError(f"{path}: step {step}: {error}") from error
+  path, step, meta = _newest(workdir)
   about = {k: v for k, v in meta["config"].items() if k not in config}
   settings.check_config(meta["config"], {**config, **about}, path)
   # "ref/…", or "base/…" under an adapter
@@ -215,6 +209,17 @@ def check_run(workdir, config, ref):
   return {"step": step, "data_fingerprint": about["data_fingerprint"]}
 
 
+def _newest(workdir):
+  """(path, step, metadata) of the newest checkpoint of a run folder."""
+  path = epath.Path(workdir).absolute() / "checkpoints"
+  with ocp.CheckpointManager(path) as manager:
+    step = manager.latest_step()
+    try:
+      return path, step, _read_meta(manager, step)
+    except _Damaged as error:
+      raise ValueError(f"{path}: step {step}: {error}") from error
+
+
 def identity(workdir):
   """{"step", "checksums"} of the newest checkpoint of a run folder.
 
@@ -222,13 +227,7 @@ def identity(workdir):
   """
   if latest_step(workdir) is None:
     raise ValueError(f"{workdir} holds no finished checkpoint; train it first")
-  path = epath.Path(workdir).absolute() / "checkpoints"
-  with ocp.CheckpointManager(path) as manager:
-    step = manager.latest_step()
-    try:
-      meta = _read_meta(manager, step)
-    except _Damaged as error:
-      raise ValueError(f"{path}: step {step}: {error}") from error
+  _, step, meta = _newest(workdir)
   return {"step": step, "checksums": meta["checksums"] | meta["frozen"]}
 
 

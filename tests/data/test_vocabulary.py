@@ -4,14 +4,13 @@ import json
 import random
 import sys
 
+import gguf
 import huggingface_hub.constants
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dpo_jax.data import bpe, tokenize, vocabulary
-
-gguf = pytest.importorskip("gguf", reason="pip install gguf")
 
 SENTENCES = [
   "the plot is warm and clever, and 1999 was long ago.",

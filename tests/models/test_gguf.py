@@ -3,6 +3,7 @@
 import pathlib
 import sys
 
+import gguf as library
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,6 @@ from dpo_jax.data import tokenize
 from dpo_jax.models import export, gguf, hf, sample, transformer
 from tests.models import parity
 
-library = pytest.importorskip("gguf", reason="pip install gguf")
 TYPES = library.GGMLQuantizationType
 LINEAR = library.RopeScalingType.LINEAR
 
