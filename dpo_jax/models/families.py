@@ -72,10 +72,8 @@ def read(raw):
   return config_lib.ModelConfig(**found), vocab_size
 
 
-def _gpt2(f):
-  f.only("scale_attn_weights", True)
-  f.only("scale_attn_by_inverse_layer_idx", False)
-  f.only("add_cross_attention", False)
+def _gpt(f):
+  """What GPT-2 and GPT-J share."""
   embed, heads = f["n_embd"], f["n_head"]
   return {
     "layers": f["n_layer"],
@@ -91,28 +89,26 @@ def _gpt2(f):
   }
 
 
+def _gpt2(f):
+  f.only("scale_attn_weights", True)
+  f.only("scale_attn_by_inverse_layer_idx", False)
+  f.only("add_cross_attention", False)
+  return _gpt(f)
+
+
 def _gptj(f):
   f.only("scale_attn_weights", None, True)
   f.only("rotary", None, True)
   f.only("tie_word_embeddings", False)
-  embed, heads = f["n_embd"], f["n_head"]
+  shared = _gpt(f)
   return {
-    "layers": f["n_layer"],
-    "embed": embed,
-    "heads": heads,
-    "kv_heads": heads,
-    "head_dim": embed // heads,
-    "mlp": f["n_inner"] or 4 * embed,
-    "max_positions": f["n_positions"],
-    "norm_eps": f["layer_norm_epsilon"],
+    **shared,
     "residual": "parallel_shared",
     "position": "rotary",
-    "rotary_dim": f["rotary_dim"] or embed // heads,
-    "activation": fields.activation(f, "activation_function"),
+    "rotary_dim": f["rotary_dim"] or shared["head_dim"],
     "qkv_bias": False,
     "out_bias": False,
     "head_bias": True,
-    "tied": False,
   }
 
 
