@@ -16,9 +16,12 @@ def get_config():
   c.algo = "preference"  # preference or sft
   c.loss = common.loss("dpo")  # the loss and its own fields
   c.workdir = optional(str)  # run folder, or None: --workdir
-  # The reference is the initial policy. frozen: a copy of its weights; cached:
-  # its log-probs, computed once and kept on disk; none: no reference.
+  # The reference is the initial policy. frozen: a copy of its weights; base:
+  # the base of an adapter; cached: its log-probs, computed once and kept on
+  # disk; ema: a copy that follows the policy; none: no reference.
   c.ref = "frozen"
+  c.ref_mix = optional(float)  # of "ema": share of the policy in an update
+  c.ref_every = optional(int)  # of "ema": steps between updates
   c.ref_store = optional(str)  # of "cached"; None: the run folder
   c.init_seed = 0  # of the random initial parameters
   c.init_from = optional(str)  # hf:NAME, gguf:FILE, run folder, or None: random
@@ -76,6 +79,7 @@ def get_config():
   t.steps = optional(int)  # updates, or None for train.epochs
   t.epochs = 1.0  # passes over the data when train.steps is None
   t.accumulation = 1  # microbatches per update
+  t.max_noise = 0.1  # largest |reward| at step 0, where policy = reference
   t.max_skipped = 10  # stop after so many non-finite updates in a row
 
   c.mesh = m = config_dict.ConfigDict()

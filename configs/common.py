@@ -5,18 +5,9 @@ import typing
 
 from ml_collections import config_dict
 
+from configs import losses
 from dpo_jax import lookup
 from dpo_jax.models import config as model_config
-
-# Each loss's own fields with its paper's defaults.
-LOSSES = {
-  "dpo": {"beta": 0.1, "label_smoothing": 0.0},
-  "ipo": {"beta": 0.1, "dialect": "paper"},
-  "hinge": {"beta": 0.1},
-  "sft": {},
-}
-
-WITHOUT_REFERENCE = ("sft",)
 
 # The constants of the DPO paper's appendix B, and of AdamW.
 OPTIMIZERS = {
@@ -32,10 +23,7 @@ OPTIMIZERS = {
 }
 
 
-def loss(name):
-  """config.loss for a loss."""
-  fields = lookup.lookup(LOSSES, name, "loss")
-  return config_dict.ConfigDict({"name": name, **fields})
+loss = losses.loss
 
 
 def optim(name):
@@ -82,6 +70,14 @@ def select_model(c, name):
   if ":" in name:
     return pretrained(c, name)
   c.model = model(name)
+  return c
+
+
+def select_ref(c, name):
+  """Gives a config a reference; "ema" with TR-DPO's soft update."""
+  c.ref = name
+  if name == "ema":  # arXiv:2404.09656
+    c.ref_mix, c.ref_every = 0.6, 512
   return c
 
 

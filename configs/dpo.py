@@ -14,7 +14,7 @@ paper's 1e-6 would not move it. For a pre-trained model set
 `--config.optim.learning_rate=1e-6`.
 """
 
-from configs import base, common
+from configs import base, common, losses
 
 
 def sweep():
@@ -23,15 +23,25 @@ def sweep():
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, loss="dpo", model="tiny", lora=False, smoke=False)
+  arg = common.parse_arg(
+    arg,
+    loss="dpo",
+    divergence="reverse_kl",
+    ref="frozen",
+    model="tiny",
+    lora=False,
+    smoke=False,
+  )
   c = base.get_config()
-  c.loss = common.loss(arg.loss)
-  if arg.loss in common.WITHOUT_REFERENCE:
+  c.loss = losses.loss(arg.loss, arg.divergence)
+  common.select_ref(c, arg.ref)
+  if not losses.needs_reference(arg.loss):
     c.ref = "none"
   common.select_model(c, arg.model)
   c.optim.learning_rate = 3e-4
   if arg.lora:
     c.lora = common.lora()
+    c.ref = "base" if c.ref == "frozen" else c.ref
   c.optim.warmup = 10
   if arg.smoke:
     c = common.smoke(c)

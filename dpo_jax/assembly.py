@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from dpo_jax import algos, checks, lookup, weights
 from dpo_jax.algos import base
+from dpo_jax.data import comparisons, order, rows, sources, tokenize
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.data import rows, sources, tokenize
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.parallel import mesh as mesh_lib
@@ -151,7 +151,7 @@ def prepare_point(config, run):
 def _untraced(config):
   """The fields of a config that are compiled in, flat."""
   flat = settings.flatten(config.to_dict())
-  _, numeric = base.split_fields(config.loss)
+  numeric = base.numeric_fields(config.loss)
   traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
   return {k: v for k, v in flat.items() if k not in traced} | dict.fromkeys(
     traced
@@ -183,16 +183,20 @@ def build_loader(config, tokenizer, shape, spec, *, training, row_multiple):
   """
   policy = sources.Policy(config.data.bad_records)
   field = "data.train" if training else "data.eval"
-  records = sources.load(spec, sources.form_of(config.algo), policy, field)
+  kind = algos.kind_of(config)
+  records = sources.load(spec, comparisons.FORMS[kind], policy, field)
   weights = tuple(weight for weight, _ in sources.parse(spec, field))
   examples, changed = tokenize.encode(records, tokenizer, config.data, policy)
+  examples = comparisons.arrange(examples, kind)
+  if "scores" in algos.needs_of(config):
+    examples = comparisons.scored(examples, policy)
   layout = rows.Layout(
     config.data.packed,
     config.data.shared,
     row_multiple,
     config.data.max_row_length,
   )
-  size = loader_lib.epoch_size(loader_lib.mixture(examples, weights))
+  size = order.epoch_size(order.mixture(examples, weights))
   loader = loader_lib.Loader(
     examples,
     layout,
@@ -230,7 +234,7 @@ def total_steps(config, size):
 
 def hyper_params(config):
   """The traced scalars of a step; changing one never recompiles."""
-  _, numeric = base.split_fields(config.loss)
+  numeric = base.numeric_fields(config.loss)
   numeric["learning_rate"] = config.optim.learning_rate
   return {k: jnp.float32(v) for k, v in numeric.items()}
 
@@ -246,7 +250,9 @@ def initial_state(run, initial):
   setup = run.setup
 
   def create(params):
-    return state_lib.create(jax.tree.map(jnp.copy, params), run.optimizer, {})
+    params = jax.tree.map(jnp.copy, params)
+    extra = run.algorithm.extra(params)
+    return state_lib.create(params, run.optimizer, {}, extra)
 
   def build():
     shapes = weights.sharded(setup, jax.eval_shape(create, params))
@@ -332,6 +338,6 @@ def step_flops(run, stats):
     stats.scored,
     stats.visible,
   )
-  ref = config.ref == "frozen"
+  ref = config.ref in ("frozen", "base", "ema")
   passes = (2 if config.lora is not None else 3) + ref
   return passes * by_weights + (3 + ref) * by_attention

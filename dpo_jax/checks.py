@@ -13,6 +13,7 @@ _OPTIONAL = {
   *("model.attention_scale", "model.attention_softcap", "model.logit_softcap"),
   *("data.train", "data.eval", "data.max_row_length"),
   *("train.steps", "mesh.data", "workdir", "ref_store", "log.wandb"),
+  *("ref_mix", "ref_every"),
   *("sample.prompts", "sample.prefix", "sample.labelled", *_SHARES),
   *("export.folder", "export.push", "init_adapter"),
 }

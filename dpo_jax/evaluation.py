@@ -100,9 +100,11 @@ def _held_out(setup, params, ref, workdir):
   if config.ref == "cached":
     scoring.attach_reference(setup, ref, loader, workdir)
   zero = jnp.zeros((), jnp.int32)
-  frozen = {"ref": ref} if config.ref == "frozen" else {}
-  state = state_lib.TrainState(zero, params, {}, frozen, {}, zero)
+  frozen = {"ref": ref} if config.ref in ("frozen", "base") else {}
   algorithm = assembly.make_algorithm(setup)
+  # Measured from what the run began with, also where its reference moved on.
+  extra = algorithm.extra(ref)
+  state = state_lib.TrainState(zero, params, {}, frozen, extra, zero)
   hparams = assembly.hyper_params(config)
   return preference.evaluate(setup, algorithm, state, hparams, "policy")
 

@@ -59,8 +59,9 @@ def objective(config, apply):
   algorithm = _algorithm(config, apply)
 
   def terms(params, frozen, batch, hparams):
-    batch = algorithm.prepare(batch, frozen, {})
-    return algorithm.objective(params, frozen, batch, hparams)
+    extra = algorithm.extra(params)
+    batch = algorithm.prepare(batch, frozen, extra)
+    return algorithm.objective(params, frozen, batch, hparams, extra)
 
   return terms
 
@@ -78,14 +79,16 @@ def train_step(config, apply, params):
   if total is None:
     raise ValueError("set train.steps: the schedule of a train step needs it")
   optimizer = optim.make(config.optim, total)
+  algorithm = _algorithm(config, apply)
   step = step_lib.make(
-    _algorithm(config, apply),
+    algorithm,
     optimizer,
     accumulation=config.train.accumulation,
     axis_name=run_lib.axis_name(config.mesh.mode),
   )
   frozen = {"ref": params} if config.ref == "frozen" else {}
-  return step, state_lib.create(params, optimizer, frozen)
+  extra = algorithm.extra(params)
+  return step, state_lib.create(params, optimizer, frozen, extra)
 
 
 def parallelize(config, step, state):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from dpo_jax import assembly
 from dpo_jax.algos import base
@@ -36,20 +37,22 @@ def loader_of(setup, examples):
   )
 
 
-def token_logps(setup, params, loader):
+def token_logps(setup, params, loader, numbers=None):
   """Yields (example index, f32[scored tokens of it] in nats), once each.
 
   Args:
     setup: assembly.Setup.
     params: placed parameters of its model.
     loader: an in-order Loader.
+    numbers: of the batches to go over; None is all of them.
   """
   apply, chunk = setup.model.apply, setup.config.head_chunk
+  numbers = range(loader.steps) if numbers is None else numbers
 
   def logps(params, batch):
     return base.token_logps(apply, params, batch, chunk)
 
-  for values in _over(setup, "token logps", logps, loader, params):
+  for values in _over(setup, "token logps", logps, loader, numbers, params):
     yield values[0], values[1]
 
 
@@ -78,13 +81,14 @@ def token_kl(setup, params, ref, loader):
     policy = base.token_logps(apply, params, batch, chunk)
     return kl, policy, base.token_logps(apply, ref, batch, chunk)
 
-  yield from _over(setup, "token kl", values, loader, params, ref)
+  numbers = range(loader.steps)
+  yield from _over(setup, "token kl", values, loader, numbers, params, ref)
 
 
-def _over(setup, name, fn, loader, *trees):
-  """Yields (example index, values…) of fn(*trees, batch) over a loader."""
+def _over(setup, name, fn, loader, numbers, *trees):
+  """Yields (example index, values…) of fn(*trees, batch) over some batches."""
   compiled = setup.once(name, lambda: run_lib.forward(fn, setup.mesh))
-  for number in range(loader.steps):
+  for number in numbers:
     batch, _ = assembly.place_batch(setup._replace(mode="jit"), loader, number)
     out = jax.tree.leaves(compiled(*trees, batch))
     columns = [dict(loader.unpack(number, np.asarray(x))) for x in out]
@@ -95,39 +99,101 @@ def _over(setup, name, fn, loader, *trees):
 def attach_reference(setup, params, loader, workdir):
   """Gives a loader's examples the log-probs of the reference.
 
-  Taken from the store where they are, else computed and stored.
+  Taken from the store as far as they are there; the rest is computed and
+  stored, block by block, so that what is interrupted goes on where it was.
+  All processes call this together; each writes a share of the blocks.
 
   Args:
     setup: assembly.Setup.
     params: of the reference.
     loader: Loader, for training or of one pass.
     workdir: run folder, which holds the store unless config.ref_store says
-      where it is.
+      where it is; all processes see the same one.
+  Raises: ValueError if the folder of the entry holds something else.
   """
   if loader.has_reference:
     return
-  if jax.process_count() > 1:
-    raise ValueError("ref = 'cached' runs in one process; set ref = 'frozen'")
   folder = setup.config.ref_store or epath.Path(workdir) / "ref_logps"
   in_order = loader.in_order()
-  parts = {
+  entry = reference.entry(
+    folder, _made_of(setup, params, in_order), in_order.counts
+  )
+  described, first = reference.check(entry), jax.process_index() == 0
+  if first and not described:
+    reference.describe(entry)
+  # What one process sees decides for all: they must compute the same batches.
+  found = _shared(reference.find(entry) if first else {}, len(entry.blocks))
+  if len(found) < len(entry.blocks):
+    written = _compute(setup, params, in_order, entry, found)
+    found |= _shared(written, len(entry.blocks))
+  loader.set_reference(reference.load(entry, found))
+
+
+def _made_of(setup, params, loader):
+  """What determines reference log-probs up to rounding, as plain values.
+
+  Nothing of the loss, of the order or of the layout of batches.
+  """
+  return {
     "data": loader.fingerprint,
     "params": state_lib.fingerprint(params),
     "model": dataclasses.asdict(setup.model.config),
     "vocab_size": setup.model.vocab_size,
     "precision": setup.config.precision,
   }
-  values = reference.load(folder, parts, in_order.counts)
-  if values is None:
-    found = dict(
-      log.progress(
-        token_logps(setup, params, in_order),
-        in_order.size,
-        "reference log-probs",
-        loud=jax.process_index() == 0,
-      )
-    )
-    values = [found[i] for i in range(in_order.size)]
-    if jax.process_index() == 0:
-      reference.save(folder, parts, values)
-  loader.set_reference(values)
+
+
+def _compute(setup, params, loader, entry, found):
+  """Computes the blocks that were not found, and writes this process's share.
+
+  Args:
+    setup, params: as for `token_logps`.
+    loader: in-order Loader of all examples, not of the missing ones: so the
+      batches are those of a run that was not interrupted, to the bit.
+    entry: reference.Entry.
+    found: blocks that are there.
+  Returns: {number: checksum} of the blocks that this process wrote.
+  """
+  per_block = len(entry.blocks[0])
+  missing = [n for n in range(len(entry.blocks)) if n not in found]
+  numbers = [
+    n
+    for n in range(loader.steps)
+    if np.isin(loader.indices(n) // per_block, missing).any()
+  ]
+  # Every process, whether it writes or not: one on a network file system may
+  # remember for a while that the folder was not there.
+  entry.path.mkdir(parents=True, exist_ok=True)
+  mine = missing[jax.process_index() :: jax.process_count()]
+  waiting, written = {n: {} for n in mine}, {}
+  for index, values in log.progress(
+    token_logps(setup, params, loader, numbers),
+    sum(len(loader.indices(n)) for n in numbers),
+    "reference log-probs" + (" still missing" if found else ""),
+    loud=jax.process_index() == 0,
+  ):
+    number = index // per_block
+    if number not in waiting:
+      continue
+    waiting[number][index] = values
+    if len(waiting[number]) == len(entry.blocks[number]):
+      block = waiting.pop(number)
+      ordered = [block[i] for i in entry.blocks[number]]
+      written[number] = reference.write(entry, number, ordered)
+  assert not waiting, "a pass has every example"
+  return written
+
+
+def _shared(checksums, blocks):
+  """The {block: checksum} of all processes together, in each of them.
+
+  Also waits for all processes.
+  """
+  if jax.process_count() == 1:
+    return checksums
+  table = np.zeros((2, blocks), np.uint32)
+  for number, checksum in checksums.items():
+    table[:, number] = 1, checksum
+  # [processes, 2, blocks]; a block is in the table of one process at most.
+  there, sums = multihost_utils.process_allgather(table).max(axis=0)
+  return {int(n): int(sums[n]) for n in np.flatnonzero(there)}

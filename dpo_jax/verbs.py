@@ -154,13 +154,13 @@ def write_report(config, workdir, module):
 def audit(config, workdir, module):
   """Prints what data.train and data.eval hold; 1 if a limit is exceeded."""
   del workdir, module
-  from dpo_jax import assembly
-  from dpo_jax.data import audit, audit_text
+  from dpo_jax import algos, assembly
+  from dpo_jax.data import audit, audit_text, comparisons
 
   if "audit" not in config:
     raise ValueError("audit needs a config that starts from configs/base.py")
   assembly.check(config)
-  reports = audit.audit(config)
+  reports = audit.audit(config, comparisons.FORMS[algos.kind_of(config)])
   for report in reports:
     print(audit_text.text(report))
   print(audit_text.verdict(reports))

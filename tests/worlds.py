@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from dpo_jax.data import rows, tokenize
+from dpo_jax.data import comparisons, rows
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 
@@ -87,7 +87,7 @@ def examples(count, seed=0, completions=2, longest=9):
     many = 4 if completions == 4 and number % 3 == 0 else 2
     pairs = [(w, l, 1.0) for w in range(many) for l in range(w + 1, many)]
     texts = tuple(ids() for _ in range(many))
-    out.append(tokenize.Example(number, 0, ids(), texts, tuple(pairs)))
+    out.append(comparisons.Example(number, 0, ids(), texts, tuple(pairs)))
   return out
 
 

@@ -17,28 +17,59 @@ class Terms(NamedTuple):
   Attributes:
     losses: {name: (values, weights)}; the loss is the sum of their means.
     metrics: {name: (values, weights)}.
+    peaks: {name: (values, weights)}: metrics of the largest value.
+    kept: what of state.extra is new, of a batch-level algorithm.
   """
 
   losses: dict
   metrics: dict
+  peaks: dict = {}  # noqa: RUF012 - a constant
+  kept: dict = {}  # noqa: RUF012
+
+
+def no_extra(params):
+  """For algorithms that keep nothing between steps."""
+  del params
+  return {}
+
+
+def no_update(extra, params, step):
+  """For algorithms that keep nothing of the policy."""
+  del params, step
+  return extra
 
 
 class Algorithm(NamedTuple):
   """An algorithm as pure functions.
 
   Attributes:
-    objective: (params, frozen, batch, hparams) -> Terms.
+    features: (params, frozen, batch, hparams) -> (moving, fixed), trees of
+      arrays whose first axis is the rows; `moving` is differentiated.
+    combine: (moving, fixed, extra, hparams) -> Terms.
     prepare: (batch, frozen, extra) -> batch, without gradient: reference
       log-probs, advantages.
-    batch_level: the examples of a batch are coupled, so the objective must see
-      the whole global batch at once.
+    batch_level: the examples of a batch are coupled, so `combine` must see the
+      features of the whole global batch at once.
+    extra: trained parameters -> what the state keeps between steps.
+    update: (extra, trained parameters, steps done) -> extra, after an update.
+    at_reference: hparams -> the loss where policy = reference, or None; None
+      without a reference.
     rollout: (state, prompts, rng) -> examples, for on-policy algorithms.
   """
 
-  objective: Callable
+  features: Callable
+  combine: Callable
   prepare: Callable
   batch_level: bool = False
+  extra: Callable = no_extra
+  update: Callable = no_update
+  at_reference: Callable | None = None
   rollout: Callable | None = None
+
+  def objective(self, params, frozen, batch, hparams, extra=None):
+    """Terms of one prepared batch: `combine` of its `features`."""
+    moving, fixed = self.features(params, frozen, batch, hparams)
+    return self.combine(moving, fixed, extra or {}, hparams)
 
 
 def on_adapter(algorithm, policy):
@@ -50,21 +81,31 @@ def on_adapter(algorithm, policy):
   Returns: Algorithm whose `frozen` has the "base", the reference.
   """
 
-  def objective(params, frozen, batch, hparams):
+  def features(params, frozen, batch, hparams):
     params = policy(frozen["base"], params)
-    return algorithm.objective(params, frozen, batch, hparams)
+    return algorithm.features(params, frozen, batch, hparams)
 
   def prepare(batch, frozen, extra):
+    if "ref" in extra:
+      extra = {**extra, "ref": policy(frozen["base"], extra["ref"])}
     return algorithm.prepare(batch, {"ref": frozen["base"]}, extra)
 
-  return algorithm._replace(objective=objective, prepare=prepare)
+  return algorithm._replace(features=features, prepare=prepare)
 
 
-def split_fields(loss):
-  """(text fields, numeric fields) of config.loss; the latter are hparams."""
-  fields = {k: v for k, v in loss.items() if k != "name"}
-  static = {k: v for k, v in fields.items() if isinstance(v, str)}
-  return static, {k: v for k, v in fields.items() if k not in static}
+def numeric_fields(loss):
+  """{name: value} of the numbers of config.loss, which are hparams.
+
+  Those of a term of a mixture are "dpo.beta".
+  """
+  fields = {}
+  for name, value in loss.items():
+    if hasattr(value, "items"):
+      inside = numeric_fields(value)
+      fields |= {f"{name}.{k}": v for k, v in inside.items()}
+    elif not isinstance(value, str):
+      fields[name] = value
+  return fields
 
 
 def no_preparation(batch, frozen, extra):
@@ -90,7 +131,12 @@ def completions(batch):
 
 def token_logps(apply, params, batch, chunk):
   """f32[R, S] log-probs in nats of the scored tokens; 0 at padding."""
-  hidden, head = apply(params, batch)
+  return head_logps(apply(params, batch), batch, chunk)
+
+
+def head_logps(outputs, batch, chunk):
+  """`token_logps` from the model's outputs, (hidden, Head)."""
+  hidden, head = outputs
   targets = jnp.take_along_axis(batch["tokens"], batch["target_index"], axis=1)
   return logprobs.token_logps(
     hidden,

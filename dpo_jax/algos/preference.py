@@ -1,106 +1,94 @@
-"""DPO and its family: comparisons of completions under policy and reference."""
+"""DPO and its family: comparisons of completions under policy and reference.
+
+    features   log-probs of every completion, and what the loss needs beside
+    combine    the loss of each comparison, and its metrics
+
+`combine` sees no model, only f32 per comparison; a loss that couples the batch
+gets the features of the whole global batch (see train/step.py).
+"""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import lookup
-from dpo_jax.algos import base
-from dpo_jax.ops import logprobs, losses
-
-_REFERENCES = ("frozen", "cached", "none")
+from dpo_jax.algos import base, diagnostics
+from dpo_jax.algos import needs as needs_lib
+from dpo_jax.algos import parts as parts_lib
+from dpo_jax.data import sources
+from dpo_jax.ops import logprobs
 
 
 def make(config, apply):
   """The Algorithm of `config.loss`.
 
   Args:
-    config: reads loss, ref and head_chunk.
+    config: reads loss, ref, ref_mix, ref_every, lora, data and head_chunk.
     apply: (params, batch) -> (hidden, Head).
   """
-  loss = lookup.lookup(losses.LOSSES, config.loss.name, "loss.name")
-  lookup.lookup(_REFERENCES, config.ref, "ref")
-  static, numeric = base.split_fields(config.loss)
-  _check_fields(config.loss, loss)
+  parts = parts_lib.of(config.loss)
+  wanted = {name for part in parts for name in part.loss.needs}
+  parts_lib.check_reference(config, parts, wanted)
+  with_ref = config.ref != "none"
+  specs = (config.data.train, config.data.eval)
+  count = max(len(sources.parse(s)) for s in (*specs, "one") if s is not None)
   prepare = base.no_preparation
-  if config.ref != "none":
+  if with_ref:
     prepare = functools.partial(
-      reference_logps, apply=apply, chunk=config.head_chunk
-    )
-  return base.Algorithm(
-    objective=functools.partial(
-      objective,
+      reference_logps,
       apply=apply,
-      name=config.loss.name,
-      loss=loss,
-      static=static,
-      numeric=tuple(numeric),
       chunk=config.head_chunk,
-      with_ref=config.ref != "none",
+      outputs="sequence_kl" in wanted,
+    )
+  options = {"wanted": tuple(sorted(wanted)), "with_ref": with_ref}
+  return base.Algorithm(
+    features=functools.partial(
+      features, apply=apply, chunk=config.head_chunk, **options
+    ),
+    combine=functools.partial(
+      combine, parts=parts, sources_count=count, with_ref=with_ref
     ),
     prepare=prepare,
-    batch_level=loss.batch_level,
+    batch_level=any(part.loss.batch_level for part in parts),
+    extra=functools.partial(
+      _extra, ema=config.ref == "ema", kept="running" in wanted
+    ),
+    update=functools.partial(
+      _follow, mix=config.ref_mix, every=config.ref_every
+    )
+    if config.ref == "ema"
+    else base.no_update,
+    at_reference=functools.partial(_at_reference, parts) if with_ref else None,
   )
 
 
-def _check_fields(fields, loss):
-  """Raises ValueError unless config.loss holds what the loss takes."""
-  takes = set(inspect.signature(loss.fn).parameters)
-  takes -= {"policy_logps", "ref_logps", *loss.needs}
-  have = set(fields) - {"name"}
-  if have != takes:
-    raise ValueError(
-      f"config.loss has the fields {sorted(have)}, but loss {fields.name!r} "
-      f"takes {sorted(takes)}; select a loss with its own fields by the "
-      f"config's argument: --config FILE.py:loss={fields.name}"
-    )
-  _check_ranges(fields)
-
-
-def _check_ranges(loss):
-  if "beta" in loss and not loss.beta > 0:
-    raise ValueError(f"loss.beta = {loss.beta} must be above 0")
-  if "label_smoothing" in loss and not 0 <= loss.label_smoothing < 0.5:
-    raise ValueError(
-      f"loss.label_smoothing = {loss.label_smoothing} must be in [0, 0.5)"
-    )
-
-
-def reference_logps(batch, frozen, extra, *, apply, chunk):
+def reference_logps(batch, frozen, extra, *, apply, chunk, outputs):
   """Adds ref_token_logps f32[R, S], unless the batch brings them.
 
+  Args:
+    batch: rows, see data.rows.
+    frozen: holds the reference as "ref", or
+    extra: does, where it follows the policy.
+    outputs: whether to add its (hidden, Head) too, as ref_outputs.
   Raises: ValueError if there is neither a cached nor a frozen reference.
   """
-  del extra
   if "ref_token_logps" in batch:
     return batch
-  if "ref" not in frozen:
+  params = extra.get("ref", frozen.get("ref"))
+  if params is None:
     raise ValueError(
       "the batch brings no ref_token_logps and there is no frozen reference: "
       "give the loader its own (scoring.attach_reference), or set "
       "ref = 'frozen'"
     )
-  logps = base.token_logps(apply, frozen["ref"], batch, chunk)
-  return {**batch, "ref_token_logps": jax.lax.stop_gradient(logps)}
+  found = jax.lax.stop_gradient(apply(params, batch))
+  logps = base.head_logps(found, batch, chunk)
+  batch = {**batch, "ref_token_logps": jax.lax.stop_gradient(logps)}
+  return {**batch, "ref_outputs": found} if outputs else batch
 
 
-def objective(
-  params,
-  frozen,
-  batch,
-  hparams,
-  *,
-  apply,
-  name,
-  loss,
-  static,
-  numeric,
-  chunk,
-  with_ref,
-):
-  """Terms of one batch of comparisons.
+def features(params, frozen, batch, hparams, *, apply, chunk, wanted, with_ref):
+  """What the losses read of each comparison.
 
   Each completion's log-prob is computed once and gathered by `pairs`, so four
   completions serve six comparisons.
@@ -109,28 +97,131 @@ def objective(
     params: the policy.
     frozen: unused here; `prepare` has read the reference from it.
     batch: rows with ref_token_logps, see data.rows.
-    hparams: holds the numeric fields of config.loss, named in `numeric`.
+    hparams: reads "step".
+    wanted: names of needs.NEEDS.
+  Returns: (moving, fixed): dicts of arrays [R, Q, …]; losses are differentiated
+    through `moving` alone.
   """
   del frozen
-  pairs = batch["pairs"]
-  token_logps = base.token_logps(apply, params, batch, chunk)
-  policy = base.completion_sums(token_logps, batch)
+  outputs = apply(params, batch)
+  token_logps = base.head_logps(outputs, batch, chunk)
   # Without a reference the log-ratio of the loss is the policy's own log-prob.
-  ref = jnp.zeros_like(policy)
-  if with_ref:
-    ref = base.completion_sums(batch["ref_token_logps"], batch)
-  beside = {"lengths": base.lengths}
-  kwargs = {
-    name: logprobs.select(beside[name](batch), pairs) for name in loss.needs
+  ref = batch["ref_token_logps"] if with_ref else jnp.zeros_like(token_logps)
+  step = hparams.get("step", 0)
+  scored = needs_lib.Scored(batch, token_logps, ref, outputs, step, chunk)
+  pairs, count = batch["pairs"], base.completions(batch)
+  ended = batch["ended"].reshape(batch["ended"].shape[0], -1)
+  values = {
+    "policy_logps": needs_lib.of_completions(scored, token_logps),
+    "ref_logps": needs_lib.of_completions(scored, ref),
+    "lengths": needs_lib.lengths(scored),
+    "ended": logprobs.select(ended, pairs),
+    "weights": batch["weights"],
+    "source": logprobs.select(batch["source"], pairs[..., 0] // count),
   }
-  out = loss.fn(
-    logprobs.select(policy, pairs),
-    logprobs.select(ref, pairs),
-    **kwargs,
-    **static,
-    **{name: hparams[name] for name in numeric},
-  )
-  weights = batch["weights"]
-  value = out.pop("loss")
-  metrics = {name: (values, weights) for name, values in out.items()}
-  return base.Terms({name: (value, weights)}, metrics)
+  for name in wanted:
+    if name not in values and name not in needs_lib.KEPT:
+      values[name] = needs_lib.NEEDS[name](scored)
+  moving = {k: v for k, v in values.items() if k in needs_lib.MOVING}
+  fixed = {k: v for k, v in values.items() if k not in moving}
+  return moving, jax.lax.stop_gradient(fixed)
+
+
+def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
+  """Terms of the comparisons of a batch.
+
+  Args:
+    moving, fixed: of `features`.
+    extra: of the TrainState; holds "running" where a loss keeps it.
+    hparams: holds the numeric fields of config.loss.
+  """
+  values = {**moving, **fixed, **extra}
+  weights, terms, metrics, kept = fixed["weights"], {}, {}, {}
+  for part in parts:
+    out = part.fn(
+      values["policy_logps"],
+      values["ref_logps"],
+      **{name: values[name] for name in part.loss.needs},
+      **{name: hparams[field] for name, field in part.numeric.items()},
+    )
+    kept |= {k: out.pop(k) for k in needs_lib.KEPT if k in out}
+    out = {name: _weighted(value, weights) for name, value in out.items()}
+    value, factor = out.pop("loss")
+    if part.weight is not None:
+      metrics[f"losses/{part.name}"] = jax.lax.stop_gradient(value), factor
+      value = hparams[part.weight] * value
+    terms[part.name] = value, factor
+    metrics = {**out, **metrics}
+  ratios = None
+  if with_ref:
+    ratios = values["policy_logps"] - values["ref_logps"]
+  if "labels" not in fixed:
+    plain = {name: value for name, (value, _) in metrics.items()}
+    more = diagnostics.of_pairs(plain, fixed, ratios)
+    metrics |= {name: (value, weights) for name, value in more.items()}
+  metrics |= diagnostics.by_source(metrics, fixed["source"], sources_count)
+  peaks = {}
+  if with_ref and "rewards/chosen" in metrics:
+    sides = [metrics[f"rewards/{s}"] for s in ("chosen", "rejected")]
+    largest = jnp.maximum(*(jnp.abs(value) for value, _ in sides))
+    peaks["rewards/largest"] = largest, weights
+  return base.Terms(terms, metrics, peaks, kept)
+
+
+def _weighted(value, weights):
+  """(values, weights) of what a loss returned under a name."""
+  if isinstance(value, tuple):
+    return value[0], weights * value[1]
+  return value, weights
+
+
+def _extra(params, *, ema, kept):
+  """What the state keeps between steps, at step 0."""
+  extra = {}
+  if ema:
+    extra["ref"] = jax.tree.map(jnp.copy, params)
+  if kept:
+    extra["running"] = {"mean": jnp.float32(0), "count": jnp.float32(0)}
+  return extra
+
+
+def _follow(extra, params, step, *, mix, every):
+  """The reference that follows the policy (TR-DPO).
+
+      every `every` steps  π_ref ← α π + (1 − α) π_ref,  α = `mix`
+
+  Source: arXiv:2404.09656.
+  """
+
+  def blend(ref, new):
+    mixed = mix * new.astype(jnp.float32) + (1 - mix) * ref.astype(jnp.float32)
+    return jnp.where(step % every == 0, mixed.astype(ref.dtype), ref)
+
+  return {**extra, "ref": jax.tree.map(blend, extra["ref"], params)}
+
+
+def _at_reference(parts, hparams):
+  """The loss where policy = reference, or None if it depends on the data."""
+  total = 0.0
+  for part in parts:
+    shape = (1, 2)
+    values = {
+      "weights": jnp.ones(shape[:1]),
+      "running": {"mean": jnp.float32(0), "count": jnp.float32(0)},
+      **dict.fromkeys(needs_lib.MOVING, jnp.zeros(shape)),
+      **dict.fromkeys(
+        ("ref_prefix_logps", "ref_common_logps"), jnp.zeros(shape)
+      ),
+    }
+    values.pop("sequence_kl")
+    if not part.loss.reference or not set(part.loss.needs) <= set(values):
+      return None
+    out = part.fn(
+      jnp.zeros(shape),
+      jnp.zeros(shape),
+      **{name: values[name] for name in part.loss.needs},
+      **{name: hparams[field] for name, field in part.numeric.items()},
+    )
+    weight = 1.0 if part.weight is None else hparams[part.weight]
+    total += weight * out["loss"][0]
+  return float(total)

@@ -14,20 +14,26 @@ _CONTEXT = 8  # tokens in front of one that its text is looked up behind
 _PART = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of a character
 
 
-def audit(config):
-  """The reports of data.train and, where it is set, data.eval."""
+def audit(config, form):
+  """The reports of data.train and, where it is set, data.eval.
+
+  Args:
+    config: see `report`.
+    form: of the rows, of records.FORMS.
+  """
   tokenizer = tokenize.load(config.tokenizer)
   fields = ["data.train"]
   if config.data.eval is not None:
     fields.append("data.eval")
-  return [report(config, tokenizer, field) for field in fields]
+  return [report(config, form, tokenizer, field) for field in fields]
 
 
-def report(config, tokenizer, field):
+def report(config, form, tokenizer, field):
   """The report of a data set, as plain values.
 
   Args:
-    config: reads algo, data, audit and tokenizer (its name).
+    config: reads data, audit and tokenizer (its name).
+    form: of the rows, of records.FORMS.
     tokenizer: tokenize.Tokenizer.
     field: "data.train" or "data.eval".
   Returns: {"field", "spec", "tokenizer", "shown": examples token by token,
@@ -41,7 +47,8 @@ def report(config, tokenizer, field):
   for _, source in sources.parse(spec, field):
     policy = sources.Policy("skip")
     facts = []
-    for record, made in _encoded(config, tokenizer, source, policy, field):
+    each = _encoded(config, form, tokenizer, source, policy, field)
+    for record, made in each:
       facts.append(counts.facts_of(record, made, tokenizer))
       if len(shown) < config.audit.show:
         shown.append(_show(record, made, tokenizer))
@@ -67,9 +74,8 @@ def report(config, tokenizer, field):
   }
 
 
-def _encoded(config, tokenizer, source, policy, field):
+def _encoded(config, form, tokenizer, source, policy, field):
   """Yields (record, tokenize.Encoded) of the usable records of a source."""
-  form = sources.form_of(config.algo)
   records = list(sources.read(source, form, policy, field))
   each = tokenize.encode_each(records, tokenizer, config.data)
   for record, made in zip(records, each, strict=True):

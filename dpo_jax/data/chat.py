@@ -9,7 +9,7 @@ not. Where a template writes no end of turn, one EOS is the end.
 import functools
 from typing import NamedTuple
 
-from dpo_jax.data import records
+from dpo_jax.data import fields, records
 
 
 class Rendered(NamedTuple):
@@ -42,8 +42,8 @@ def render_record(record, apply_template):
   for messages in record.completions:
     try:
       prompt, text = render(record.prompt, messages, apply_template)
-    except records.BadRecord as error:
-      raise records.BadRecord(
+    except fields.BadRecord as error:
+      raise fields.BadRecord(
         error.reason, f"{record.origin}: {error}"
       ) from error
     if text.endswith(end):
@@ -91,13 +91,13 @@ def render(prompt_messages, completion_messages, apply_template):
   prompt = _apply(apply_template, prompt_messages, True)
   whole = _apply(apply_template, both, False)
   if not whole.startswith(prompt):
-    raise records.BadRecord(
+    raise fields.BadRecord(
       "template",
       "the chat template writes the prompt in another way once a reply "
       f"follows: {prompt[-40:]!r} is not the beginning of the reply",
     )
   if whole == prompt:
-    raise records.BadRecord(
+    raise fields.BadRecord(
       "template", "the chat template writes nothing for the reply"
     )
   return prompt, whole[len(prompt) :]
@@ -124,7 +124,7 @@ def marks_turns(bos, apply_template):
   messages = [{"role": role, "content": text} for role, text in turns]
   try:
     return _apply(apply_template, messages, False).count(bos) > 1
-  except (records.BadRecord, ValueError):  # it refuses the probe
+  except (fields.BadRecord, ValueError):  # it refuses the probe
     return False
 
 
@@ -136,6 +136,6 @@ def _apply(apply_template, messages, add_generation_prompt):
       "chat templates need jinja2: pip install jinja2"
     ) from error
   except Exception as error:  # a template raises anything
-    raise records.BadRecord(
+    raise fields.BadRecord(
       "template", f"the chat template refuses the messages: {error}"
     ) from error

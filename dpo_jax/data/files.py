@@ -10,10 +10,13 @@ import json
 
 from etils import epath
 
-from dpo_jax.data import records
+from dpo_jax.data import fields
 
 # Columns of a .csv whose cells are JSON, as they hold no text.
-_JSON_COLUMNS = {"completions", "label", "messages", "pairs", "tokens"}
+_JSON_COLUMNS = {
+  *("completions", "label", "messages", "pairs", "tokens", "ranking"),
+  *("scores", "score_chosen", "score_rejected"),
+}
 
 
 def read_bytes(path):
@@ -38,12 +41,12 @@ def jsonl(path, policy):
       yield origin, json.loads(line)
     except UnicodeDecodeError as error:
       policy.bad(
-        records.BadRecord("invalid UTF-8", f"{origin}: not UTF-8: {error}")
+        fields.BadRecord("invalid UTF-8", f"{origin}: not UTF-8: {error}")
       )
     except (ValueError, RecursionError) as error:
       hint = "; the last line is cut short" if number == len(lines) else ""
       policy.bad(
-        records.BadRecord("invalid JSON", f"{origin}: not JSON: {error}{hint}")
+        fields.BadRecord("invalid JSON", f"{origin}: not JSON: {error}{hint}")
       )
 
 
@@ -60,7 +63,7 @@ def csv_rows(path, policy):
     origin = f"{path}:{line}"
     try:
       yield origin, _csv_row(names, cells, origin)
-    except records.BadRecord as error:
+    except fields.BadRecord as error:
       policy.bad(error)
 
 
@@ -86,7 +89,7 @@ def _csv_lines(path, text):
 
 def _csv_row(names, cells, origin):
   if len(cells) != len(names):
-    raise records.BadRecord(
+    raise fields.BadRecord(
       "wrong columns",
       f"{origin}: {len(cells)} cells, where the first line names {len(names)}",
     )
@@ -97,7 +100,7 @@ def _csv_row(names, cells, origin):
     except (ValueError, RecursionError) as error:
       if name == "label":  # a class by its name: SFT does not look at it
         continue
-      raise records.BadRecord(
+      raise fields.BadRecord(
         "invalid JSON", f"{origin}: field {name!r} is not JSON: {error}"
       ) from error
   return row

@@ -9,15 +9,14 @@ of hosts.
 """
 
 import collections
-import functools
 import hashlib
-import math
 import queue
 import threading
 from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.data import comparisons, order
 from dpo_jax.data import rows as rows_lib
 
 _PLANNED_BATCHES = 4096  # whose sizes the planner looks at, at most
@@ -40,77 +39,6 @@ class Stats(NamedTuple):
   scored: int
   visible: int
   fill: float
-
-
-def mixture(examples, weights):
-  """The parts of an epoch: tuple of (examples, weight), in order.
-
-  Args:
-    examples: list of tokenize.Example, those of one source together, in order.
-    weights: tuple by source: how often an epoch has each of its examples; or
-      None for 1.
-  Raises: ValueError for a part that has no example in an epoch.
-  """
-  if weights is None or all(weight == 1 for weight in weights):
-    return ((len(examples), 1.0),)
-  if not all(0 < weight < math.inf for weight in weights):
-    raise ValueError(f"weights {weights} must be finite and above 0")
-  sources = [example.source for example in examples]
-  assert sources == sorted(sources), "examples are in the order of the sources"
-  counts = np.bincount(sources, minlength=len(weights)).tolist()
-  parts = tuple(zip(counts, map(float, weights), strict=True))
-  for number, part in enumerate(parts, 1):
-    if epoch_size((part,)) == 0:
-      raise ValueError(
-        f"part {number} of the mixture: of {part[0]} usable examples, the "
-        f"weight {part[1]} leaves none; raise it, or leave the part out"
-      )
-  return parts
-
-
-def epoch_size(parts):
-  """Examples per epoch of a mixture."""
-  return sum(
-    int(weight) * count + round(weight % 1 * count) for count, weight in parts
-  )
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(parts, seed, epoch):
-  if seed is None:
-    return np.arange(epoch_size(parts))
-  rng = np.random.default_rng([seed, epoch])
-  indices, start = [], 0
-  for count, weight in parts:
-    part = np.arange(start, start + count)
-    indices += [part] * int(weight)
-    more = round(weight % 1 * count)
-    if more:
-      indices.append(rng.permutation(part)[:more])
-    start += count
-  indices = np.concatenate(indices)
-  return indices[rng.permutation(len(indices))]
-
-
-def stream(start, count, size, seed, parts=None):
-  """Example indices start … start + count − 1 of the endless stream.
-
-  Args:
-    start: global example counter.
-    count: how many.
-    size: examples per epoch.
-    seed: of the order; None keeps the order of the file.
-    parts: of a mixture, see `mixture`; None is one of weight 1.
-  Returns: i64[count].
-  """
-  parts = ((size, 1.0),) if parts is None else parts
-  counter = np.arange(start, start + count)
-  epochs = counter // size
-  out = np.zeros(count, int)
-  for epoch in np.unique(epochs):
-    here = epochs == epoch
-    out[here] = _permutation(parts, seed, int(epoch))[counter[here] % size]
-  return out
 
 
 class Loader:
@@ -140,7 +68,7 @@ class Loader:
     """See `rows.Layout` and `rows.plan_shapes`.
 
     Args:
-      examples: list of tokenize.Example.
+      examples: list of comparisons.Example.
       layout: rows.Layout.
       batch_size: examples per batch.
       seed: of the order; None is one pass in file order, whose last batch may
@@ -148,9 +76,10 @@ class Loader:
       budget, multiple: of the planner.
       steps: batches that will be asked for, for the planner; None is one epoch.
       windows: of the model's layers (None sees all), for Stats.visible.
-      weights: of the parts of a mixture, see `mixture`; needs a seed.
+      weights: of the parts of a mixture, see `order.mixture`; needs a seed.
     """
     self._examples, self._layout = examples, layout
+    self._extras = comparisons.extras_of(examples)
     self._batch_size, self._seed, self._multiple = batch_size, seed, multiple
     self._options = {
       "batch_size": batch_size,
@@ -158,12 +87,14 @@ class Loader:
       "multiple": multiple,
       "windows": windows,
     }
-    self._parts = mixture(examples, weights)
-    self.size = epoch_size(self._parts)
+    self._parts = order.mixture(examples, weights)
+    self.size = order.epoch_size(self._parts)
     digest = hashlib.blake2b(digest_size=8)
     for example in examples:
       digest.update(repr(example[2:5]).encode())
-    if self._parts != mixture(examples, None):
+      for more in (example.labels, example.scores):
+        digest.update(b"" if more is None else repr(more).encode())
+    if self._parts != order.mixture(examples, None):
       if seed is None:
         raise ValueError(
           f"the weights {weights} of a mixture are for training; evaluation "
@@ -194,7 +125,7 @@ class Loader:
     start, count = number * self._batch_size, self._batch_size
     if self._seed is None:
       count = min(count, self.size - start)
-    return stream(start, count, self.size, self._seed, self._parts)
+    return order.stream(start, count, self.size, self._seed, self._parts)
 
   def batch(self, number, row_slice=None):
     """Batch `number` as (dict of numpy arrays, Stats).
@@ -219,9 +150,7 @@ class Loader:
     if row_slice is not None:
       rows = rows[row_slice(len(rows))]
     rows = [[self._examples[i] for i in row] for row in rows]
-    built = rows_lib.build(
-      rows, shape, self._layout, with_ref=self.has_reference
-    )
+    built = rows_lib.build(rows, shape, self._layout, self._extras)
     return built, stats
 
   def unpack(self, number, values):
@@ -264,6 +193,7 @@ class Loader:
       example._replace(ref_logps=values)
       for example, values in zip(self._examples, ref_logps, strict=True)
     ]
+    self._extras = comparisons.extras_of(self._examples)
 
   def _assign(self, number):
     """Rows of batch `number`, each a list of example indices."""

@@ -82,7 +82,8 @@ def records(draws, labels, seed):
     draws: list of dicts with "id", "prompt", "completion", "tokens" and
       "reward", those of one prompt together.
     labels, seed: see `compare`.
-  Returns: (list of {"prompt", "completions", "tokens", "pairs"}, Counter of
+  Returns: (list of {"prompt", "completions", "tokens", "pairs", "scores"},
+    Counter of
     what was left out).
   """
   groups, left_out = collections.defaultdict(list), collections.Counter()
@@ -105,6 +106,7 @@ def records(draws, labels, seed):
           "completions": texts,
           "tokens": [draw["tokens"] for draw in kept],
           "pairs": pairs,
+          "scores": [float(reward) for reward in rewards],
         }
       )
   return out, left_out

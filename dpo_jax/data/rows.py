@@ -14,9 +14,13 @@ holds up to P examples. Inside an example: prompt, completion 1, completion 2,
     source_index        i32[R, S]     position that predicts it: its predecessor
                                       in the branch, or the prompt's last token
     target_slot         i32[R, S]     p·C + c; P·C = padding
-    pairs               i32[R, Q, 2]  slots (winner, loser) of each comparison
+    pairs               i32[R, Q, K]  slots of each comparison: winner, loser
+                                      (K = 2), see data.comparisons
     weights             f32[R, Q]     1 for a comparison, 0 for padding
+    labels              f32[R, Q]     of single completions, where there are
     completion_weights  f32[R, P, C]  1 for a completion, 0 for padding
+    ended               f32[R, P, C]  1 for a completion that was not cut
+    scores              f32[R, P, C]  of the completions, where there are
     example_id, source  i32[R, P]     identity; which data set
     ref_token_logps     f32[R, S]     of the reference in nats, where cached
 
@@ -35,7 +39,7 @@ class Shape(NamedTuple):
 
   Attributes:
     rows, length, scored: R, T, S.
-    per_row, completions, tile, pairs: P, C, E, Q.
+    per_row, completions, tile, pairs, compared: P, C, E, Q, K.
   """
 
   rows: int
@@ -45,6 +49,7 @@ class Shape(NamedTuple):
   completions: int
   tile: int
   pairs: int
+  compared: int
 
   def fits(self, other):
     """Whether a batch that needs `other` fits into this shape."""
@@ -75,6 +80,7 @@ class Need(NamedTuple):
   scored: np.ndarray
   completions: np.ndarray
   pairs: np.ndarray
+  compared: np.ndarray
 
 
 def needs(examples, layout):
@@ -92,7 +98,9 @@ def needs(examples, layout):
   scored = [sum(map(len, e.completions)) for e in examples]
   completions = [len(e.completions) for e in examples]
   pairs = [len(e.pairs) for e in examples]
-  return Need(*map(np.asarray, (length, scored, completions, pairs)))
+  compared = [max((len(p) - 1 for p in e.pairs), default=2) for e in examples]
+  columns = length, scored, completions, pairs, compared
+  return Need(*map(np.asarray, columns))
 
 
 def assign(lengths, layout, count=None):
@@ -146,6 +154,7 @@ def needed_shape(need, rows):
     completions=completions,
     tile=int(need.length[everything].max()),
     pairs=per_row * most_pairs,
+    compared=int(need.compared.max()),
   )
 
 
@@ -236,7 +245,7 @@ def _branches(example, shared, stride):
   """An example as arrays of its own positions, from 0.
 
   Args:
-    example: tokenize.Example.
+    example: comparisons.Example.
     shared: one prompt for all branches, or one each.
     stride: start of branch c is c · stride; None places them end to end.
   Returns: (offset, tokens, positions, branch) per position, and
@@ -271,14 +280,14 @@ def _branches(example, shared, stride):
   return [np.asarray(x) for x in per_position + per_target]
 
 
-def build(rows, shape, layout, *, with_ref=False):
+def build(rows, shape, layout, extras=()):
   """The batch of rows of examples, as a dict of numpy arrays.
 
   Args:
-    rows: list of lists of tokenize.Example; may be a slice of all R rows.
+    rows: list of lists of comparisons.Example; may be a slice of all R rows.
     shape: Shape.
     layout: Layout.
-    with_ref: add ref_token_logps from the examples' ref_logps.
+    extras: arrays that all these examples have, of comparisons.EXTRAS.
   Returns: the arrays of the module docstring, with len(rows) for R.
   """
   R, T, S, P = len(rows), shape.length, shape.scored, shape.per_row
@@ -292,14 +301,15 @@ def build(rows, shape, layout, *, with_ref=False):
     "target_index": np.zeros((R, S), np.int32),
     "source_index": np.zeros((R, S), np.int32),
     "target_slot": np.full((R, S), P * C, np.int32),
-    "pairs": np.zeros((R, Q, 2), np.int32),
+    "pairs": np.full((R, Q, shape.compared), P * C, np.int32),
     "weights": np.zeros((R, Q), np.float32),
     "completion_weights": np.zeros((R, P, C), np.float32),
+    "ended": np.zeros((R, P, C), np.float32),
     "example_id": np.zeros((R, P), np.int32),
     "source": np.zeros((R, P), np.int32),
   }
-  if with_ref:
-    batch["ref_token_logps"] = np.zeros((R, S), np.float32)
+  sizes = {"ref_token_logps": (R, S), "labels": (R, Q), "scores": (R, P, C)}
+  batch |= {name: np.zeros(sizes[name], np.float32) for name in extras}
   stride = None
   if not (layout.packed or layout.shared):
     stride = T // C
@@ -319,13 +329,20 @@ def build(rows, shape, layout, *, with_ref=False):
       batch["target_index"][r, here] = target + start
       batch["source_index"][r, here] = source + start
       batch["target_slot"][r, here] = p * C + completion
-      if with_ref:
+      if "ref_token_logps" in extras:
         batch["ref_token_logps"][r, here] = example.ref_logps
-      for winner, loser, weight in example.pairs:
-        batch["pairs"][r, compared] = p * C + winner, p * C + loser
+      for number, (*compares, weight) in enumerate(example.pairs):
+        slots = p * C + np.asarray(compares)
+        batch["pairs"][r, compared, : len(slots)] = slots
         batch["weights"][r, compared] = weight
+        if "labels" in extras:
+          batch["labels"][r, compared] = example.labels[number]
         compared += 1
-      batch["completion_weights"][r, p, : len(example.completions)] = 1
+      here = r, p, slice(len(example.completions))
+      batch["completion_weights"][here] = 1
+      batch["ended"][here] = 1 if example.ended is None else example.ended
+      if "scores" in extras:
+        batch["scores"][here] = example.scores
       batch["example_id"][r, p] = example.example_id
       batch["source"][r, p] = example.source
       start = int(at[-1]) + 1

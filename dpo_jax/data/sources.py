@@ -5,8 +5,8 @@ them or their labels. A spec names where they come from:
 
     my.jsonl        one JSON object a line
     my.csv          the first line names the columns; an empty cell is a missing
-                    field; "completions", "pairs", "messages", "tokens" and
-                    "label" hold JSON
+                    field; "completions", "pairs", "messages", "tokens",
+                    "ranking", "label" and the scores hold JSON
     my.parquet      one row a record; a null is a missing field
     hf:NAME_OR_FOLDER[@CONFIG][:SPLIT]
                     a Hugging Face data set, of the hub or saved in a folder;
@@ -29,6 +29,10 @@ The forms of a row. Fields that no form names are ignored.
                      "pairs": [[winner, loser], …]}, and perhaps "tokens": the
                     ids of each completion as it was drawn, EOS included if it
                     came; without it the text is encoded
+                    {"prompt", "completions", "ranking": [best, …, worst]}
+                    Both may have "scores", a number for each completion; the
+                    first form "score_chosen" and "score_rejected"
+    feedback        label or preference
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
                     preferences, of which it takes the first completion
     prompt          {"prompt"} of any of these
@@ -52,10 +56,10 @@ import re
 from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.data import files, hub, records, reviews
+from dpo_jax.data import fields, files, hub, records, reviews
 
 Record = records.Record
-BadRecord = records.BadRecord
+BadRecord = fields.BadRecord
 
 
 class Policy:
@@ -114,17 +118,12 @@ def parse(spec, field="data.train"):
   return out
 
 
-def form_of(algo):
-  """The form of the rows that `config.algo` trains on."""
-  return "sft" if algo == "sft" else "preference"
-
-
 def load(spec, form, policy, field="data.train"):
   """Reads all records of a source, or of all parts of a mixture in order.
 
   Args:
     spec: see the module docstring; weights are for the loader.
-    form: "preference", "sft", "label" or "prompt".
+    form: of records.FORMS.
     policy: Policy for bad records; counts what it skips.
     field: the config field that names the source, for messages.
   Returns: list of Record, of every part at least one.
@@ -206,6 +205,8 @@ def _toy(count="960"):
       "prompt": prompt,
       "chosen": f" {good[0]} and {good[1]}.",
       "rejected": f" {bad[0]} and {bad[1]}.",
+      "score_chosen": 1.0,
+      "score_rejected": 0.0,
     }
 
 

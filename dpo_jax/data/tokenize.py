@@ -15,10 +15,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from dpo_jax import lookup
-from dpo_jax.data import chat, sources, vocabulary
+from dpo_jax.data import chat, comparisons, sources, vocabulary
 
 
 class Tokenizer(NamedTuple):
@@ -43,27 +41,6 @@ class Tokenizer(NamedTuple):
   eos_id: int
   apply_template: Callable | None = None
   specials: Mapping[int, str] = types.MappingProxyType({})
-
-
-class Example(NamedTuple):
-  """A prompt with completions, in token ids.
-
-  Attributes:
-    example_id: identity for randomness and logs: the record's number.
-    source: which data set of a mixture.
-    prompt: ids, never empty.
-    completions: ids of each, never empty; all are scored.
-    pairs: (winner, loser, weight).
-    ref_logps: f32[scored tokens], the reference's log-probs in nats of all
-      completions, one after the other; None until they are computed.
-  """
-
-  example_id: int
-  source: int
-  prompt: list[int]
-  completions: tuple[list[int], ...]
-  pairs: tuple[tuple[int, int, float], ...]
-  ref_logps: np.ndarray | None = None
 
 
 def load(name):
@@ -130,12 +107,12 @@ class Encoded(NamedTuple):
   """What became of a record.
 
   Attributes:
-    example: Example; None if the record cannot be used.
+    example: comparisons.Example; None if the record cannot be used.
     changed: Counter of what was changed on the way.
     error: sources.BadRecord, why there is no example; else None.
   """
 
-  example: Example | None
+  example: comparisons.Example | None
   changed: collections.Counter
   error: sources.BadRecord | None
 
@@ -146,18 +123,18 @@ def encode(records, tokenizer, options, policy):
   Args:
     records, tokenizer, options: see `encode_each`.
     policy: sources.Policy for bad records.
-  Returns: (list of Example, Counter of what was changed on the way).
+  Returns: (list of comparisons.Example, Counter of what was changed).
   """
-  examples, changed = [], collections.Counter()
+  made_of, changed = [], collections.Counter()
   for made in encode_each(records, tokenizer, options):
     if made.error is not None:
       policy.bad(made.error)
       continue
-    examples.append(made.example)
+    made_of.append(made.example)
     changed.update(made.changed)
-  if not examples:
+  if not made_of:
     raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
-  return examples, changed
+  return made_of, changed
 
 
 def encode_each(records, tokenizer, options):
@@ -203,23 +180,39 @@ def _text(record, tokenizer):
     return error
 
 
-def _example(number, made, prompt, whole, tokenizer, options, changed):
+def _example(number, made, prompt, joined, tokenizer, options, changed):
   """The Example of a chat.Rendered whose texts have the ids given."""
   record = made.record
   if record.tokens is None:
     completions = [
       _end(ids, tokenizer.eos_id, made.ended, changed)
-      for ids in _behind(prompt, whole, record, tokenizer, changed)
+      for ids in _behind(prompt, joined, record, tokenizer, changed)
     ]
   else:
     completions = _drawn(record, prompt, tokenizer)
+  limit = options.max_completion_length
+  # What a policy drew up to a limit of its own has no end either.
+  whole = [
+    len(ids) <= limit and (made.ended or ids[-1] == tokenizer.eos_id)
+    for ids in completions
+  ]
   completions = [_cut(ids, options, changed) for ids in completions]
   prompt = _begin(prompt, tokenizer, options, record.origin, changed)
   for ids in (prompt, *completions):
     _check_known(ids, tokenizer, record.origin)
   _check_completions(completions, tokenizer.eos_id, record)
-  pairs = tuple((w, l, 1.0) for w, l in record.pairs)
-  return Example(number, record.source, prompt, tuple(completions), pairs)
+  return comparisons.Example(
+    number,
+    record.source,
+    prompt,
+    tuple(completions),
+    tuple((w, l, 1.0) for w, l in record.pairs),
+    labels=record.labels,
+    scores=record.scores,
+    ranking=record.ranking,
+    ended=tuple(whole),
+    origin=record.origin,
+  )
 
 
 def prompts(texts, tokenizer, options, policy):

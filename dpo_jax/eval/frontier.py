@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from dpo_jax import scoring
-from dpo_jax.data import tokenize
+from dpo_jax.data import comparisons
 from dpo_jax.eval import generate, rewards
 from dpo_jax.train import log
 
@@ -37,7 +37,7 @@ def measure(setup, params, ref):
   ]
   rows = generate.describe(drawn, scorers, options.draws)
   examples = [
-    tokenize.Example(d.id, 0, d.prompt_ids, (d.ids,), ()) for d in drawn
+    comparisons.Example(d.id, 0, d.prompt_ids, (d.ids,), ()) for d in drawn
   ]
   names = [f"reward/{s.name}" for s in scorers] + ["length"]
   # Of other distributions than π itself these would be no estimates of the KL.

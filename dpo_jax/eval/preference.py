@@ -1,7 +1,7 @@
 """Held-out means of an objective: of comparisons, or of SFT completions."""
 
 from dpo_jax import assembly
-from dpo_jax.ops import reduce
+from dpo_jax.train import step
 
 
 def evaluate(setup, algorithm, state, hparams, of):
@@ -25,7 +25,4 @@ def evaluate(setup, algorithm, state, hparams, of):
     ):
       for name, value in part.items():
         total[name] = total.get(name, 0.0) + float(value)
-  means = {k: float(v) for k, v in reduce.divide(nums, dens).items()}
-  loss = sum(v for k, v in means.items() if k.startswith("loss/"))
-  metrics = {k: v for k, v in means.items() if not k.startswith("loss/")}
-  return {"loss": loss, **metrics}
+  return {k: float(v) for k, v in step.means_of(nums, dens).items()}

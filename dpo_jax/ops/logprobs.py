@@ -114,15 +114,38 @@ def token_kl(hidden, head, ref_hidden, ref_head, source_index, mask, *, chunk):
   Returns: f32[R, S].
   """
 
-  def body(_, source):
+  def kl(source):
     ours = logits(attention.take_rows(hidden, source), head)
     theirs = logits(attention.take_rows(ref_hidden, source), ref_head)
     logp, logq = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
-    return None, jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
 
+  return _by_chunk(kl, source_index, mask, chunk)
+
+
+def token_log_sum_sq(hidden, head, source_index, mask, *, chunk):
+  """log Σ_v π(v)² of the next token at each scored position.
+
+  Args: as `token_kl`, of one model.
+  Returns: f32[R, S], at most 0.
+  """
+
+  def log_sum_sq(source):
+    out = logits(attention.take_rows(hidden, source), head)
+    return jax.nn.logsumexp(2 * jax.nn.log_softmax(out), axis=-1)
+
+  return _by_chunk(log_sum_sq, source_index, mask, chunk)
+
+
+def _by_chunk(fn, source_index, mask, chunk):
+  """fn(positions [R, chunk]) at all scored positions; 0 where masked.
+
+  Each chunk is computed again in the backward pass, which stores no logits.
+  """
   (sources,) = _chunks(chunk, jnp.where(mask, source_index, 0))
-  _, kl = jax.lax.scan(body, None, sources)
-  return jnp.where(mask, _unchunk(kl, source_index.shape[1]), 0.0)
+  body = jax.checkpoint(lambda _, source: (None, fn(source)))
+  _, values = jax.lax.scan(body, None, sources)
+  return jnp.where(mask, _unchunk(values, source_index.shape[1]), 0.0)
 
 
 def select(values, index):

@@ -45,6 +45,26 @@ def means(terms):
   return divide(numerators(terms), denominators(terms))
 
 
+def peaks(terms):
+  """{name: largest value that has weight} of {name: (values, weights)}."""
+  return {
+    name: jnp.max(jnp.where(w > 0, v.astype(jnp.float32), -jnp.inf))
+    for name, (v, w) in terms.items()
+  }
+
+
+def pmax(tree, axis_name):
+  """Maximum over a pmap axis; the identity where `axis_name` is None."""
+  return tree if axis_name is None else jax.lax.pmax(tree, axis_name)
+
+
+def gather_rows(tree, axis_name):
+  """Rows of all devices of a pmap axis; the identity where there is none."""
+  if axis_name is None:
+    return tree
+  return jax.lax.all_gather(tree, axis_name, axis=0, tiled=True)
+
+
 def psum(tree, axis_name):
   """Sum over a pmap axis; the identity where `axis_name` is None."""
   return tree if axis_name is None else jax.lax.psum(tree, axis_name)

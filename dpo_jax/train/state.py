@@ -32,12 +32,12 @@ class TrainState:
   skipped: jax.Array
 
 
-def create(params, optimizer, frozen):
+def create(params, optimizer, frozen, extra):
   """A state at step 0."""
   trained, _ = tree.split(params, optimizer.trains)
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
-    zero, params, optimizer.tx.init(trained), frozen, {}, zero.copy()
+    zero, params, optimizer.tx.init(trained), frozen, extra, zero.copy()
   )
 
 

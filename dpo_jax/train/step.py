@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import tree
-from dpo_jax.algos import base
+from dpo_jax.algos import base, diagnostics
 from dpo_jax.ops import reduce
 
 
@@ -25,15 +25,11 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
   Returns: the step. hparams holds traced scalars: "learning_rate" and what the
     objective reads. metrics are f32 scalars over the global batch.
   """
-  if algorithm.batch_level and (accumulation > 1 or axis_name is not None):
-    raise ValueError(
-      "this loss couples the examples of a batch, so it needs them all at "
-      "once: set train.accumulation = 1 and mesh.mode = 'jit'"
-    )
 
   def step(state, batch, hparams):
     trained, rest = tree.split(state.params, optimizer.trains)
-    grads, loss, metrics = gradients(
+    hparams = {**hparams, "step": state.step}
+    grads, loss, metrics, kept = gradients(
       algorithm,
       lambda trained: tree.graft(rest, trained),
       trained,
@@ -53,19 +49,22 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     def guard(new, old):
       return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+    params = tree.graft(rest, guard(updated, trained))
+    extra = guard({**state.extra, **kept}, state.extra)
     state = state.replace(
       step=state.step + 1,
-      params=tree.graft(rest, guard(updated, trained)),
+      params=params,
       opt_state=guard(opt_state, state.opt_state),
+      extra=algorithm.update(extra, params, state.step + 1),
       skipped=jnp.where(finite, 0, state.skipped + 1),
     )
-    extra = {
+    more = {
       "loss": loss,
       "grad_norm": norm,
       "learning_rate": rate,
       "skipped": state.skipped.astype(jnp.float32),
     }
-    return state, {**metrics, **extra}
+    return state, {**metrics, **more}
 
   return step
 
@@ -73,62 +72,129 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
 def gradients(
   algorithm, whole, trained, state, batch, hparams, accumulation, axis_name
 ):
-  """(gradient of the loss for `trained`, loss, metrics) over the global batch.
+  """Gradient of the loss for `trained`, over the global batch.
 
   Args:
     whole: trained parameters -> all parameters of the policy.
     trained: what is differentiated.
     Others as in `make`.
+  Returns: (gradient, loss, metrics, what of state.extra is new).
   """
 
-  def terms_of(params, batch):
+  def features(trained, batch):
     batch = algorithm.prepare(batch, state.frozen, state.extra)
-    return algorithm.objective(params, state.frozen, batch, hparams)
+    return algorithm.features(whole(trained), state.frozen, batch, hparams)
 
-  # Weights depend on the data only; the forward pass behind them is dead code
-  # that the compiler drops.
-  weights = reduce.denominators(_merged(terms_of(state.params, batch)))
-  dens = jax.lax.stop_gradient(reduce.psum(weights, axis_name))
+  def combine(moving, fixed):
+    return algorithm.combine(moving, fixed, state.extra, hparams)
 
-  def local_loss(trained, batch):
-    terms = terms_of(whole(trained), batch)
-    nums = reduce.numerators(_merged(terms))
-    means = reduce.divide(nums, dens)
-    return sum(means[_loss_key(name)] for name in terms.losses), nums
-
-  grad_fn = jax.grad(local_loss, has_aux=True)
-  if accumulation == 1:
-    grads, nums = grad_fn(trained, batch)
+  if algorithm.batch_level and (accumulation > 1 or axis_name is not None):
+    grads, terms = _coupled(
+      features, combine, trained, batch, accumulation, axis_name
+    )
+    totals, axis_name = reduce.denominators(_merged(terms)), None
+    nums, peaks = reduce.numerators(_merged(terms)), reduce.peaks(terms.peaks)
+    kept = terms.kept
   else:
-    grads, nums = _accumulate(grad_fn, trained, batch, accumulation)
-  grads, nums = reduce.psum((grads, nums), axis_name)
-  means = reduce.divide(nums, dens)
-  prefix = _loss_key("")
-  loss = sum(v for k, v in means.items() if k.startswith(prefix))
-  metrics = {k: v for k, v in means.items() if not k.startswith(prefix)}
-  return grads, loss, metrics
+    # Weights depend on the data only; the forward pass behind them is dead code
+    # that the compiler drops.
+    weights = reduce.denominators(_merged(combine(*features(trained, batch))))
+    totals = jax.lax.stop_gradient(reduce.psum(weights, axis_name))
+
+    def local_loss(trained, batch):
+      terms = combine(*features(trained, batch))
+      nums = reduce.numerators(_merged(terms))
+      aux = nums, reduce.peaks(terms.peaks), terms.kept
+      return _loss(reduce.divide(nums, totals)), aux
+
+    grad_fn = jax.grad(local_loss, has_aux=True)
+    if accumulation == 1:
+      grads, (nums, peaks, kept) = grad_fn(trained, batch)
+    else:
+      micros = _microbatches(batch, accumulation)
+      grads, (nums, peaks, kept) = _accumulate(grad_fn, trained, micros)
+    grads, nums = reduce.psum((grads, nums), axis_name)
+  means = reduce.divide(nums, totals)
+  metrics = {**_metrics(means, totals), **reduce.pmax(peaks, axis_name)}
+  return grads, _loss(means), metrics, kept
+
+
+def _coupled(features, combine, trained, batch, accumulation, axis_name):
+  """(gradient, Terms) of a loss that couples the global batch, in two stages.
+
+  First the features of all microbatches and devices, and with them
+  g = ∂loss/∂features; then the gradient of Σ sg(g)·features, microbatch by
+  microbatch. One more forward pass, and no microbatch holds another's
+  activations.
+  """
+  micros = _microbatches(batch, accumulation)
+  micro_features = jax.lax.map(lambda micro: features(trained, micro), micros)
+  rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), micro_features)
+  moving, fixed = reduce.gather_rows(rows, axis_name)
+
+  def loss(moving):
+    terms = combine(moving, fixed)
+    merged = _merged(terms)
+    totals = jax.lax.stop_gradient(reduce.denominators(merged))
+    return _loss(reduce.divide(reduce.numerators(merged), totals)), terms
+
+  slopes, terms = jax.grad(loss, has_aux=True)(moving)
+
+  def mine(slope):
+    """This device's rows, by microbatch."""
+    count = accumulation * jax.tree.leaves(micros)[0].shape[1]
+    start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
+    slope = jax.lax.dynamic_slice_in_dim(slope, start, count)
+    return slope.reshape(accumulation, -1, *slope.shape[1:])
+
+  def pull(trained, xs):
+    micro, slopes = xs
+    moving, _ = features(trained, micro)
+    parts = jax.tree.map(lambda s, x: jnp.sum(s * x), slopes, moving)
+    return sum(jax.tree.leaves(parts)), ({}, {}, {})
+
+  by_micro = micros, jax.tree.map(mine, slopes)
+  grads, _ = _accumulate(jax.grad(pull, has_aux=True), trained, by_micro)
+  return reduce.psum(grads, axis_name), terms
 
 
 def sums(algorithm, *, axis_name):
   """Builds f(state, batch, hparams) -> (numerators, denominators).
 
-  For evaluation: add them over batches, then divide. "loss" is the sum of the
-  means of all "loss/…" terms.
+  For evaluation: add them over batches, then `means_of`. "loss" is the sum of
+  the means of all "loss/…" terms.
   """
 
   def evaluate(state, batch, hparams):
     batch = algorithm.prepare(batch, state.frozen, state.extra)
-    terms = _merged(
-      algorithm.objective(state.params, state.frozen, batch, hparams)
-    )
+    found = algorithm.features(state.params, state.frozen, batch, hparams)
+    axis = axis_name
+    if algorithm.batch_level:
+      found, axis = reduce.gather_rows(found, axis), None
+    terms = _merged(algorithm.combine(*found, state.extra, hparams))
     out = reduce.numerators(terms), reduce.denominators(terms)
-    return reduce.psum(out, axis_name)
+    return reduce.psum(out, axis)
 
   return evaluate
 
 
+def means_of(nums, totals):
+  """{metric: value} of sums over all data, "loss" among them."""
+  means = reduce.divide(nums, totals)
+  return {"loss": _loss(means), **_metrics(means, totals)}
+
+
 def _loss_key(name):
   return f"loss/{name}"
+
+
+def _loss(means):
+  return sum(v for k, v in means.items() if k.startswith(_loss_key("")))
+
+
+def _metrics(means, totals):
+  metrics = {k: v for k, v in means.items() if not k.startswith(_loss_key(""))}
+  return diagnostics.derived(metrics, totals)
 
 
 def _merged(terms: base.Terms):
@@ -136,8 +202,8 @@ def _merged(terms: base.Terms):
   return {**losses, **terms.metrics}
 
 
-def _accumulate(grad_fn, trained, batch, accumulation):
-  """Sums gradients and numerators over microbatches of rows.
+def _microbatches(batch, accumulation):
+  """Rows as [accumulation, R / accumulation, …].
 
   Row i·A + a goes to microbatch a, so that each device's contiguous rows are
   spread over all microbatches and nothing moves between devices.
@@ -147,12 +213,27 @@ def _accumulate(grad_fn, trained, batch, accumulation):
     x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0)
 
-  micros = jax.tree.map(split, batch)
+  return jax.tree.map(split, batch)
+
+
+def _accumulate(grad_fn, trained, micros):
+  """Sums gradients and numerators over microbatches; keeps the largest peaks.
+
+  Args:
+    grad_fn: (trained, xs) -> (gradient, (numerators, peaks, kept)).
+    micros: xs of all microbatches; leading axis.
+  """
   first = jax.tree.map(lambda x: x[0], micros)
   shapes = jax.eval_shape(grad_fn, trained, first)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  grads, (nums, peaks, _) = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype), shapes
+  )
+  lowest = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), peaks)
 
   def body(total, micro):
-    return jax.tree.map(jnp.add, total, grad_fn(trained, micro)), None
+    grads, (nums, peaks, _) = grad_fn(trained, micro)
+    grads, nums = jax.tree.map(jnp.add, total[:2], (grads, nums))
+    return (grads, nums, jax.tree.map(jnp.maximum, total[2], peaks)), None
 
-  return jax.lax.scan(body, zeros, micros)[0]
+  (grads, nums, peaks), _ = jax.lax.scan(body, (grads, nums, lowest), micros)
+  return grads, (nums, peaks, {})

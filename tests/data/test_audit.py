@@ -5,7 +5,15 @@ import json
 import pytest
 
 from configs import base
-from dpo_jax.data import audit, audit_counts, audit_text, bpe, sources, tokenize
+from dpo_jax.data import (
+  audit,
+  audit_counts,
+  audit_text,
+  bpe,
+  comparisons,
+  sources,
+  tokenize,
+)
 
 CHATML = (
   "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -57,7 +65,9 @@ def look(folders, tmp_path):
     for name, value in fields.items():
       group = config.audit if name in config.audit else config.data
       group[name] = value
-    (report,) = audit.audit(config)
+    (report,) = audit.audit(
+      config, "sft" if config.algo == "sft" else "preference"
+    )
     return report
 
   return run
@@ -256,7 +266,7 @@ def test_a_source_of_which_nothing_is_left_fails_whatever_the_limit(look):
 
 def test_bos_of_a_tokenizer_whose_bos_is_the_eos_are_counted_in_front():
   tokenizer = tokenize.Tokenizer(None, None, 9, bos_id=7, eos_id=7)
-  example = tokenize.Example(0, 0, [7, 1, 7, 2], ([3, 7],), ())
+  example = comparisons.Example(0, 0, [7, 1, 7, 2], ([3, 7],), ())
   assert audit_counts.count_bos(example, tokenizer) == 1
   double = example._replace(prompt=[7, 7, 1])
   assert audit_counts.count_bos(double, tokenizer) == 2
@@ -348,12 +358,15 @@ def test_the_report_is_plain_values(look):
 def test_the_held_out_data_is_audited_too(folders):
   config = base.get_config()
   config.data.train, config.data.eval = "toy:9", "toy:3"
-  reports = audit.audit(config)
+  reports = audit.audit(config, "sft" if config.algo == "sft" else "preference")
   assert [r["field"] for r in reports] == ["data.train", "data.eval"]
   assert [r["parts"][0]["examples"] for r in reports] == [9, 3]
   assert audit_text.verdict(reports) == "no limit is exceeded"
   config.data.eval = None
-  assert len(audit.audit(config)) == 1
+  assert (
+    len(audit.audit(config, "sft" if config.algo == "sft" else "preference"))
+    == 1
+  )
 
 
 def test_every_limit_is_a_field_of_the_config():

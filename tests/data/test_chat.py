@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from dpo_jax.data import bpe, chat, records, sources, tokenize
+from dpo_jax.data import bpe, chat, fields, records, sources, tokenize
 
 HEAD = "{% for m in messages %}"
 CHATML = (
@@ -212,7 +212,7 @@ def silent(messages, add_generation_prompt):
   ],
 )
 def test_what_a_template_cannot_render_is_a_bad_record(template, words):
-  with pytest.raises(records.BadRecord, match=words) as caught:
+  with pytest.raises(fields.BadRecord, match=words) as caught:
     chat.render([USER, USER], [WARM], template)
   assert caught.value.reason == "template"
 
@@ -313,6 +313,6 @@ def test_the_prompt_of_a_preference_is_also_what_is_sampled_from(tokenizer):
 def test_conversations_that_part_before_the_last_turn_are_refused():
   other = [*TURNS[:2], {"role": "assistant", "content": "Fine."}, TURNS[3]]
   row = {"chosen": [*TURNS, WARM], "rejected": [*other, DULL]}
-  with pytest.raises(records.BadRecord) as caught:
+  with pytest.raises(fields.BadRecord) as caught:
     records.make(row, "preference", "my.jsonl:3")
   assert caught.value.reason == "different prompts"

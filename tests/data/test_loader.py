@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from dpo_jax.data import loader, rows, tokenize
+from dpo_jax.data import comparisons, loader, order, rows
 from dpo_jax.ops import attention
 from tests import worlds
 
@@ -46,7 +46,7 @@ def make(
 def of_lengths(lengths):
   """Examples whose two completions have these lengths."""
   return [
-    tokenize.Example(n, 0, [1], ([2] * k, [3] * k), ((0, 1, 1.0),))
+    comparisons.Example(n, 0, [1], ([2] * k, [3] * k), ((0, 1, 1.0),))
     for n, k in enumerate(lengths)
   ]
 
@@ -67,22 +67,22 @@ def assert_same(one, other):
 @pytest.mark.parametrize("seed", [0, 7, None])
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_the_stream_is_one_permutation_after_another(size, seed):
-  epochs = [loader.stream(e * size, size, size, seed) for e in range(9)]
+  epochs = [order.stream(e * size, size, size, seed) for e in range(9)]
   for epoch in epochs:
     assert sorted(epoch) == list(range(size))
   whole = np.concatenate(epochs)
   for start, count in itertools.product(range(3 * size), range(1, 5 * size)):
-    part = loader.stream(start, count, size, seed)
+    part = order.stream(start, count, size, seed)
     np.testing.assert_array_equal(part, whole[start : start + count])
 
 
 def test_the_stream_of_no_examples_is_empty():
-  assert loader.stream(5, 0, 3, 0).shape == (0,)
+  assert order.stream(5, 0, 3, 0).shape == (0,)
 
 
 def test_the_order_changes_with_the_epoch_and_with_the_seed():
   orders = {
-    tuple(loader.stream(epoch * 50, 50, 50, seed))
+    tuple(order.stream(epoch * 50, 50, 50, seed))
     for epoch, seed in itertools.product(range(3), range(3))
   }
   assert len(orders) == 9
@@ -90,8 +90,8 @@ def test_the_order_changes_with_the_epoch_and_with_the_seed():
 
 def test_the_stream_far_from_its_start_costs_no_more():
   start = 10**12 + 3  # would not fit in memory if it were walked to
-  got = loader.stream(start, 6, 4, 0)
-  epochs = [loader.stream((start // 4 + k) * 4, 4, 4, 0) for k in range(3)]
+  got = order.stream(start, 6, 4, 0)
+  epochs = [order.stream((start // 4 + k) * 4, 4, 4, 0) for k in range(3)]
   np.testing.assert_array_equal(got, np.concatenate(epochs)[3:9])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_jax.data import records, sources
+from dpo_jax.data import fields, records, sources
 
 
 def user(content):
@@ -26,7 +26,7 @@ LABELLED = {"text": "a", "label": 1}
 
 
 def error_of(row, form):
-  with pytest.raises(records.BadRecord) as caught:
+  with pytest.raises(fields.BadRecord) as caught:
     records.make(row, form, "my.jsonl:7")
   return caught.value
 

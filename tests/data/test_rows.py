@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dpo_jax.data import loader, rows, tokenize
+from dpo_jax.data import comparisons, loader, rows
 
 LAYOUTS = pytest.mark.parametrize(
   ("packed", "shared"), list(itertools.product((True, False), repeat=2))
@@ -25,7 +25,7 @@ def random_examples(rng, count, longest=7, completions=4):
     kept = rng.permutation(len(every))[: rng.integers(0, len(every) + 1)]
     pairs = tuple((*every[k], float(rng.uniform(0.1, 1))) for k in kept)
     items.append(
-      tokenize.Example(number + 100, number % 3, ids(), texts, pairs)
+      comparisons.Example(number + 100, number % 3, ids(), texts, pairs)
     )
   return items
 
@@ -463,7 +463,7 @@ def loader_of(mix, count=64 * 40, **layout):
     strict=True,
   )
   items = [
-    tokenize.Example(n, 0, [1] * p, ([2] * w, [3] * l), ((0, 1, 1.0),))
+    comparisons.Example(n, 0, [1] * p, ([2] * w, [3] * l), ((0, 1, 1.0),))
     for n, (p, w, l) in enumerate(texts)
   ]
   return loader.Loader(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import assembly, cli, scoring, weights
-from dpo_jax.data import tokenize
+from dpo_jax.data import comparisons
 from dpo_jax.eval import frontier, generate, rewards
 from tests import conftest, worlds
 
@@ -101,7 +101,7 @@ def test_a_sample_has_the_values_of_its_own_tokens(setup, trees, measured):
   _, rows = measured
   encode = setup.tokenizer.encode
   examples = [
-    tokenize.Example(i, 0, encode([row["prompt"]])[0], (row["tokens"],), ())
+    comparisons.Example(i, 0, encode([row["prompt"]])[0], (row["tokens"],), ())
     for i, row in enumerate(rows)
   ][::-1]
   loader = scoring.loader_of(setup, examples)

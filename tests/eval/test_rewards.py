@@ -10,7 +10,7 @@ from sklearn import linear_model
 from sklearn.feature_extraction import text as features
 
 from dpo_jax import assembly, cli, loop, scoring
-from dpo_jax.data import tokenize
+from dpo_jax.data import comparisons
 from dpo_jax.eval import rewards
 from tests import conftest
 
@@ -188,7 +188,9 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(trained):
   setup = assembly.prepare_model(load("configs/dpo.py:smoke"))
   eos = setup.tokenizer.eos_id
   examples = [
-    tokenize.Example(i, 0, list(p.encode()) or [eos], ([*c.encode(), eos],), ())
+    comparisons.Example(
+      i, 0, list(p.encode()) or [eos], ([*c.encode(), eos],), ()
+    )
     for i, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True))
   ]
   loader = scoring.loader_of(setup, examples)

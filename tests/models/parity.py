@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from dpo_jax import compat, tree
 from dpo_jax.algos import base
-from dpo_jax.data import rows, tokenize
+from dpo_jax.data import comparisons, rows
 from dpo_jax.models import axes, families, hf, keys, transformer
 from dpo_jax.ops import logprobs
 from dpo_jax.parallel import mesh as mesh_lib
@@ -307,7 +307,8 @@ def _forward(model):
 def _plain(ids):
   """A batch of whole sequences, one a row, in the shape of ITEMS' batch."""
   examples = [
-    tokenize.Example(i, 0, row[:1], (row[1:],), ()) for i, row in enumerate(ids)
+    comparisons.Example(i, 0, row[:1], (row[1:],), ())
+    for i, row in enumerate(ids)
   ]
   need = rows.needs(ITEMS, _LAYOUT)
   shape = rows.needed_shape(need, rows.assign(need.length, _LAYOUT))

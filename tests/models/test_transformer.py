@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.algos import base
-from dpo_jax.data import tokenize
+from dpo_jax.data import comparisons
 from dpo_jax.models import axes, sample, transformer
 from dpo_jax.models import config as model_config
 from dpo_jax.ops import logprobs
@@ -39,7 +39,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(name):
   model, params = worlds.model(name)
   tokens = jax.random.randint(jax.random.key(3), (2, 12), 0, worlds.VOCAB)
   items = [
-    tokenize.Example(i, 0, row[:1].tolist(), (row[1:].tolist(),), ())
+    comparisons.Example(i, 0, row[:1].tolist(), (row[1:].tolist(),), ())
     for i, row in enumerate(np.asarray(tokens))
   ]
   batch = worlds.batch(items, packed=False)
@@ -121,7 +121,7 @@ def test_probabilities_of_all_sequences_sum_to_one(name):
   model = transformer.build(config, vocab)
   params = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1, 0.3)
   items = [
-    tokenize.Example(0, 0, [2, 4], (list(sequence),), ())
+    comparisons.Example(0, 0, [2, 4], (list(sequence),), ())
     for sequence in itertools.product(range(vocab), repeat=length)
   ]
   batch = worlds.batch(items, row_multiple=4)
@@ -246,7 +246,7 @@ def test_samples_stop_at_eos_and_report_their_log_probs(temperature, top_p):
     assert set(out.tokens[i, n:].tolist()) <= {4}
     assert not np.any(out.logps[i, n:])
   items = [
-    tokenize.Example(
+    comparisons.Example(
       i,
       0,
       prompts[i, : int(lengths[i])].tolist(),

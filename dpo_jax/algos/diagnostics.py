@@ -1,0 +1,104 @@
+"""Metrics of a batch of comparisons that no loss reports itself."""
+
+import jax
+import jax.numpy as jnp
+
+_BINS = 10
+
+
+def of_pairs(out, fixed, ratios):
+  """Diagnostics of the first and the last completion of each comparison.
+
+  Args:
+    out: of a loss, with its reward metrics.
+    fixed: "lengths", "ended" f32[R, Q, C], see preference.features.
+    ratios: Δ f32[R, Q, C] in nats, or None without a reference.
+  Returns: {name: f32[R, Q]}.
+  """
+  metrics = {}
+  for name in ("lengths", "ended"):
+    metrics[f"{name}/chosen"] = fixed[name][..., 0]
+    metrics[f"{name}/rejected"] = fixed[name][..., 1]
+  if "rewards/margins" in out:
+    margin = out["rewards/margins"]
+    metrics["gradient_weight"] = jax.nn.sigmoid(-margin)
+    metrics |= _calibration(margin)
+  if ratios is not None:
+    ratios = jax.lax.stop_gradient(ratios)
+    chosen, rejected = ratios[..., 0], ratios[..., 1]
+    fall = (chosen < 0) & (rejected < 0)
+    metrics["drift/chosen"] = chosen
+    metrics["drift/rejected"] = rejected
+    metrics["drift/displaced"] = fall.astype(jnp.float32)
+  return metrics
+
+
+def _calibration(margin):
+  """By how much the winner's probability is overestimated, in bins of it.
+
+  The implicit reward gives the completion it prefers the probability
+  p = σ(|margin|) in [½, 1]; the label says whether it won.
+  """
+  probability = jax.nn.sigmoid(jnp.abs(margin))
+  won = 0.5 * (1 + jnp.sign(margin))
+  excess = probability - won
+  place = jnp.clip(((probability - 0.5) * 2 * _BINS).astype(int), 0, _BINS - 1)
+  return {
+    f"calibration/{k}": jnp.where(place == k, excess, 0.0) for k in range(_BINS)
+  } | {"overconfidence": excess}
+
+
+def by_source(metrics, source, count):
+  """Each metric of each source apart: source0/…, if there are several.
+
+  Args:
+    metrics: {name: (values, weights)}.
+    source: i32[R, Q] of each comparison.
+    count: sources there are.
+  Returns: {name: (values, weights)}.
+  """
+  if count == 1:
+    return {}
+  return {
+    f"source{k}/{name}": (values, jnp.where(source == k, weights, 0.0))
+    for k in range(count)
+    for name, (values, weights) in metrics.items()
+  }
+
+
+def derived(means, totals):
+  """Metrics with what follows from means over all comparisons.
+
+  For each accuracy its 95 % Wilson interval; one calibration error,
+  Σ_k |mean excess in bin k|, for the bins. What nothing had weight for is NaN.
+
+  Args:
+    means: {name: mean}.
+    totals: {name: Σ weights}.
+  Returns: {name: value}.
+  """
+  metrics, errors = {}, {}
+  for name, mean in means.items():
+    prefix, bins, _ = name.rpartition("calibration/")
+    if bins:
+      errors.setdefault(f"{prefix}calibration_error", []).append(abs(mean))
+      continue
+    metrics[name] = jnp.where(totals[name] > 0, mean, jnp.nan)
+    if name.endswith("rewards/accuracies"):
+      low, high = wilson(mean, totals[name])
+      metrics[f"{name}_low"], metrics[f"{name}_high"] = low, high
+  return metrics | {name: sum(parts) for name, parts in errors.items()}
+
+
+def wilson(share, count):
+  """The 95 % interval of a share of `count` trials; a tie counts one half.
+
+      (p + z²/2n ± z √(p (1 − p) / n + z²/4n²)) / (1 + z²/n),  z = 1.96
+
+  Source: E. B. Wilson, JASA 22 (1927).
+  """
+  z, n = 1.959964, jnp.maximum(count, 1e-30)
+  centre = share + z**2 / (2 * n)
+  spread = z * jnp.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+  scale = 1 + z**2 / n
+  return (centre - spread) / scale, (centre + spread) / scale

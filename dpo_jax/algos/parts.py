@@ -1,0 +1,159 @@
+"""config.loss as the terms it names, checked; and what each may refer to."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dpo_jax import lookup
+from dpo_jax.ops import losses
+
+REFERENCES = ("frozen", "base", "cached", "ema", "none")
+
+
+class Part(NamedTuple):
+  """A term of the loss.
+
+  Attributes:
+    name: in LOSSES.
+    fn: the loss, with its text fields bound.
+    loss: losses.Loss.
+    numeric: {argument: name of its value in hparams}.
+    weight: name of the term's weight in hparams, or None for 1.
+  """
+
+  name: str
+  fn: Callable
+  loss: losses.Loss
+  numeric: dict
+  weight: str | None
+
+
+def of(fields):
+  """The Parts of config.loss.
+
+  Raises: ValueError for what no loss, or no mixture, can have.
+  """
+  if fields.name != "mixture":
+    return (_part(fields.name, fields, ""),)
+  parts = tuple(
+    _part(name, part, f"{name}.")
+    for name, part in fields.items()
+    if name != "name"
+  )
+  kinds = {kind_of_part(part) for part in parts} - {None}
+  fits = len(kinds) == 1
+  if None in map(kind_of_part, parts):  # it takes the first for the better
+    fits = kinds <= {"pairs"} or kinds == {"rankings"}
+  if not fits:
+    raise ValueError(
+      f"the losses {[p.name for p in parts]} of a mixture are of different "
+      f"data: {sorted(p.loss.data for p in parts)}"
+    )
+  return parts
+
+
+def kind_of_part(part):
+  """losses.Loss.data of a part; None if it reads the best completion alone."""
+  return None if part.name in ("sft", "nll") else part.loss.data
+
+
+def kind_of(fields):
+  """What a comparison of config.loss is made of, see losses.Loss.data."""
+  kinds = [kind_of_part(part) for part in of(fields)]
+  return next((kind for kind in kinds if kind is not None), "pairs")
+
+
+def _part(name, fields, prefix):
+  loss = lookup.lookup(losses.LOSSES, name, "loss.name")
+  if loss.data == "rewards":
+    raise ValueError(
+      f"loss.name = {name!r} is of the scalar rewards of a reward model, not "
+      "of log-probs; no algorithm here trains reward models yet"
+    )
+  fn, static = loss.fn, {k: v for k, v in fields.items() if isinstance(v, str)}
+  static.pop("name", None)
+  takes = set(inspect.signature(fn).parameters)
+  takes -= {"policy_logps", "ref_logps", *loss.needs}
+  divergence = static.pop("divergence", None)
+  if divergence is not None:
+    if not loss.of_h:
+      raise ValueError(
+        f"loss.divergence = {divergence!r}: loss {name!r} reads more of the "
+        "log-ratios than h, so only the reverse KL fits"
+      )
+    fn = losses.under(divergence, fn)
+    takes |= {"divergence"}
+    takes |= {"divergence_alpha"} if divergence == "alpha" else set()
+  takes |= {"weight"} if prefix else {"name"}
+  if set(fields) != takes:
+    raise ValueError(
+      f"config.loss has the fields {sorted(set(fields) - {'name'})}, but loss "
+      f"{name!r} takes {sorted(takes - {'name'})}; select a loss with its own "
+      f"fields by the config's argument: --config FILE.py:loss={name}"
+    )
+  _check_ranges(fields, prefix)
+  if name == "exo" and fields.label_smoothing == 0:
+    raise ValueError(f"loss.{prefix}label_smoothing = 0: EXO needs it above 0")
+  numeric = {k: f"{prefix}{k}" for k in takes if not isinstance(fields[k], str)}
+  weight = numeric.pop("weight", None)
+  return Part(name, functools.partial(fn, **static), loss, numeric, weight)
+
+
+def _check_ranges(fields, prefix):
+  above_zero = ("beta", "desirable_weight", "undesirable_weight", "delta")
+  above_zero += ("temperature", "weight")
+  low = ("gamma", "penalty", "odds_weight", "nll_weight")
+  for name, value in fields.items():
+    field = f"loss.{prefix}{name} = {value}"
+    if name in above_zero and not value > 0:
+      raise ValueError(f"{field} must be above 0")
+    if name in low and not value >= 0:
+      raise ValueError(f"{field} must be at least 0")
+    if name == "label_smoothing" and not 0 <= value < 0.5:
+      raise ValueError(f"{field} must be in [0, 0.5)")
+    if name == "temperature" and not value <= 1:
+      raise ValueError(f"{field} must be at most 1")
+
+
+def check_reference(config, parts, wanted):
+  """Raises ValueError where config.ref does not fit the losses.
+
+  Args:
+    config: reads ref, ref_mix, ref_every and lora.
+    parts: of `of`.
+    wanted: names that the losses need.
+  """
+  lookup.lookup(REFERENCES, config.ref, "ref")
+  reads = any(part.loss.reference for part in parts)
+  names = "+".join(part.name for part in parts)
+  if not reads and config.ref != "none":
+    raise ValueError(
+      f"ref = {config.ref!r} has no effect with loss {names!r}, which reads no "
+      "reference: set ref = 'none'"
+    )
+  if "sequence_kl" in wanted and config.ref in ("cached", "none"):
+    raise ValueError(
+      f"ref = {config.ref!r}: loss {names!r} needs the reference's whole "
+      "distribution at every token, which only its weights give: set ref = "
+      "'frozen'"
+    )
+  if config.ref == "base" and config.lora is None:
+    raise ValueError(
+      "ref = 'base' is the base of an adapter, and config.lora is not set: set "
+      "ref = 'frozen'"
+    )
+  if config.ref == "frozen" and config.lora is not None:
+    raise ValueError(
+      "ref = 'frozen' would be a second copy of the adapter's base: set ref = "
+      "'base'"
+    )
+  following = config.ref == "ema"
+  for field in ("ref_mix", "ref_every"):
+    if (config[field] is not None) != following:
+      raise ValueError(
+        f"{field} = {config[field]} with ref = {config.ref!r}: it is of "
+        "ref = 'ema', which needs it (TR-DPO: ref_mix 0.6, ref_every 512)"
+      )
+  if following and not 0 < config.ref_mix <= 1:
+    raise ValueError(f"ref_mix = {config.ref_mix} must be in (0, 1]")

@@ -1,0 +1,116 @@
+"""Reading a field of a row: its type, its text, its messages."""
+
+from dpo_jax import lookup
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class BadRecord(ValueError):
+  """A record that cannot be used; the message says where and what to do."""
+
+  def __init__(self, reason, message):
+    super().__init__(message)
+    self.reason = reason
+
+
+def field(row, name, kind, origin, what=None):
+  if name not in row:
+    have = ", ".join(map(repr, row)) or "nothing"
+    raise BadRecord(
+      "missing field",
+      f"{origin}: field {name!r} is missing{lookup.nearest(name, row)} "
+      f"(the record has {have})",
+    )
+  if not isinstance(row[name], kind):
+    raise BadRecord(
+      "wrong type",
+      f"{origin}: field {name!r} must be {what or kind.__name__}, not "
+      f"{type(row[name]).__name__}",
+    )
+  if kind is str:
+    check_text(row[name], f"{origin}: field {name!r}")
+  return row[name]
+
+
+def text(row, name, origin):
+  text = field(row, name, str, origin)
+  if not text:
+    raise BadRecord("empty", f"{origin}: field {name!r} is empty")
+  return text
+
+
+def prompt(row, origin):
+  if isinstance(row.get("prompt"), list):
+    return messages(row, "prompt", origin)
+  return field(row, "prompt", str, origin)
+
+
+def check_text(value, where):
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise BadRecord("invalid UTF-8", f"{where} is not text: {error}") from error
+
+
+def holds_messages(value):
+  return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def messages(row, name, origin):
+  return check_messages(
+    field(row, name, list, origin), f"{origin}: field {name!r}"
+  )
+
+
+def check_messages(messages, where):
+  """The messages with their role and content only."""
+  if not isinstance(messages, list) or not messages:
+    raise BadRecord(
+      "empty" if messages == [] else "wrong type",
+      f"{where} must be a list of messages, not {messages!r:.40}",
+    )
+  out = []
+  for k, message in enumerate(messages):
+    place = f"{where}[{k}]"
+    if not isinstance(message, dict):
+      raise BadRecord(
+        "wrong type", f"{place} must be a message, not {message!r:.40}"
+      )
+    role = field(message, "role", str, place)
+    if role not in ROLES:
+      raise BadRecord(
+        "bad role",
+        f"{place}: role {role!r} is not known{lookup.nearest(role, ROLES)} "
+        f"(allowed: {', '.join(ROLES)})",
+      )
+    content = field(message, "content", str, place)
+    out.append({"role": role, "content": content})
+  return tuple(out)
+
+
+def split(messages, where):
+  """(all but the last message, the last), which is the assistant's."""
+  if len(messages) < 2:
+    raise BadRecord(
+      "empty", f"{where} has one message; a prompt must come before the reply"
+    )
+  return messages[:-1], reply(messages[-1:], where)
+
+
+def reply(messages, where):
+  """A completion: one message of the assistant, not empty."""
+  if messages[-1]["role"] != "assistant":
+    raise BadRecord(
+      "bad role",
+      f"{where} must end in a message of the assistant, not of the "
+      f"{messages[-1]['role']}",
+    )
+  if len(messages) > 1:
+    raise BadRecord(
+      "several turns",
+      f"{where} has {len(messages)} messages; only the last is a completion, "
+      "the others belong to 'prompt'",
+    )
+  if not messages[0]["content"]:
+    raise BadRecord("empty", f"{where}: the last message is empty")
+  return messages

@@ -1,0 +1,70 @@
+"""What every loss shares: the entry of the table, log-ratios, metrics."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Loss(NamedTuple):
+  """An entry of LOSSES.
+
+  Attributes:
+    fn: `f(policy_logps, ref_logps, *, ...) -> dict`. "loss" and the metrics are
+      f32[...] per comparison, or (values, factors) of the comparison's weight.
+    needs: names of further arguments, see algos.needs.NEEDS.
+    batch_level: the comparisons of a batch are coupled.
+    data: what a comparison is made of: "pairs" (winner, loser), "rankings"
+      (best to worst), "labels" (one completion with a label), "mismatched" (the
+      same, and a completion of another prompt) or "rewards" (no log-probs: of
+      reward models).
+    reference: whether it reads ref_logps.
+    of_h: of the log-ratios it reads h = Δ_w − Δ_l alone, so that another
+      f-divergence may take the place of the reverse KL.
+  """
+
+  fn: Callable
+  needs: tuple[str, ...] = ()
+  batch_level: bool = False
+  data: str = "pairs"
+  reference: bool = True
+  of_h: bool = False
+
+
+def log_ratios(policy_logps, ref_logps):
+  """Δ f32[..., C] in nats; the reference is a constant."""
+  return policy_logps - jax.lax.stop_gradient(ref_logps)
+
+
+def margins(scores):
+  """scores[..., 0] − scores[..., 1]: chosen less rejected."""
+  return scores[..., 0] - scores[..., 1]
+
+
+def means(logps, lengths):
+  """Log-probs per token; 0 where there is none."""
+  return logps / jnp.maximum(lengths, 1.0)
+
+
+def with_metrics(loss, policy_logps, rewards):
+  """The output of a pairwise loss: adds its metrics, without gradient."""
+  policy_logps, rewards = jax.lax.stop_gradient((policy_logps, rewards))
+  chosen, rejected = rewards[..., 0], rewards[..., 1]
+  # A tie counts one half: at policy = reference the accuracy is 0.5, not 0.
+  accuracy = 0.5 * (1.0 + jnp.sign(chosen - rejected))
+  return {
+    "loss": loss,
+    "rewards/chosen": chosen,
+    "rewards/rejected": rejected,
+    "rewards/margins": chosen - rejected,
+    "rewards/accuracies": accuracy,
+    "logps/chosen": policy_logps[..., 0],
+    "logps/rejected": policy_logps[..., 1],
+  }
+
+
+def smooth_exp(x, top):
+  """e^x up to x = top and its tangent beyond: finite, and never flat."""
+  below = jnp.exp(jnp.minimum(x, top))
+  return below * (1.0 + jnp.maximum(x - top, 0.0))
