@@ -17,6 +17,8 @@ audit    --config configs/dpo.py --config.data.train=my.jsonl
          shows what would be trained on, token by token, and counts what is
          wrong with it; exit code 1 above the limits of config.audit
 
+losses   prints every loss: formula, source, needs, dialects, defaults
+
 `--config.FIELD=VALUE` sets a field of configs/base.py. eval, sample, export and
 audit take the config of the run folder unless --config names another. --workdir
 may be left out where the config has one, and for audit.
@@ -25,6 +27,7 @@ may be left out where the config has one, and for audit.
 import ast
 import functools
 import importlib.util
+import os
 import pathlib
 import sys
 import time
@@ -58,7 +61,7 @@ def _load(spec, overrides):
     config = settings.saved_config(epath.Path(spec).parent)
   else:
     path, _, arg = spec.partition(":")
-    module = _import_file(path)
+    module = import_file(path)
     config = module.get_config(arg) if arg else module.get_config()
   config.lock()
   known = list(_paths(config))
@@ -105,7 +108,11 @@ def _guess(text):
     return text
 
 
-def _import_file(path):
+def import_file(path):
+  """The module of a config file, with its checkout in reach.
+
+  Raises: ValueError if there is no such file.
+  """
   path = pathlib.Path(path)
   if not path.is_file():
     there = [str(p) for p in pathlib.Path("configs").glob("*.py")]
@@ -165,7 +172,7 @@ def run(name, options, overrides):
   workdir, spec = options.get("workdir"), options.get("config")
   if spec is None and verb.saved and workdir is not None:
     spec = str(epath.Path(workdir) / "config.json")
-  if name == "report" and "config" not in options:
+  if not verb.config and "config" not in options:
     config = module = None
   elif spec is None:
     raise ValueError(f"{name} needs --config")
@@ -197,6 +204,9 @@ def main(argv=None):
   except FloatingPointError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except BrokenPipeError:  # the reader went away: `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from here", file=sys.stderr)
     return 130

@@ -13,7 +13,7 @@ from dpo_jax import assembly, scoring, tree, weights
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.eval import preference
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.train import checkpoint, health, log, trackers
+from dpo_jax.train import checkpoint, health, invariants, log, trackers
 from dpo_jax.train import state as state_lib
 
 
@@ -65,6 +65,7 @@ def _start(run, workdir):
     if config.data.eval is not None:
       held_out, _ = assembly.held_out_loader(setup)
       scoring.attach_reference(setup, params, held_out, workdir)
+  if config.ref != "none":
     reference = {"reference": state_lib.fingerprint(params)}
     run = run._replace(identity=run.identity | reference)
   return run, assembly.initial_state(run, params)
@@ -120,6 +121,10 @@ def _train(run, state, checkpoints, workdir, stop):
       check(
         logger.step(number, metrics, stats, assembly.step_flops(run, stats))
       )
+      if number == 1 and run.algorithm.at_reference is not None:
+        expected = run.algorithm.at_reference(run.hparams)
+        limit = config.train.max_noise
+        logger.say(invariants.first_step(metrics, expected, limit))
       last = number == total or bool(stop)
       if evaluate and (number % config.eval.every == 0 or number == total):
         check(logger.flush())
@@ -129,6 +134,8 @@ def _train(run, state, checkpoints, workdir, stop):
       if number % config.checkpoint.every == 0 or last:
         check(logger.flush())
         with logger.paused():
+          for params in state.frozen.values():
+            invariants.reference_is(params, run.identity["reference"])
           checkpoints.save(state, run.identity, wait=last)
       if last:
         break

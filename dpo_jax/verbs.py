@@ -4,6 +4,7 @@ Imports are inside: `dpo-jax help` and mistakes in a command need no jax.
 """
 
 import json
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ class Verb(NamedTuple):
     run: (config, workdir, module of the config or None) -> exit code.
     saved: without --config it takes that of the run folder.
     folder: it needs a run folder.
+    config: it needs a config.
   """
 
   run: Callable
   saved: bool
   folder: bool = True
+  config: bool = True
 
 
 def train(config, workdir, module):
@@ -179,12 +182,26 @@ def export(config, workdir, module):
   return 0
 
 
+def losses(config, workdir, module):
+  """Prints the table of losses."""
+  del config, workdir, module
+  from dpo_jax import catalogue, cli
+
+  found = pathlib.Path("configs/losses.py")
+  if not found.is_file():  # beside the package, in a checkout
+    found = pathlib.Path(__file__).parent.parent / found
+  defaults = cli.import_file(found).LOSSES if found.is_file() else {}
+  print(catalogue.text(defaults))
+  return 0
+
+
 VERBS = {
   "train": Verb(train, saved=False),
   "eval": Verb(evaluate, saved=True),
   "sample": Verb(sample, saved=True),
   "sweep": Verb(sweep, saved=False),
-  "report": Verb(write_report, saved=True),
+  "report": Verb(write_report, saved=True, config=False),
   "audit": Verb(audit, saved=True, folder=False),
   "export": Verb(export, saved=True),
+  "losses": Verb(losses, saved=False, folder=False, config=False),
 }

@@ -249,14 +249,19 @@ def test_other_weights_or_other_data_are_another_entry(setup, tmp_path, passes):
   assert not (tmp_path / "not here").exists()
 
 
-def test_other_arithmetic_is_another_entry(setup, ref, tmp_path, passes):
+def test_other_arithmetic_or_vocabulary_is_another_entry(
+  setup, ref, tmp_path, passes
+):
   attach(setup, ref, tmp_path)
+  # Within the same padded weights: what the softmax is over.
+  fewer = setup.model._replace(vocab_size=setup.model.vocab_size - 1)
+  attach(setup._replace(model=fewer), ref, tmp_path)
   # Not by prepare_model, which sets it for the whole process.
   attach(setup._replace(config=load("precision=high")), ref, tmp_path)
   half = assembly.prepare_model(load("model.dtype=bfloat16"))
   attach(half, ref, tmp_path)
-  assert len(passes) == 3
-  assert len(list((tmp_path / "ref_logps").iterdir())) == 3
+  assert len(passes) == 4
+  assert len(list((tmp_path / "ref_logps").iterdir())) == 4
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +297,9 @@ def assert_same_training(got, want):
   for ours, theirs in zip(got, want, strict=True):
     measured = theirs.keys() - {"kind", "tokens_per_second", "mfu"}
     if theirs["step"] == 1:
-      # The policy still is the reference: rounding decides between them.
-      measured -= {"rewards/accuracies"}
+      # The policy still is the reference: rounding decides who is preferred.
+      decided = ("rewards/accuracies", "calibration", "overconfidence")
+      measured = {key for key in measured if not key.startswith(decided)}
     for key in measured:
       # Rounding, which two RMSprop steps have enlarged.
       np.testing.assert_allclose(

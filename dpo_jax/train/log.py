@@ -24,6 +24,29 @@ PEAK_FLOPS = (
 )
 
 
+# What the console shows of the metrics; metrics.jsonl has all.
+_METRICS = {
+  "loss": "loss",
+  "rewards/margins": "margin",
+  "rewards/accuracies": "accuracy",
+  "logps/chosen": "chosen",
+  "logps/rejected": "rejected",
+}
+_EVALUATION = {
+  **_METRICS,
+  "drift/displaced": "displaced",
+  "calibration_error": "calibration error",
+}
+
+
+def _shown(values, names):
+  return [
+    f"{short} {values[key]:.4g}"
+    for key, short in names.items()
+    if key in values
+  ]
+
+
 def peak_flops():
   """(FLOP/s of all devices, whose): the maker's figure, or a measured matmul.
 
@@ -185,7 +208,7 @@ class Logger:
   def evaluation(self, number, values):
     """Logs metrics of held-out data after step `number`."""
     self.write("eval", number, values)
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+    shown = "  ".join(_shown(values, _EVALUATION))
     self.say(f"eval at {number}: {shown}")
 
   def write(self, kind, number, values):
@@ -217,19 +240,7 @@ class Logger:
 
   def _line(self, number, values):
     parts = [f"{self._bar(number)} {number}/{self._total}"]
-    names = {
-      "loss": "loss",
-      "rewards/margins": "margin",
-      "rewards/accuracies": "accuracy",
-      "logps/chosen": "chosen",
-      "logps/rejected": "rejected",
-      "grad_norm": "grad",
-    }
-    parts += [
-      f"{short} {values[key]:.4g}"
-      for key, short in names.items()
-      if key in values
-    ]
+    parts += _shown(values, {**_METRICS, "grad_norm": "grad"})
     if values.get("skipped"):
       parts.append(f"SKIPPED {values['skipped']:.0f} (not finite)")
     if "tokens_per_second" in values:

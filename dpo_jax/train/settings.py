@@ -13,6 +13,7 @@ FREE_FIELDS = (
   "sample.",
   "train.steps",
   "train.epochs",
+  "train.max_noise",
   "checkpoint.",
   "audit.",
   "export.",

@@ -185,7 +185,8 @@ def test_comparisons_and_weights_are_those_of_the_examples(world):
     assert pairs[:n].tolist() == [[winner, loser] for winner, loser, _ in want]
     # Weights are stored in f32: exact after the same cast.
     assert weights[:n].tolist() == [np.float32(weight) for _, _, weight in want]
-    assert not pairs[n:].any()
+    nothing = world.shape.per_row * completions
+    assert np.all(pairs[n:] == nothing)
     assert not weights[n:].any()
 
 
@@ -221,20 +222,20 @@ def test_padding_has_the_documented_values(world):
 
 @LAYOUTS
 def test_arrays_have_the_shapes_and_types_of_the_design(world):
-  R, T, S, P, C, E, Q = world.shape
+  R, T, S, P, C, E, Q, K = world.shape
   shapes = {
     **dict.fromkeys(
       ("tokens", "positions", "segment_ids", "branch_ids"), (R, T)
     ),
     "example_index": (R, P, E),
     **dict.fromkeys(("target_index", "source_index", "target_slot"), (R, S)),
-    "pairs": (R, Q, 2),
+    "pairs": (R, Q, K),
     "weights": (R, Q),
-    "completion_weights": (R, P, C),
+    **dict.fromkeys(("completion_weights", "ended"), (R, P, C)),
     **dict.fromkeys(("example_id", "source"), (R, P)),
   }
   assert {k: v.shape for k, v in world.batch.items()} == shapes
-  floats = {"weights", "completion_weights"}
+  floats = {"weights", "completion_weights", "ended"}
   for name, array in world.batch.items():
     assert array.dtype == (np.float32 if name in floats else np.int32)
 

@@ -16,9 +16,8 @@ prints a line of the largest absolute differences:
 import jax
 import numpy as np
 import pytest
-from ml_collections import config_dict
 
-from configs import common
+from configs import base as base_config
 from dpo_jax import tree
 from dpo_jax.algos import preference
 from dpo_jax.models import families, keys
@@ -226,9 +225,8 @@ def _our_gradient(model, params, ref_logps):
       count = int((batch["target_slot"][row] == slot).sum())
       ref[row, at] = ref_logps[int(batch["example_id"][row, p]), c] / count
   batch["ref_token_logps"] = ref
-  config = config_dict.ConfigDict(
-    {"loss": common.loss("dpo").to_dict(), "ref": "cached", "head_chunk": 7}
-  )
+  config = base_config.get_config()
+  config.ref, config.head_chunk = "cached", 7
   algorithm = preference.make(config, model.apply)
   hparams = {"beta": BETA, "label_smoothing": 0.0}
 

@@ -14,7 +14,8 @@ import optax
 import pytest
 from ml_collections import config_dict
 
-from configs import common
+from configs import base as base_config
+from configs import common, losses
 from dpo_jax import tree
 from dpo_jax.algos import preference, sft
 from dpo_jax.models import axes
@@ -37,13 +38,11 @@ HPARAMS = {
 
 
 def config_of(algo="preference", loss="dpo", chunk=None):
-  return config_dict.ConfigDict(
-    {
-      "loss": common.loss(loss).to_dict(),
-      "ref": "none" if algo == "sft" else "frozen",
-      "head_chunk": chunk,
-    }
-  )
+  config = base_config.get_config()
+  config.algo, config.loss = algo, losses.loss(loss)
+  config.ref = "frozen" if losses.needs_reference(loss) else "none"
+  config.head_chunk = chunk
+  return config
 
 
 def recording_sgd():
