@@ -221,6 +221,9 @@ def build_loader(config, tokenizer, shape, spec, *, training, row_multiple):
   )
   if notes:
     about += "; " + ", ".join(f"{n} {what}" for what, n in notes.items())
+  if len(weights) > 1:
+    named = enumerate(part for _, part in sources.parse(spec, field))
+    about += "; " + ", ".join(f"source{k} is {part}" for k, part in named)
   return loader, about
 
 

@@ -13,7 +13,14 @@ from dpo_jax import assembly, scoring, tree, weights
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.eval import preference
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.train import checkpoint, health, invariants, log, trackers
+from dpo_jax.train import (
+  checkpoint,
+  health,
+  invariants,
+  log,
+  settings,
+  trackers,
+)
 from dpo_jax.train import state as state_lib
 
 
@@ -91,6 +98,9 @@ def _train(run, state, checkpoints, workdir, stop):
   if first:
     resolved = json.dumps(config.to_dict(), indent=2) + "\n"
     (epath.Path(workdir) / "config.json").write_text(resolved)
+  fields = settings.flatten(config.loss.to_dict())
+  named = ", ".join(f"{k} {v}" for k, v in fields.items() if k != "name")
+  logger.say(f"loss {config.loss.name}: {named}; reference {config.ref}")
   logger.say(run.about)
   sizes = mesh_lib.sizes(setup.mesh)
   of = f" on {tree.size(state.frozen):,} frozen" if config.lora else ""

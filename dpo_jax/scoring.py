@@ -132,10 +132,11 @@ def attach_reference(setup, params, loader, workdir):
 def _made_of(setup, params, loader):
   """What determines reference log-probs up to rounding, as plain values.
 
-  Nothing of the loss, of the order or of the layout of batches.
+  Nothing of the loss, of what is compared, of the order or of the layout of
+  batches.
   """
   return {
-    "data": loader.fingerprint,
+    "data": loader.token_fingerprint,
     "params": state_lib.fingerprint(params),
     "model": dataclasses.asdict(setup.model.config),
     "vocab_size": setup.model.vocab_size,

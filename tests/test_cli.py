@@ -111,7 +111,11 @@ def test_bad_records_are_skipped_and_counted_if_the_config_says_so(train):
      "layers/attn/k/kernel: dimension 2 (kv_heads) of size 2 does not divide "
      "over mesh axis 'tensor' of size 8"),
     ("--config.mesh.context=2", "mesh.context = 2"),
-    ("--config.ref=base", "ref = 'base' is not known"),
+    ("--config.ref=base", "ref = 'base' is the base of an adapter"),
+    ("--config.ref=bass", "ref = 'bass' is not known"),
+    ("--config.ref=ema", "ref_mix = None with ref = 'ema'"),
+    ("--config.ref_every=5", "ref_every = 5 with ref = 'frozen'"),
+    ("--config.ref=none --config.loss.name=kto", "loss=kto"),
     ("--config.tokenizer=/nowhere", "tokenizer = '/nowhere' cannot be loaded"),
     ("--config.model.norm=batch", "model.norm = 'batch'"),
     ("--config.data.max_prompt_length=9999", "model.max_positions"),

@@ -13,7 +13,8 @@ LAYERS = (
   ("scoring",),
   ("eval",),
   ("loop", "notebook", "evaluation"),
-  ("sweeps", "plan", "report", "launch", "publish", "verbs", "cli"),
+  ("sweeps", "plan", "report", "launch", "publish", "catalogue"),
+  ("verbs", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Within L0 and L2 the packages may use one another; those of L1 may not.

@@ -89,7 +89,7 @@ def test_a_point_of_a_sweep_is_the_run_of_its_config_alone(swept, tmp_path):
 def test_the_reference_pass_is_made_once(swept):
   workdir, _ = swept
   # An entry for the training data and one for the held-out data.
-  assert len(list((workdir / "ref_logps").glob("*.npy"))) == 2
+  assert len(list((workdir / "ref_logps").glob("*/entry.json"))) == 2
   assert not list(workdir.glob("beta=*/ref_logps"))
 
 

@@ -108,4 +108,4 @@ def batch(
   )
   shape = shape._replace(tile=min(shape.tile, shape.length))
   chosen = [[items[i] for i in row] for row in assigned]
-  return rows.build(chosen, shape, layout)
+  return rows.build(chosen, shape, layout, comparisons.extras_of(items))

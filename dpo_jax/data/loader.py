@@ -50,6 +50,7 @@ class Loader:
     shapes: the planned shapes.
     fill: expected tokens / positions over the sampled batches.
     fingerprint: "960 examples, 1f0e…": what a run that resumes must find again.
+    token_fingerprint: the same of the tokens alone, whatever is compared.
   """
 
   def __init__(
@@ -89,8 +90,9 @@ class Loader:
     }
     self._parts = order.mixture(examples, weights)
     self.size = order.epoch_size(self._parts)
-    digest = hashlib.blake2b(digest_size=8)
+    digest, tokens = (hashlib.blake2b(digest_size=8) for _ in range(2))
     for example in examples:
+      tokens.update(repr(example[2:4]).encode())
       digest.update(repr(example[2:5]).encode())
       for more in (example.labels, example.scores):
         digest.update(b"" if more is None else repr(more).encode())
@@ -102,6 +104,7 @@ class Loader:
         )
       digest.update(repr(self._parts).encode())
     self.fingerprint = f"{len(examples)} examples, {digest.hexdigest()}"
+    self.token_fingerprint = f"{len(examples)} examples, {tokens.hexdigest()}"
     self.steps = -(-self.size // batch_size)
     self._need = rows_lib.needs(examples, layout)
     layers = collections.Counter(windows)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-_VERSION = 2  # raise it when the same tokens and weights give other log-probs
+_VERSION = 3  # raise it when the same tokens and weights give other log-probs
 
 EXAMPLES_PER_BLOCK = 1024  # at least: what an interruption costs, at most
 _MOST_BLOCKS = 64  # a mapped file stays open, and those are limited

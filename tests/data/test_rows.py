@@ -340,6 +340,7 @@ def random_shapes(rng, count, row_counts):
       completions=2,
       tile=size(5, 10),
       pairs=size(1, 5),
+      compared=2,
     )
     for _ in range(count)
   ]

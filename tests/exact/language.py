@@ -103,7 +103,7 @@ def answers_sum_to_one():
   assert np.abs(np.exp(logps).sum(-1) - 1).max() < 1e-5
 
 
-def reference_shared():
+def weights_shared():
   """One tree as policy and as reference: the gradient is the policy's alone."""
   built, params = model()
   rng = np.random.default_rng(0)

@@ -78,6 +78,12 @@ def ipo(world, fields):
   return normalised(world.ref + against_all(world) / fields["beta"])
 
 
+def ipo_by_length(world, fields):
+  """The same of Δ / n: log π = log π_ref + n (P(y ≻ μ) / τ + c)."""
+  x = against_all(world) / fields["beta"]
+  return shifted(lambda c: world.ref + world.lengths * (x + c))
+
+
 def hinge(world, fields):
   """βh = ±1, for the likelier winner."""
   return from_margin(world, np.sign(first_wins(world) - 0.5) / fields["beta"])
@@ -242,7 +248,7 @@ CASES = {
     {"beta": 0.5, "label_smoothing": 0.2}, rlhf, {"flipped": 0.2}
   ),
   "ipo/original": Case({"beta": 0.1, "dialect": "original"}, ipo),
-  "ipo/paper, one token": Case({"beta": 0.1, "dialect": "paper"}, ipo),
+  "ipo/paper": Case({"beta": 0.1, "dialect": "paper"}, ipo_by_length),
   "hinge/two answers": Case({"beta": 0.5}, hinge, TWO, kinked=True),
   "exo/two answers": Case({"beta": 0.5, "label_smoothing": 0.1}, exo, TWO),
   "chi_po": Case({"beta": 0.5}, chi_po),

@@ -9,7 +9,7 @@ import pytest
 import scipy.optimize
 
 from dpo_jax.ops import losses
-from tests.exact import checks
+from tests.exact import checks, solver
 from tests.exact import world as world_lib
 
 CHECKS = (
@@ -127,7 +127,7 @@ def test_exact_gradient_ascent_on_the_reward_reaches_the_same_policy():
     return jnp.sum(jnp.exp(policy) * (beta * (policy - ref) - reward))
 
   data = world.ref, world.reward, beta
-  z, least = world_lib.minimise(regret, world.ref, *data, steps=200)
+  z, least = solver.minimise(regret, world.ref, *data, steps=200)
   want = world_lib.optimum(world, beta[:, None])
   policy = world_lib.normalised(z)
   assert world_lib.total_variation(policy, want).max() < 1e-8

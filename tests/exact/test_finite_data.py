@@ -3,7 +3,6 @@
 import functools
 
 import numpy as np
-import pytest
 import scipy.sparse
 import scipy.stats
 
@@ -109,8 +108,7 @@ def test_an_answer_that_never_lost_leaves_the_losses_equal_and_no_optimum():
   assert np.all(h[:, [best]] - others > 20)
 
 
-@pytest.mark.parametrize("count", [1_000])
-def test_the_data_of_the_slopes_have_an_optimum(count):
-  """Else a median would be one of runaways."""
-  world = drawn(count, REPEATS, seed=count)
-  assert np.mean([connected(wins) for wins in world.wins]) > 0.9
+def test_the_smallest_data_of_the_slopes_all_have_an_optimum():
+  """Else their medians would be of runaways."""
+  world = drawn(1_000, REPEATS, seed=1_000)
+  assert all(connected(wins) for wins in world.wins)

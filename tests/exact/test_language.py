@@ -12,7 +12,7 @@ from dpo_jax.train import step as step_lib
 from tests.exact import language
 from tests.exact import world as world_lib
 
-CHECKS = language.answers_sum_to_one, language.reference_shared
+CHECKS = language.answers_sum_to_one, language.weights_shared
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -270,7 +270,7 @@ def slope_of(case, values, name, scale, frozen=True):
   Args:
     frozen: whether the statistics without gradient stay as they were.
   """
-  slopes, step = np.zeros(values[name].shape), 1e-3
+  slopes, step = np.zeros(values[name].shape), 2e-4
   for index in np.ndindex(slopes.shape):
     change = 0.0
     for move, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):

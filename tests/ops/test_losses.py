@@ -16,7 +16,10 @@ each_case = pytest.mark.parametrize("case", loss_cases.CASES, ids=str)
 each_loss = pytest.mark.parametrize("case", loss_cases.FEW, ids=str)
 each_name = pytest.mark.parametrize("name", losses.LOSSES)
 
-DTYPES = {"float32": (2e-5, 2e-6), "float64": (1e-12, 1e-13)}
+# Relative and absolute, of values; and for gradients a share of the largest.
+# f32: some roundings of numbers up to 100, which partly cancel. f64: such too,
+# and of the oracle's slopes the differences keep nine digits.
+TOLERANCES = {"float32": (2e-5, 2e-6, 2e-6), "float64": (1e-12, 1e-13, 1e-9)}
 # (loss, argument) whose statistics have no gradient.
 STATISTICS = {
   ("tdpo2", "sequence_kl"),
@@ -26,39 +29,38 @@ STATISTICS = {
   ("kto_pair", "policy_logps"),
   ("kto", "policy_logps"),
 }
-# Numbers of the data: no parameter is behind them, so any gradient is unread.
-DATA = ("lengths", "scores", "weights")
+# No parameter is behind these, so nobody reads a gradient by them.
+DATA = ("lengths", "scores", "weights", "running")
 
 
-@each_case
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("seed", "spread"), [(0, 1.0), (1, 10.0)])
-def test_value_and_gradient_equal_the_oracle(case, dtype, seed, spread):
-  values = loss_cases.values_of(case, seed, spread)
-  scale = loss_cases.pull(case, values)
+def assert_derivatives(case, values, scale, dtype):
+  """Value and gradients of a loss in `dtype` are those of its oracle."""
   want, want_factor = loss_cases.oracle_of(case, values)
-  # Without x64 a loss of f64 numbers would be of f32.
-  with jax.enable_x64(dtype == "float64"):
-    (got, factor), gradients = loss_cases.value_and_gradients(
-      case, values, scale, dtype
-    )
+  (got, factor), gradients = loss_cases.value_and_gradients(
+    case, values, scale, dtype
+  )
   assert got.dtype == dtype
-  real = scale != 0
-  # f32: some roundings of numbers up to 100 that partly cancel.
-  rtol, atol = DTYPES[dtype]
+  real, (rtol, atol, few) = scale != 0, TOLERANCES[dtype]
   np.testing.assert_allclose(got[real], want[real], rtol=rtol, atol=atol)
   np.testing.assert_array_equal(factor, want_factor)
   for name in loss_cases.moving(case):
     want = loss_cases.slope_of(case, values, name, scale)
     largest = max(1.0, np.max(np.abs(want)))
-    # The differences keep 9 digits of the largest slope, f32 six.
-    few = 2e-6 if dtype == "float32" else 1e-9
     np.testing.assert_allclose(
       gradients[name], want, rtol=rtol, atol=few * largest, err_msg=name
     )
   for name in set(gradients) - set(loss_cases.moving(case)) - set(DATA):
-    for leaf in jax.tree.leaves(gradients[name]):
-      np.testing.assert_array_equal(leaf, 0.0, err_msg=name)
+    np.testing.assert_array_equal(gradients[name], 0.0, err_msg=name)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_value_and_gradient_equal_the_oracle(case, dtype):
+  for seed, spread in ((0, 1.0), (1, 10.0)):
+    values = loss_cases.values_of(case, seed, spread)
+    scale = loss_cases.pull(case, values)
+    with jax.enable_x64(dtype == "float64"):
+      assert_derivatives(case, values, scale, dtype)
 
 
 @each_case
@@ -113,12 +115,23 @@ def test_extreme_log_ratios_give_finite_values_and_slopes(case):
     noise = 1e-5 + 1e-11 * np.abs(want[1:, None])  # of the differences
     if case.name in ("dpop", "orpo"):  # a kink at Δ_w = 0, a pole at π = 1
       slope = np.where(np.abs(slope) > noise, slope, 0.0)
-      np.testing.assert_array_equal(
-        np.sign(np.where(slope == 0, 0, got_slope)), np.sign(slope)
-      )
+      assert np.all(got_slope * slope >= 0)
     else:
       excess = np.abs(got_slope - slope) - noise - 1e-3 * np.abs(slope)
       assert np.max(excess) <= 0, name
+
+
+@each_loss
+def test_ties_and_probabilities_of_one_give_finite_slopes(case):
+  values = loss_cases.values_of(case, seed=0)
+  for name in values:
+    if name.endswith(("logps", "rewards", "kl", "probs")):
+      values[name] = np.zeros_like(values[name])
+  scale = np.ones((2, 3))
+  for leaf in jax.tree.leaves(
+    loss_cases.value_and_gradients(case, values, scale, "float32")
+  ):
+    assert np.all(np.isfinite(leaf))
 
 
 @each_loss
@@ -137,13 +150,13 @@ def test_jit_changes_nothing(case):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
-@each_loss
+@pytest.mark.parametrize(
+  "case", [c for c in loss_cases.FEW if loss_cases.numeric(c)], ids=str
+)
 def test_every_numeric_field_is_an_axis_of_vmap(case):
   values = loss_cases.values_of(case, seed=3)
   values = loss_cases.cast(values, "float32")
   fields = loss_cases.numeric(case)
-  if not fields:
-    pytest.skip("it has none")
   factors = jnp.float32([0.5, 1.0, 1.5])
 
   def loss(factor):

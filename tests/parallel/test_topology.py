@@ -53,9 +53,9 @@ def recording_sgd():
   return optim.Optimizer(record, lambda step: 1.0, lambda path: True)
 
 
-def make_state(params):
+def make_state(params, extra=None):
   frozen = {"ref": worlds.noisy(params, 7, 0.05)}
-  return state_lib.create(params, recording_sgd(), frozen)
+  return state_lib.create(params, recording_sgd(), frozen, extra or {})
 
 
 def gradient_and_step(algorithm, accumulation, axis_name):
@@ -80,22 +80,24 @@ def compute(
   accumulation=1,
   mesh=None,
   mode="jit",
+  items=ITEMS,
+  hparams=HPARAMS,
   **layout,
 ):
   """Runs gradient_and_step in one topology and layout."""
   model, params = worlds.model(name, attention=attention)
   algorithm = algo.make(config or config_of(), model.apply)
-  state = make_state(params)
-  batch = worlds.batch(ITEMS, **layout)
+  state = make_state(params, algorithm.extra(params))
+  batch = worlds.batch(items, **layout)
   fn = gradient_and_step(algorithm, accumulation, run.axis_name(mode))
   if mesh is None:
-    return jax.jit(fn)(state, batch, HPARAMS)
+    return jax.jit(fn)(state, batch, hparams)
   mesh = mesh_lib.make(config_dict.ConfigDict({**mesh, "context": 1}))
   if mode == "jit":
     shardings = mesh_lib.shardings(mesh, state, axes.spec)
     state = run.place(state, shardings)
   batch = run.place_batch(batch, mesh, mode)
-  return run.evaluator(fn, mesh, mode)(state, batch, HPARAMS)
+  return run.evaluator(fn, mesh, mode)(state, batch, hparams)
 
 
 @functools.cache

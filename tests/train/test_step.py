@@ -8,7 +8,6 @@ import pytest
 from configs import common
 from dpo_jax import tree
 from dpo_jax.algos import preference
-from dpo_jax.ops import losses
 from dpo_jax.train import optim
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -25,7 +24,9 @@ def make(optim_name="sgd", loss="dpo", **changes):
   options = common.optim(optim_name)
   options.update({"warmup": 0, "learning_rate": 1e-2, **changes})
   optimizer = optim.make(options, 100)
-  state = state_lib.create(params, optimizer, {"ref": params})
+  state = state_lib.create(
+    params, optimizer, {"ref": params}, algorithm.extra(params)
+  )
   step = step_lib.make(algorithm, optimizer, accumulation=1, axis_name=None)
   hparams = {
     "beta": jnp.float32(0.1),
@@ -245,34 +246,6 @@ def test_gradients_are_clipped_by_their_global_norm():
   assert metrics["grad_norm"] > 1e-3
   # Differences of parameters of order 1 lose digits of updates of order 1e-5.
   np.testing.assert_allclose(tree.norm(moved), 1e-2 * 1e-3, rtol=0.05)
-
-
-def test_every_registered_loss_trains_a_step():
-  for name in losses.LOSSES:
-    step, state, hparams = make(loss=name)
-    new, metrics = jax.jit(step)(state, BATCH, hparams)
-    assert bool(jnp.isfinite(metrics["loss"])), name
-    assert not np.array_equal(
-      new.params["final_norm"]["scale"], state.params["final_norm"]["scale"]
-    ), name
-
-
-@pytest.mark.parametrize("how", [(2, None), (1, "data")])
-def test_a_batch_level_loss_is_refused_where_the_batch_is_cut(how, monkeypatch):
-  coupled = losses.Loss(losses.LOSSES["dpo"].fn, batch_level=True)
-  monkeypatch.setitem(losses.LOSSES, "coupled", coupled)
-  model, _ = worlds.model("llama")
-  config = topology.config_of()
-  config.loss.name = "coupled"
-  algorithm = preference.make(config, model.apply)
-  accumulation, axis_name = how
-  with pytest.raises(ValueError, match=r"train.accumulation = 1"):
-    step_lib.make(
-      algorithm,
-      topology.recording_sgd(),
-      accumulation=accumulation,
-      axis_name=axis_name,
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""Every loss through the real step: it trains, wherever the batch is cut."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import losses as fields
+from dpo_jax.algos import base, parts, preference
+from dpo_jax.data import comparisons
+from dpo_jax.ops import losses, reduce
+from dpo_jax.train import step as step_lib
+from tests import worlds
+from tests.parallel import test_topology as topology
+
+TRAINED = [n for n, loss in losses.LOSSES.items() if loss.data != "rewards"]
+COUPLED = [n for n in TRAINED if losses.LOSSES[n].batch_level]
+NEEDY = [
+  *("sampo", "ld_dpo", "wpo", "tdpo1", "tdpo2", "odpo", "plackett_luce"),
+  *("simpo", "nll", "rpo", "mpo"),
+]
+ITEMS = worlds.examples(16, seed=1, completions=4)
+
+
+@functools.cache
+def config_of(loss, chunk=None):
+  return topology.config_of(loss=loss, chunk=chunk)
+
+
+def items_of(loss):
+  """Examples with scores and rankings, as a loss compares them."""
+  items = []
+  for e in ITEMS:
+    ranks = tuple(range(len(e.completions)))
+    scores = tuple(float(len(ranks) - k) for k in ranks)
+    items.append(e._replace(ranking=ranks, scores=scores))
+  return comparisons.arrange(items, parts.kind_of(config_of(loss).loss))
+
+
+def compute(loss, chunk=None, **topology_of):
+  """(gradient, metrics, parameters after a step) of a loss."""
+  config = config_of(loss, chunk)
+  hparams = base.numeric_fields(config.loss)
+  if "beta" in hparams:
+    hparams["beta"] = max(hparams["beta"], 0.05)  # or rounding is all there is
+  hparams["learning_rate"] = 0.1
+  return topology.compute(
+    "llama",
+    config=config,
+    items=items_of(loss),
+    hparams={k: jnp.float32(v) for k, v in hparams.items()},
+    **topology_of,
+  )
+
+
+@functools.cache
+def truth(loss):
+  return compute(loss, packed=False, shared=False)
+
+
+@pytest.mark.parametrize("loss", TRAINED)
+def test_every_loss_trains_a_step(loss):
+  gradient, metrics, _ = truth(loss)
+  assert np.isfinite(metrics["loss"])
+  assert metrics["grad_norm"] > 1e-3
+  for leaf in jax.tree.leaves(gradient):
+    assert np.all(np.isfinite(leaf))
+
+
+CUT = {
+  "packed, chunked": {"chunk": 7, "extra": 3},
+  "accumulation": {"row_multiple": 4, "accumulation": 4},
+  "mesh, chunked": {"mesh": topology.MESH, "row_multiple": 4, "chunk": 7},
+  "mesh, accumulation": topology.DEVICES["mesh 2x2x2, accumulation"],
+  "pmap": topology.DEVICES["pmap over 8"],
+  "pmap, accumulation": topology.DEVICES["pmap over 8, accumulation"],
+}
+
+
+def slow_but(*fast):
+  return [
+    pytest.param(cut, marks=() if cut in fast else pytest.mark.slow)
+    for cut in CUT
+  ]
+
+
+@pytest.mark.parametrize("cut", slow_but("accumulation", "pmap, accumulation"))
+@pytest.mark.parametrize("loss", COUPLED)
+def test_a_coupled_loss_is_that_of_the_global_batch(loss, cut):
+  """Sorted ranks, reference points and δ see all of it: two stages where the
+  batch is cut."""
+  got, want = compute(loss, **CUT[cut]), truth(loss)
+  topology.assert_equal_up_to_rounding(got, want)
+
+
+@pytest.mark.parametrize("cut", slow_but("mesh, accumulation"))
+@pytest.mark.parametrize("loss", NEEDY)
+def test_what_a_loss_needs_does_not_depend_on_the_cut(loss, cut):
+  topology.assert_equal_up_to_rounding(compute(loss, **CUT[cut]), truth(loss))
+
+
+def test_a_per_device_statistic_would_be_seen(monkeypatch):
+  """KTO's reference point from the rows of a device alone is another."""
+  monkeypatch.setattr(reduce, "gather_rows", lambda tree, axis_name: tree)
+  with pytest.raises(AssertionError):
+    topology.assert_equal_up_to_rounding(
+      compute("kto_pair", **CUT["pmap"]), truth("kto_pair")
+    )
+
+
+def test_a_mixture_is_the_weighted_sum_of_its_terms():
+  """0.8 DPO + 0.2 BCO + NLL: means over pairs and a mean over tokens."""
+  _, whole, _ = truth("mpo")
+  terms = fields.parse("mpo")
+  assert terms == [(0.8, "dpo"), (0.2, "bco"), (1.0, "nll")]
+  want = sum(weight * truth(name)[1]["loss"] for weight, name in terms)
+  # The betas of the parts: `compute` raises those of single losses.
+  config = config_of("mpo").loss
+  assert config.dpo.beta == 0.1
+  assert config.bco.beta == 0.01
+  parts_of = {name: whole[f"losses/{name}"] for _, name in terms}
+  np.testing.assert_allclose(
+    whole["loss"], sum(w * parts_of[n] for w, n in terms), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    parts_of["nll"], truth("nll")[1]["loss"], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    parts_of["dpo"], truth("dpo")[1]["loss"], rtol=1e-5
+  )
+  assert abs(want - whole["loss"]) < 0.5  # BCO's own β is another
+
+
+def test_bco_keeps_the_mean_of_its_rewards_between_steps():
+  """δ is the mean over steps of the batches' mean rewards."""
+  model, params = worlds.model("llama")
+  algorithm = preference.make(config_of("bco"), model.apply)
+  step = jax.jit(
+    step_lib.make(
+      algorithm, topology.recording_sgd(), accumulation=1, axis_name=None
+    )
+  )
+  state = topology.make_state(params, algorithm.extra(params))
+  hparams = {"beta": jnp.float32(0.1), "learning_rate": jnp.float32(0.05)}
+  batch, rewards = worlds.batch(items_of("bco")), []
+  for count in range(1, 4):
+    state, metrics = step(state, batch, hparams)
+    rewards.append(
+      (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+    )
+    assert state.extra["running"]["count"] == count
+    np.testing.assert_allclose(
+      state.extra["running"]["mean"], np.mean(rewards), rtol=1e-5
+    )
