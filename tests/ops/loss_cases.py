@@ -27,6 +27,12 @@ class Case(NamedTuple):
     return f"{self.name}-{self.divergence}-{values}"
 
 
+def case_of(name, divergence="reverse_kl", **fields):
+  """A case with its paper's fields, but for those named."""
+  fields = {**losses_config.LOSSES[name], **fields}
+  return Case(name, fields, divergence)
+
+
 def grid(**fields):
   """Every combination of the values of each field."""
   values = itertools.product(*fields.values())
@@ -83,7 +89,7 @@ DIVERGENCES = [
   *(("alpha", {"divergence_alpha": a}) for a in (0.0, 1.0, 1.5, 0.5)),
 ]
 CASES = [Case(name, f) for name, fields in FIELDS.items() for f in fields] + [
-  Case(name, {**losses_config.LOSSES[name], **extra}, divergence)
+  case_of(name, divergence, **extra)
   for name, loss in losses.LOSSES.items()
   if loss.of_h
   for divergence, extra in DIVERGENCES

@@ -204,7 +204,7 @@ def test_every_divergence_of_every_loss_of_h_has_a_case():
   "name", [n for n, f in losses_config.LOSSES.items() if "dialect" in f]
 )
 def test_every_dialect_has_a_case_and_an_unknown_one_is_refused(name):
-  case = loss_cases.Case(name, {**losses_config.LOSSES[name]})
+  case = loss_cases.case_of(name)
   values = loss_cases.values_of(case, seed=0)
   message = r"loss.dialect = 'papr' is not known; did you mean 'paper'"
   with pytest.raises(ValueError, match=message) as error:

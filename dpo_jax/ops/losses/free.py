@@ -54,7 +54,8 @@ def unlikelihood(policy_logps, ref_logps, *, alpha):
     policy_logps, ref_logps: f32[..., 2] as in `sft`.
     alpha: α in [0, 1].
   Returns: dict of f32[...]: "loss" and the reward metrics (nats).
-  Optimum: ∝ P(y ≻ μ) − α P(μ ≻ y) for pairs from μ, where that is above 0.
+  Optimum: ∝ μ(y) [P(y ≻ μ) − α P(μ ≻ y)] for pairs from μ, if that is above 0
+    for every y; else unbounded.
   Source: arXiv:2305.18290 appendix C.3.
   """
   del ref_logps
@@ -93,7 +94,9 @@ def simpo(policy_logps, ref_logps, *, beta, gamma, lengths):
     gamma: γ ≥ 0.
     lengths: f32[..., 2] scored tokens n.
   Returns: dict of f32[...]: "loss" and the reward metrics (β × nats a token).
-  Optimum: with γ = 0, e^(n (r/β + c)), with c(x) so that it sums to 1.
+  Optimum: with γ = 0, e^(n (r/β + c)), with c(x) so that it sums to 1; of two
+    answers β (l_w − l_l) = log[(a + √(a² + P (1 − P))) / (1 − P)] with
+    a = (2P − 1) e^γ / 2.
   Source: arXiv:2405.14734 Eq. 6.
   """
   del ref_logps

@@ -76,7 +76,8 @@ def ipo(policy_logps, ref_logps, *, beta, lengths, dialect):
     dialect: "paper" or "original" (the original DPO repository).
   Returns: dict of f32[...]: "loss" and the reward metrics (β × nats, summed
     over tokens in both dialects).
-  Optimum: h = (P(y ≻ μ) − P(y' ≻ μ)) / τ for pairs drawn from μ.
+  Optimum: h = (P(y ≻ μ) − P(y' ≻ μ)) / τ for pairs drawn from μ, of means or
+    of sums as in the loss.
   Source: arXiv:2310.12036 Eq. 17; the mean over tokens is what its authors ran.
   """
   ratios = base.log_ratios(policy_logps, ref_logps)
@@ -204,8 +205,8 @@ def odpo(policy_logps, ref_logps, *, beta, alpha, scores):
     alpha: α ≥ 0, scale of the offset.
     scores: f32[..., 2] of the data, s_w > s_l.
   Returns: dict of f32[...]: "loss" and the reward metrics (β × nats).
-  Optimum: none in closed form, since labels follow the scores; that of DPO
-    with α = 0.
+  Optimum: at the boundary, since labels that follow the scores are certain;
+    that of DPO with α = 0.
   Source: arXiv:2402.10571.
   """
   rewards = beta * base.log_ratios(policy_logps, ref_logps)

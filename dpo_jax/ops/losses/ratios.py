@@ -91,7 +91,7 @@ def cal_dpo(policy_logps, ref_logps, *, beta):
     policy_logps, ref_logps: f32[..., 2] as in `nca`.
     beta: β > 0.
   Returns: dict of f32[...]: "loss" and the reward metrics (β × nats).
-  Optimum: none in closed form.
+  Optimum: of two answers and free Δ, σ(h) + h/2 = P + (2P − 1) / (2β).
   Source: arXiv:2412.14516.
   """
   ratios = base.log_ratios(policy_logps, ref_logps)
