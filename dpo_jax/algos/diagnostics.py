@@ -59,11 +59,13 @@ def by_source(metrics, source, count):
   """
   if count == 1:
     return {}
-  return {
-    f"source{k}/{name}": (values, jnp.where(source == k, weights, 0.0))
-    for k in range(count)
-    for name, (values, weights) in metrics.items()
-  }
+  out, there = {}, {}  # one array of weights for all that share it
+  for name, (values, weights) in metrics.items():
+    for k in range(count):
+      if (id(weights), k) not in there:
+        there[id(weights), k] = jnp.where(source == k, weights, 0.0)
+      out[f"source{k}/{name}"] = values, there[id(weights), k]
+  return out
 
 
 def derived(means, totals):

@@ -21,15 +21,38 @@ def weighted_sum(values, weights):
 
 
 def numerators(terms):
-  """{name: Σ w·v} of {name: (values, weights)}."""
-  return {name: weighted_sum(v, w) for name, (v, w) in terms.items()}
+  """{name: Σ w·v} of {name: (values, weights)}.
+
+  Terms that share the very array of weights are summed in one operation: there
+  are dozens of metrics of the same comparisons.
+  """
+  sums = {}
+  for names in _alike(terms).values():
+    values, weights = terms[names[0]]
+    if len(names) > 1 and values.shape == weights.shape:
+      values = jnp.stack([terms[name][0] for name in names])
+      each = jax.vmap(weighted_sum, in_axes=(0, None))(values, weights)
+      sums |= {name: each[i] for i, name in enumerate(names)}
+    else:
+      sums |= {name: weighted_sum(*terms[name]) for name in names}
+  return {name: sums[name] for name in terms}
 
 
 def denominators(terms):
   """{name: Σ w} of {name: (values, weights)}."""
-  return {
-    name: jnp.sum(w.astype(jnp.float32)) for name, (_, w) in terms.items()
-  }
+  sums = {}
+  for names in _alike(terms).values():
+    total = jnp.sum(terms[names[0]][1].astype(jnp.float32))
+    sums |= dict.fromkeys(names, total)
+  return {name: sums[name] for name in terms}
+
+
+def _alike(terms):
+  """Names of terms by their array of weights and the shape of their values."""
+  groups = {}
+  for name, (values, weights) in terms.items():
+    groups.setdefault((id(weights), values.shape), []).append(name)
+  return groups
 
 
 def divide(nums, dens):

@@ -27,7 +27,7 @@ class Case(NamedTuple):
     return f"{self.name}-{self.divergence}-{values}"
 
 
-def case_of(name, divergence="reverse_kl", **fields):
+def of(name, divergence="reverse_kl", **fields):
   """A case with its paper's fields, but for those named."""
   fields = {**losses_config.LOSSES[name], **fields}
   return Case(name, fields, divergence)
@@ -89,14 +89,18 @@ DIVERGENCES = [
   *(("alpha", {"divergence_alpha": a}) for a in (0.0, 1.0, 1.5, 0.5)),
 ]
 CASES = [Case(name, f) for name, fields in FIELDS.items() for f in fields] + [
-  case_of(name, divergence, **extra)
+  of(name, divergence, **extra)
   for name, loss in losses.LOSSES.items()
   if loss.of_h
   for divergence, extra in DIVERGENCES
 ]
-# One of each loss, dialect and divergence, for what needs no grid.
+# One of each loss and dialect, and DPO of each divergence: no grid of fields.
 FEW = list(
-  {(c.name, c.fields.get("dialect"), c.divergence): c for c in CASES}.values()
+  {
+    (case.name, case.fields.get("dialect"), case.divergence): case
+    for case in CASES
+    if case.divergence == "reverse_kl" or case.name == "dpo"
+  }.values()
 )
 
 
@@ -235,15 +239,17 @@ def loss_of(case, values, fields=None):
   return loss if isinstance(loss, tuple) else (loss, jnp.ones_like(loss))
 
 
+def space_of(case, values):
+  """Arguments and fields as attributes, which the oracles read."""
+  fields = {**case.fields, "divergence": case.divergence}
+  return types.SimpleNamespace(**values, **fields)
+
+
 def oracle_of(case, values, held=None):
   """The same of the oracle; `held` for its statistics without gradient."""
-
-  def space(values):
-    fields = {**case.fields, "divergence": case.divergence}
-    return types.SimpleNamespace(**values, **fields)
-
+  held = values if held is None else held
   oracle = getattr(oracles, case.name)
-  loss = oracle(space(values), space(values if held is None else held))
+  loss = oracle(space_of(case, values), space_of(case, held))
   return loss if isinstance(loss, tuple) else (loss, np.ones_like(loss))
 
 

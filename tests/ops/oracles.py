@@ -318,8 +318,9 @@ def alphapo(v, held):
 def orpo(v, held):
   del held
   mean = per_token(v.policy_logps, v.lengths)
-  below = np.minimum(mean, -1e-6)  # a probability of 1 has infinite odds
-  odds = below - np.log(-np.expm1(below))
+  # A probability of 1 has infinite odds: the tangent beyond 1 − 1e-6.
+  below = np.minimum(mean, -1e-6)
+  odds = below - np.log(-np.expm1(below)) + (mean - below) * 1e6
   return -mean[..., 0] - v.odds_weight * log_sigmoid(diff(odds))
 
 

@@ -82,11 +82,11 @@ def one_comparison(values):
 def two_of_a_kind(values):
   """A ranking of two, the same whatever the width of `values`."""
   del values
-  pairs = loss_cases.values_of(loss_cases.case_of("dpo"), seed=0)
+  pairs = loss_cases.values_of(loss_cases.of("dpo"), seed=0)
   return {**pairs, "present": np.ones((2, 3, 2), bool)}
 
 
-def mean_log_probs(values):
+def one_token_alone(values):
   """Completions of one token under no reference."""
   return {**one_token(values), **without_reference(values)}
 
@@ -111,78 +111,72 @@ def mean_log_probs(values):
     ("aot_unpaired", {}, one_comparison),
     ("plackett_luce", {}, two_of_a_kind),
     ("cpo", {"alpha": 0.0}, without_reference),
-    ("simpo", {"gamma": 0.0}, mean_log_probs),
+    ("simpo", {"gamma": 0.0}, one_token_alone),
   ],
 )
 def test_without_its_own_term_a_loss_is_dpo(name, fields, changes):
-  dpo = loss_cases.case_of("dpo", beta=0.3, label_smoothing=0.0)
-  assert_same(loss_cases.case_of(name, beta=0.3, **fields), dpo, changes)
+  dpo = loss_cases.of("dpo", beta=0.3, label_smoothing=0.0)
+  assert_same(loss_cases.of(name, beta=0.3, **fields), dpo, changes)
 
 
 def test_a_reward_model_of_the_log_ratios_has_the_loss_of_dpo():
-  values = loss_cases.values_of(loss_cases.case_of("dpo"), seed=0)
-  values = loss_cases.cast(values, "float32")
+  dpo = loss_cases.of("dpo", beta=0.3, label_smoothing=0.0)
+  values = loss_cases.cast(loss_cases.values_of(dpo, seed=0), "float32")
+  want, _ = loss_cases.loss_of(dpo, values)
   rewards = 0.3 * (values["policy_logps"] - values["ref_logps"])
-  want = losses.LOSSES["dpo"].fn(**values, beta=0.3, label_smoothing=0.0)[
-    "loss"
-  ]
   np.testing.assert_array_equal(losses.bradley_terry(rewards)["loss"], want)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-9, -1e-9])
 def test_alphapo_without_bend_is_simpo(alpha):
-  bent = loss_cases.case_of("alphapo", beta=2.0, gamma=0.5, alpha=alpha)
-  assert_same(bent, loss_cases.case_of("simpo", beta=2.0, gamma=0.5))
+  bent = loss_cases.of("alphapo", beta=2.0, gamma=0.5, alpha=alpha)
+  assert_same(bent, loss_cases.of("simpo", beta=2.0, gamma=0.5))
 
 
 def test_alphapo_tends_to_simpo():
-  bent = loss_cases.case_of("alphapo", beta=2.0, gamma=0.5, alpha=1e-4)
+  bent = loss_cases.of("alphapo", beta=2.0, gamma=0.5, alpha=1e-4)
   # α l is 2e-4 at most.
-  assert_same(bent, loss_cases.case_of("simpo", beta=2.0, gamma=0.5), rtol=1e-3)
+  assert_same(bent, loss_cases.of("simpo", beta=2.0, gamma=0.5), rtol=1e-3)
 
 
 def test_ipo_of_single_tokens_is_that_of_sums():
   assert_same(
-    loss_cases.case_of("ipo", dialect="paper"),
-    loss_cases.case_of("ipo", dialect="original"),
+    loss_cases.of("ipo", dialect="paper"),
+    loss_cases.of("ipo", dialect="original"),
     one_token,
   )
 
 
 def test_terms_without_weight_leave_a_likelihood():
-  assert_same(
-    loss_cases.case_of("unlikelihood", alpha=0.0), loss_cases.case_of("sft")
-  )
-  assert_same(
-    loss_cases.case_of("orpo", odds_weight=0.0), loss_cases.case_of("nll")
-  )
+  assert_same(loss_cases.of("unlikelihood", alpha=0.0), loss_cases.of("sft"))
+  assert_same(loss_cases.of("orpo", odds_weight=0.0), loss_cases.of("nll"))
 
 
 def test_slic_without_its_likelihood_is_a_hinge_without_reference():
-  slic = loss_cases.case_of("slic", delta=4.0, nll_weight=0.0)
+  slic = loss_cases.of("slic", delta=4.0, nll_weight=0.0)
   assert_same(
-    slic, loss_cases.case_of("hinge", beta=0.25), without_reference, scale=4.0
+    slic, loss_cases.of("hinge", beta=0.25), without_reference, scale=4.0
   )
 
 
 def test_cal_dpo_is_dpo_of_beta_one_and_half_of_sppo():
-  values = loss_cases.values_of(loss_cases.case_of("dpo"), seed=0)
+  values = loss_cases.values_of(loss_cases.of("dpo"), seed=0)
   terms = (
-    loss_cases.case_of("dpo", beta=1.0),
-    loss_cases.case_of("sppo", beta=0.2),
+    loss_cases.of("dpo", beta=1.0),
+    loss_cases.of("sppo", beta=0.2),
   )
   dpo, sppo = (result(case, values) for case in terms)
-  both = result(loss_cases.case_of("cal_dpo", beta=0.2), values)
+  both = result(loss_cases.of("cal_dpo", beta=0.2), values)
   for got, one, other in zip(both, dpo, sppo, strict=True):
     np.testing.assert_allclose(got, one + other / 2, rtol=1e-12, atol=1e-12)
 
 
 def test_robust_dpo_averages_to_clean_dpo_over_flipped_labels():
   epsilon = 0.3
-  robust = loss_cases.case_of("robust", beta=0.5, label_smoothing=epsilon)
+  robust = loss_cases.of("robust", beta=0.5, label_smoothing=epsilon)
   values = loss_cases.values_of(robust, seed=0)
   flipped = {name: value[..., ::-1] for name, value in values.items()}
-  clean = result(loss_cases.case_of("dpo", beta=0.5), values)
+  clean = result(loss_cases.of("dpo", beta=0.5), values)
   loss, gradient = result(robust, values)
   other, other_gradient = result(robust, flipped)
   average = (1 - epsilon) * loss + epsilon * other
@@ -196,20 +190,20 @@ def test_robust_dpo_averages_to_clean_dpo_over_flipped_labels():
 )
 def test_alpha_divergences_of_one_and_zero_are_the_two_kls(name):
   for alpha, divergence in ((1.0, "reverse_kl"), (0.0, "forward_kl")):
-    alike = loss_cases.case_of(name, "alpha", divergence_alpha=alpha)
-    assert_same(alike, loss_cases.case_of(name, divergence))
+    alike = loss_cases.of(name, "alpha", divergence_alpha=alpha)
+    assert_same(alike, loss_cases.of(name, divergence))
 
 
 def test_the_old_spelling_of_the_alpha_divergence_has_the_same_margin():
   """(1 − u^(−α_old)) / α_old of TRL up to 0.28, for α = 1 − α_old."""
-  values = loss_cases.values_of(loss_cases.case_of("dpo"), seed=0)
+  values = loss_cases.values_of(loss_cases.of("dpo"), seed=0)
   for old in (0.3, 1.0, -0.5):
     ratio = np.exp(values["policy_logps"] - values["ref_logps"])
     score = (1 - ratio**-old) / old
     want, _ = result(
-      loss_cases.case_of("dpo"), {"policy_logps": score, "ref_logps": 0 * score}
+      loss_cases.of("dpo"), {"policy_logps": score, "ref_logps": 0 * score}
     )
-    new = loss_cases.case_of("dpo", "alpha", divergence_alpha=1 - old)
+    new = loss_cases.of("dpo", "alpha", divergence_alpha=1 - old)
     np.testing.assert_allclose(result(new, values)[0], want, rtol=1e-12)
 
 
@@ -225,8 +219,8 @@ def test_the_old_spelling_of_the_alpha_divergence_has_the_same_margin():
 def test_these_losses_are_of_beta_times_nats(name):
   """loss(4 β, nats / 4) = loss(β, nats), with a quarter of the gradient."""
   case, half = (
-    loss_cases.case_of(name, beta=0.2),
-    loss_cases.case_of(name, beta=0.8),
+    loss_cases.of(name, beta=0.2),
+    loss_cases.of(name, beta=0.8),
   )
   values = loss_cases.values_of(case, seed=0)
   nats = {k: v / 4 for k, v in values.items() if k.endswith(("logps", "kl"))}
@@ -245,7 +239,7 @@ def test_these_losses_are_of_beta_times_nats(name):
   ],
 )
 def test_swapping_a_pair_negates_the_margin(name):
-  case = loss_cases.case_of(name)
+  case = loss_cases.of(name)
   values = loss_cases.values_of(case, seed=0)
   swapped = {
     k: v[..., ::-1] if np.ndim(v) == 3 else v for k, v in values.items()
@@ -266,10 +260,8 @@ def test_swapping_a_pair_negates_the_margin(name):
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0, 5.0])
 def test_policy_equal_to_reference_costs_log_two_with_gradient_half_beta(beta):
-  logps = loss_cases.values_of(loss_cases.case_of("dpo"), seed=0)[
-    "policy_logps"
-  ]
-  case = loss_cases.case_of("dpo", beta=beta, label_smoothing=0.0)
+  logps = loss_cases.values_of(loss_cases.of("dpo"), seed=0)["policy_logps"]
+  case = loss_cases.of("dpo", beta=beta, label_smoothing=0.0)
   values = {"policy_logps": logps, "ref_logps": logps}
   loss, gradient = result(case, values)
   np.testing.assert_allclose(loss, np.log(2), rtol=1e-15)
@@ -282,9 +274,9 @@ def test_policy_equal_to_reference_costs_log_two_with_gradient_half_beta(beta):
 @pytest.mark.parametrize(
   ("case", "h"),
   [
-    (loss_cases.case_of("dpo", beta=0.5, label_smoothing=0.2), 2 * np.log(4)),
-    (loss_cases.case_of("ipo", beta=0.1, dialect="original"), 5.0),
-    (loss_cases.case_of("exo", beta=0.5, label_smoothing=0.2), 2 * np.log(4)),
+    (loss_cases.of("dpo", beta=0.5, label_smoothing=0.2), 2 * np.log(4)),
+    (loss_cases.of("ipo", beta=0.1, dialect="original"), 5.0),
+    (loss_cases.of("exo", beta=0.5, label_smoothing=0.2), 2 * np.log(4)),
   ],
   ids=lambda value: getattr(value, "name", None),
 )
@@ -300,7 +292,7 @@ def test_certain_labels_pull_the_margin_to_where_it_should_stop(case, h):
 
 
 def test_a_shorter_ranking_is_the_ranking_of_what_is_there():
-  case = loss_cases.case_of("plackett_luce")
+  case = loss_cases.of("plackett_luce")
   values = loss_cases.values_of(case, seed=0)
   short = {k: v[..., :3] for k, v in values.items()}
   short["present"] = np.ones((2, 3, 3), bool)
@@ -314,12 +306,10 @@ def test_a_shorter_ranking_is_the_ranking_of_what_is_there():
 
 
 def test_the_probabilities_of_all_rankings_sum_to_one():
-  values = loss_cases.values_of(loss_cases.case_of("plackett_luce"), seed=0)
+  values = loss_cases.values_of(loss_cases.of("plackett_luce"), seed=0)
   total = 0.0
   for order in itertools.permutations(range(4)):
     moved = {k: v[..., list(order)] for k, v in values.items()}
     moved["present"] = np.ones((2, 3, 4), bool)
-    total = total + np.exp(
-      -result(loss_cases.case_of("plackett_luce"), moved)[0]
-    )
+    total = total + np.exp(-result(loss_cases.of("plackett_luce"), moved)[0])
   np.testing.assert_allclose(total, 1.0, rtol=1e-12)

@@ -9,7 +9,7 @@ from tests.ops import loss_cases
 
 
 def test_the_state_of_bco_is_the_mean_over_steps():
-  case = loss_cases.case_of("bco", beta=0.5)
+  case = loss_cases.of("bco", beta=0.5)
   running, means = {"mean": np.float64(0), "count": np.float64(0)}, []
   for seed in range(3):
     values = {**loss_cases.values_of(case, seed), "running": running}
@@ -54,7 +54,7 @@ def of_real(case, values, scale):
 @COUPLED
 @pytest.mark.parametrize("garbage", [1e4, -1e4, 0.0, np.inf, np.nan])
 def test_padding_anywhere_changes_no_other_comparison(name, garbage):
-  case, places = loss_cases.case_of(name), [1, 2, 3, 5, 6, 8]
+  case, places = loss_cases.of(name), [1, 2, 3, 5, 6, 8]
 
   def padded(value, filling=garbage):
     out = np.full((1, 9, *value.shape[2:]), filling)
@@ -82,7 +82,7 @@ def test_padding_anywhere_changes_no_other_comparison(name, garbage):
 
 @COUPLED
 def test_permuting_a_batch_permutes_its_losses(name):
-  case, order = loss_cases.case_of(name), [4, 0, 5, 3, 1, 2]
+  case, order = loss_cases.of(name), [4, 0, 5, 3, 1, 2]
   values = rearranged(loss_cases.values_of(case, seed=0), np.asarray)
   scale = loss_cases.pull(case, values)
   moved = rearranged(values, lambda value: value[:, order])

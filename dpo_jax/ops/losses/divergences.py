@@ -38,6 +38,7 @@ def under(name, fn):
 
       Δ -> s(Δ) = f'(π / π_ref)
 
+  Beyond e^30 its exponentials go on as their tangents, which keep a slope.
   TRL from 0.29 on has the same s. Up to 0.28 it wrote (1 − u^(−α)) / α for the
   α-divergence, which is this one with α = 1 − α_old.
 

@@ -157,9 +157,10 @@ def orpo(policy_logps, ref_logps, *, odds_weight, lengths):
   """
   del ref_logps
   mean = base.means(policy_logps, lengths)
-  # A mean probability of 1 has infinite odds; f32 has none nearer than this.
+  # A probability of 1 has infinite odds: beyond 1 − 1e-6, their tangent.
   inside = jnp.minimum(mean, -1e-6)
   odds = inside - jnp.log(-jnp.expm1(inside))
+  odds = jnp.where(mean > -1e-6, odds + 1e6 * (mean + 1e-6), odds)
   loss = -mean[..., 0] - odds_weight * log_sigmoid(base.margins(odds))
   return base.with_metrics(loss, policy_logps, odds_weight * mean)
 

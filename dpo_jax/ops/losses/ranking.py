@@ -23,11 +23,13 @@ def plackett_luce(policy_logps, ref_logps, *, beta, present):
   """
   rewards = beta * base.log_ratios(policy_logps, ref_logps)
   ranks = jnp.arange(rewards.shape[-1])
-  # j ≥ k; itself even where absent, so that no sum is empty.
   behind = (ranks > ranks[:, None]) & present[..., None, :]
-  behind |= ranks == ranks[:, None]
-  total = jax.nn.logsumexp(rewards[..., None, :], axis=-1, where=behind)
-  terms = jnp.where(present, rewards - total, 0.0)
+  counts = jnp.any(behind, axis=-1) & present
+  # A sum over none would be −∞; the last rank's is of itself and not counted.
+  behind |= ~counts[..., None] & (ranks == ranks[:, None])
+  others = jax.nn.logsumexp(rewards[..., None, :], axis=-1, where=behind)
+  # z − log(e^z + e^o) = log σ(z − o), which keeps the digits of small losses.
+  terms = jnp.where(counts, jax.nn.log_sigmoid(rewards - others), 0.0)
   last = jnp.sum(present, axis=-1, keepdims=True) - 1
 
   def ends(values):

@@ -1,0 +1,336 @@
+"""Configs that together use every field, and another value for each field."""
+
+import copy
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from configs import common, dpo, losses, quickstart, sft
+from dpo_jax.data import bpe, sources
+from tests.models import parity
+
+PYTHIA = "EleutherAI/pythia-70m"
+
+
+class Base(NamedTuple):
+  """A config whose fields are proven.
+
+  Attributes:
+    make: world -> ConfigDict.
+    only: prefix of the fields that are proven in it.
+    whole: what is compiled is compared as the whole train step.
+  """
+
+  make: Callable
+  only: str = ""
+  whole: bool = False
+
+
+class World(NamedTuple):
+  """Paths that configs name.
+
+  Attributes:
+    data: comparisons in a file, one of the records bad.
+    labelled: labelled texts in a file.
+    model: folder of published weights in small.
+    tokenizer: folder of one.
+  """
+
+  data: str
+  labelled: str
+  model: str
+  tokenizer: str
+
+
+def build(folder):
+  """Writes a World into an empty folder."""
+  toy = list(sources.SOURCES["toy"]("24"))
+  rows = [*toy, {**toy[0], "chosen": ""}]
+  files = {
+    "data.jsonl": rows,
+    "labelled.jsonl": [
+      {"text": row[name], "label": name == "chosen"}
+      for row in toy[:6]
+      for name in ("chosen", "rejected")
+    ],
+  }
+  for name, content in files.items():
+    text = "".join(json.dumps(row) + "\n" for row in content)
+    (folder / name).write_text(text)
+  (folder / "model").mkdir()
+  parity.write(parity.small(PYTHIA, vocab_size=300), folder / "model")
+  words = [row["prompt"] + row["chosen"] for row in toy]
+  bpe.train(words, 270, folder / "tokenizer")
+  return named(folder)
+
+
+def named(folder):
+  """The World of a folder, which need not be there."""
+  names = ("data.jsonl", "labelled.jsonl", "model", "tokenizer")
+  return World(*(str(pathlib.Path(folder) / name) for name in names))
+
+
+def _small(c, w):
+  """Few steps on data in which prompts are cut and a record is bad."""
+  c.data.train, c.data.eval = w.data, "toy:8"
+  c.data.bad_records = "skip"
+  c.data.max_prompt_length = 14  # of 12 to 17 bytes
+  c.data.max_completion_length = 32
+  c.data.long_prompt = "keep_end"
+  c.data.batch_size = 8
+  c.data.shape_multiple = 8
+  c.train.steps = 3
+  c.log.every = c.eval.every = c.checkpoint.every = 2
+  return c
+
+
+def _sampling(c, w):
+  """Samples of the policy, compared and checked against labels."""
+  s = c.sample
+  s.prompts, s.prefix = "toy:12", (2, 6)
+  s.count, s.draws, s.max_new_tokens = 6, 2, 4
+  s.batch_size = 16
+  s.scorers, s.labelled = ("vader",), w.labelled
+  s.labels = "bradley_terry"
+  return c
+
+
+def _dpo(w, arg="", **fields):
+  return _with(_small(dpo.get_config(f"smoke{arg}"), w), **fields)
+
+
+def _with(c, **fields):
+  """The config with fields set: data__packed is data.packed."""
+  for name, value in fields.items():
+    put(c, name.replace("__", "."), value)
+  return c
+
+
+def _lora(w):
+  c = _sampling(_dpo(w, ",lora"), w)
+  c.optim = common.optim("adamw")
+  c.optim.warmup, c.optim.schedule = 1, "cosine"
+  c.sample.temperature = 0.5
+  c.audit.empty = None
+  return c
+
+
+def _sft(w):
+  c = _small(sft.get_config("smoke"), w)
+  c.optim = common.optim("sgd")
+  c.train.steps = None
+  c.data.eval = None
+  return _with(c, data__packed=False, init_from=None, optim__schedule="linear")
+
+
+def _quickstart(w):
+  c = quickstart.get_config("stage=dpo,smoke")
+  return _with(_sampling(_small(c, w), w), sample__labels="none")
+
+
+def _published(w):
+  c = _small(dpo.get_config(f"lora,model=hf:{w.model}"), w)
+  c.tokenizer = "bytes"  # the model has rows for all of them
+  c.lora.base, c.export.form = "bfloat16", "adapter"
+  return c
+
+
+# A decoder with layers that see a window, and what Gemma has beside.
+_WINDOW = {
+  "layers": 3,
+  "window": 5,
+  "layer_pattern": ("window", "full"),
+  "window_theta": 100.0,
+  "norm_place": "both",
+  "norm_offset": 1.0,
+  "qk_norm": "head",
+  "embed_scale": 5.0,
+  "attention_scale": 0.5,
+  "attention_softcap": 4.0,
+  "logit_softcap": 8.0,
+}
+_LEARNED = {
+  "position": "learned",
+  "rotary_dim": 0,
+  "norm": "layernorm",
+  "qkv_bias": True,
+}
+
+
+def _model(changes):
+  def make(w):
+    c = _dpo(w)
+    for name, value in changes.items():
+      c.model[name] = value
+    return c
+
+  return make
+
+
+def _loss(name):
+  def make(w):
+    return _dpo(w, f",loss={name}")
+
+  return make
+
+
+# A reward model's loss is of no algorithm yet.
+LOSSES = [name for name in losses.LOSSES if name != "bradley_terry"]
+_PMAP = {"mesh__mode": "pmap", "data__max_row_length": 128}
+
+BASES = {
+  "dpo": Base(_dpo, whole=True),
+  "lora": Base(_lora),
+  "sft": Base(_sft),
+  "mixture": Base(lambda w: _dpo(w, ",loss=mpo,ref=ema", train__accumulation=2)),
+  "quickstart": Base(_quickstart),
+  "simpo": Base(lambda w: _dpo(w, ",loss=simpo", data__shared=False)),
+  "kto": Base(lambda w: _dpo(w, ",loss=kto", **_PMAP)),
+  "published": Base(_published),
+  "divergence": Base(lambda w: _dpo(w, ",divergence=alpha"), "loss."),
+  "window": Base(_model(_WINDOW), "model."),
+  "learned": Base(_model(_LEARNED), "model."),
+  "untied": Base(
+    _model({"tied": False, "head_bias": True, "residual": "parallel"}), "model."
+  ),
+  **{f"loss={name}": Base(_loss(name), "loss.") for name in LOSSES},
+}
+
+
+# Other values of the fields of which a number near by, or the other bool, is
+# none. Those that are set already are left out; the first that has an effect
+# counts.
+VALUES = {
+  "algo": ("preference", "sft"),
+  "workdir": ("elsewhere",),
+  "ref_mix": (0.5,),
+  "ref_every": (3,),
+  "ref_store": ("store",),
+  "init_from": lambda w: (f"hf:{w.model}",),
+  "init_adapter": lambda w: (f"hf:{w.model}",),
+  "tokenizer": lambda w: (w.tokenizer,),
+  "head_chunk": (8,),
+  "precision": ("default",),
+  "model.layer_pattern": (("full", "nope"), ("full",), ("window", "window")),
+  "model.window": (3,),
+  "model.residual": ("parallel", "sequential"),
+  "model.norm": ("layernorm", "rmsnorm"),
+  "model.norm_place": ("post", "pre"),
+  "model.qk_norm": ("head", "all"),
+  "model.position": ("learned", "rotary"),
+  "model.heads": (2, 8),
+  "model.head_dim": (16,),
+  "model.rotary_dim": (4,),
+  "model.max_positions": (1000, 8),  # of rotary ones no more than a limit
+  "model.window_theta": (50.0,),
+  "model.activation": ("gelu",),
+  "model.embed_scale": (2.0,),
+  "model.attention_scale": (0.25,),
+  "model.attention_softcap": (2.0,),
+  "model.logit_softcap": (2.0,),
+  "model.dtype": ("bfloat16",),
+  "model.attention": ("xla",),
+  "lora.targets": ((r"attn/\w+/kernel$",),),
+  "lora.base": ("bfloat16", "float32"),
+  "optim.schedule": ("linear", "constant"),
+  "optim.freeze": (("attn",),),
+  "data.train": ("toy:16",),
+  "data.eval": ("toy:4",),
+  "data.max_prompt_length": (12,),
+  "data.max_completion_length": (8,),
+  "data.long_prompt": ("keep_start",),
+  "data.bad_records": ("error",),
+  "data.max_row_length": (96,),
+  "data.max_shapes": (1,),
+  "data.shape_multiple": (16,),
+  "sample.prompts": ("toy:6",),
+  "sample.prefix": ((3, 4),),
+  "sample.top_p": (0.5,),
+  "sample.batch_size": (8,),
+  "sample.scorers": lambda w: ((f"tfidf:{w.labelled}",),),
+  "sample.labelled": ("toy:4",),
+  "sample.labels": ("deterministic",),
+  "train.steps": (4,),
+  "train.max_noise": (0.01,),
+  "train.max_skipped": (1,),
+  "mesh.mode": ("jit", "pmap"),
+  "mesh.data": (4,),
+  "mesh.fsdp": (2,),
+  "mesh.tensor": (2,),
+  "export.folder": ("elsewhere",),
+  "export.form": ("adapter", "merged"),
+  "export.dtype": ("bfloat16",),
+  "export.push": ("me/mine",),
+  "log.wandb": ("mine",),
+}
+
+
+def _other_ref(c, w):
+  others = {"frozen": "cached", "base": "cached", "none": "frozen"}
+  c.ref = others.get(c.ref, "none")
+  c.ref_mix = c.ref_every = None
+
+
+def _other_loss(c, w):
+  others = {"simpo": "orpo", "kto": "bco_unpaired", "mixture": "rpo"}
+  other = "dpo" if c.loss.name == "ipo" else "ipo"
+  c.loss = common.loss(others.get(c.loss.name, other))
+
+
+def _other_optimizer(c, w):
+  c.optim = common.optim("adamw" if c.optim.name == "sgd" else "sgd")
+
+
+def _adapter(c, w):
+  c.lora = common.lora()
+  c.ref = "base" if c.ref == "frozen" else c.ref
+
+
+# Fields that select a section, or go with others.
+EDITS = {
+  "ref": _other_ref,
+  "loss.name": _other_loss,
+  "optim.name": _other_optimizer,
+  "lora": _adapter,
+}
+
+
+def others(config, field, world):
+  """Yields copies of a config in which a field is another.
+
+  Raises: LookupError for a field of which nothing says what that would be.
+  """
+  if field in EDITS:
+    changed = copy.deepcopy(config).unlock()
+    EDITS[field](changed, world)
+    yield changed.lock()
+    return
+  now = get(config, field)
+  values = VALUES.get(field, ())
+  values = values(world) if callable(values) else values
+  if not values and isinstance(now, bool):
+    values = (not now,)
+  elif not values and isinstance(now, int):
+    values = (now + 1,)
+  elif not values and isinstance(now, float):
+    values = (1.5 * now or 0.25,)
+  if not values:
+    raise LookupError
+  for value in values:
+    if value != now:
+      changed = copy.deepcopy(config).unlock()
+      put(changed, field, value)
+      yield changed.lock()
+
+
+def get(config, field):
+  return functools.reduce(lambda node, key: node[key], field.split("."), config)
+
+
+def put(config, field, value):
+  parents, _, name = field.rpartition(".")
+  node = get(config, parents) if parents else config
+  with node.ignore_type():
+    node[name] = value

@@ -1,0 +1,237 @@
+"""Parts of a plan that verbs write: what a verb does, but for the computing.
+
+Steps cost nothing, the sampler draws what its arguments say, parameters are
+zeros; the loop, the loaders, the stores and the writers are the real ones.
+"""
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import tempfile
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import assembly, cli, loop, publish, scoring, sweeps, tree, verbs
+from dpo_jax import weights
+from dpo_jax.eval import generate, preference
+from dpo_jax.models import sample as sample_lib
+from dpo_jax.train import checkpoint, log
+from dpo_jax.train import state as state_lib
+from tests.knobs import plan as plan_lib
+
+NOISE = 0.05  # rewards at step 0 of the steps that cost nothing
+
+
+@contextlib.contextmanager
+def _folder():
+  """An empty folder, in which relative paths of a config end up too."""
+  with tempfile.TemporaryDirectory() as name:
+    with contextlib.chdir(name):
+      yield pathlib.Path(name)
+
+
+def _files(folder, leave_out=()):
+  """{path: digest}; `leave_out` names files that only repeat the config."""
+  return {
+    str(path.relative_to(folder)): plan_lib.digest(path.read_bytes())
+    for path in sorted(folder.rglob("*"))
+    if path.is_file() and path.name not in leave_out
+  }
+
+
+def _patched(stack, *changes):
+  for owner, name, value in changes:
+    stack.enter_context(mock.patch.object(owner, name, value))
+
+
+def command(plan):
+  """The folder that a command without --workdir gets."""
+  seen = []
+
+  def run(config, workdir, module):
+    seen.append(workdir)
+
+  verb = verbs.Verb(run, saved=False)
+  with contextlib.ExitStack() as stack:
+    _patched(stack, (cli, "_load", lambda *_: (plan.config, None)))
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    stack.enter_context(mock.patch.dict(verbs.VERBS, {"train": verb}))
+    cli.run("train", {"config": "c.py"}, [])
+  return seen
+
+
+def training(plan):
+  """What `train` logs, evaluates, saves and stores, at which steps."""
+  events = []
+
+  class Checkpointer:
+    def __init__(self, workdir, *, keep):
+      events.append(("keep", keep))
+
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *_):
+      pass
+
+    def restore(self, state, identity):
+      return None
+
+    def save(self, state, identity, *, wait):
+      events.append(("save", state.step))
+
+  def evaluate(setup, algorithm, state, hparams, of):
+    events.append(("evaluate", state.step))
+    return {"loss": 0.0}
+
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(_folder())
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    stack.enter_context(mock.patch.dict(sys.modules, _trackers(events)))
+    _patched(
+      stack,
+      (weights, "initial", lambda setup: {}),
+      (assembly, "initial_state", lambda *_: _state(0)),
+      (assembly, "train_step", _free_step),
+      (scoring, "token_logps", _zero_logps),
+      (preference, "evaluate", evaluate),
+      (checkpoint, "Checkpointer", Checkpointer),
+      (log, "peak_flops", lambda: (1.0, "")),
+    )
+    run, _ = plan_lib.run_of(plan._replace(cache={}))
+    try:
+      loop.fit(plan.config, folder / "run", run)
+    except (ValueError, FloatingPointError) as error:
+      events.append(("stopped", str(error)))
+    path = folder / "run/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    events += [(row["kind"], row["step"]) for row in rows]
+    repeats = ("metrics.jsonl", "config.json")
+    return events, _files(folder, repeats)
+
+
+def _state(number):
+  zero = jnp.zeros((), jnp.int32)
+  return state_lib.TrainState(number, {}, {}, {}, {}, zero)
+
+
+def _free_step(run, state):
+  """A step whose rewards and failures grow with its number."""
+  loss = None
+  if run.algorithm.at_reference is not None:
+    loss = run.algorithm.at_reference(run.hparams)
+
+  def step(state, batch, hparams):
+    metrics = {
+      "loss": loss or 0.0,
+      "rewards/largest": NOISE,
+      "skipped": state.step + 1.0,
+    }
+    return _state(state.step + 1), metrics
+
+  return step
+
+
+def _zero_logps(setup, params, loader, numbers):
+  for number in numbers:
+    for index in loader.indices(number):
+      yield int(index), np.zeros(loader.counts[index], np.float32)
+
+
+def _trackers(events):
+  """Modules that write down what they are asked to track."""
+
+  def track(*values, **_):
+    events.append(("tracked", str(values[0])))
+
+  def init(*, project, **_):
+    events.append(("project", project))
+    return types.SimpleNamespace(log=track, finish=lambda: None)
+
+  def writer(folder, purge_step):
+    events.append(("tensorboard", purge_step))
+    return types.SimpleNamespace(add_scalar=track, close=lambda: None)
+
+  return {
+    "wandb": types.SimpleNamespace(init=init),
+    "tensorboardX": types.SimpleNamespace(SummaryWriter=writer),
+  }
+
+
+def sampling(plan):
+  """What `sample` asks of the sampler, and the files that it writes."""
+  setup, _ = plan_lib.setup_of(plan)
+  calls = []
+
+  def draw(params, tokens, lengths, numbers, key, **options):
+    arrays = tokens, lengths, numbers, jax.random.key_data(key)
+    calls.append((tokens.shape, options, plan_lib.digest(*arrays)))
+    rng = np.random.default_rng(int(calls[-1][2], 16))
+    shape = len(tokens), options["max_new_tokens"]
+    letters = rng.integers(ord("a"), ord("z"), shape, np.int32)
+    ends = np.full(len(tokens), shape[1])
+    return sample_lib.Samples(letters, ends, ends == 0, np.zeros(shape))
+
+  with _folder() as folder, contextlib.redirect_stdout(io.StringIO()):
+    setup = setup._replace(cache={"sample": draw})
+    generate.write(setup, None, {}, folder)
+    return calls, _files(folder)
+
+
+def sweeping(plan):
+  """What `sweep` writes beside the folders of its points."""
+  points = [{"init_seed": plan.config.init_seed}]
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(_folder())
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    _patched(
+      stack,
+      (sweeps, "_reference", lambda *_: None),
+      (sweeps, "_point", lambda *_: 0),
+      (assembly, "prepare_point", lambda *_: None),
+    )
+    sweeps.sweep(plan.config, points, folder)
+    return _files(folder)
+
+
+def auditing(plan):
+  """What `audit` prints, and its exit code."""
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    code = verbs.audit(plan.config, None, None)
+  return code, out.getvalue()
+
+
+def exporting(plan):
+  """The files that `export` writes, and where it uploads them."""
+  pushed = []
+
+  def zeros(setup, *_):
+    return _zeros(weights.whole(setup))
+
+  def trained(setup, *_):
+    return _zeros(weights.trained_shapes(setup))
+
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(_folder())
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    _patched(
+      stack,
+      (checkpoint, "identity", lambda _: {"step": 1, "checksums": {}}),
+      (weights, "initial", zeros),
+      (weights, "merged", zeros),
+      (weights, "trained", trained),
+      (publish, "push", lambda folder, name: pushed.append(name)),
+    )
+    verbs.export(plan.config, folder, None)
+    return pushed, _files(folder, ("dpo_jax.json",))
+
+
+def _zeros(shapes):
+  return tree.map_named(lambda _, x: np.zeros(x.shape, x.dtype), shapes)
+

@@ -1,0 +1,229 @@
+"""What a config decides, in parts that can be compared; nothing is compiled.
+
+A part is made by the code that a verb runs, up to where it would compute: the
+jaxpr of a step without its dead code, the batches of the loader; those of
+dry.py. A field that changes no part of a config has no effect in it.
+"""
+
+import hashlib
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.interpreters import partial_eval
+
+from dpo_jax import assembly, tree, weights
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import run as run_lib
+from dpo_jax.train import step as step_lib
+from tests import worlds
+
+
+class Plan(NamedTuple):
+  """A config and what was made of it.
+
+  Attributes:
+    config: locked ConfigDict.
+    cache: what was made once, by name.
+    before: the Plan that this one is a change of, or None.
+  """
+
+  config: Any
+  cache: dict
+  before: Any = None
+
+  def once(self, name, make):
+    """What `make(self)` returned, or raised, the first time."""
+    if name not in self.cache:
+      try:
+        self.cache[name] = make(self), None
+      except ValueError as error:
+        self.cache[name] = None, error
+    made, error = self.cache[name]
+    if error is not None:
+      raise error
+    return made
+
+
+def _prepared(plan, name, prepare):
+  """(what `prepare` makes of the config, matmul precision that it set)."""
+
+  def make(plan):
+    before = jax.config.jax_default_matmul_precision
+    try:
+      made = prepare(plan.config)
+      return made, jax.config.jax_default_matmul_precision
+    finally:
+      jax.config.update("jax_default_matmul_precision", before)
+
+  return plan.once(name, make)
+
+
+def setup_of(plan):
+  """(assembly.Setup, matmul precision)."""
+  return _prepared(plan, "its setup", assembly.prepare_model)
+
+
+def run_of(plan):
+  """(assembly.Run, matmul precision)."""
+  return _prepared(plan, "its run", assembly.prepare)
+
+
+def digest(*values):
+  """Of the content of arrays, or of bytes."""
+  out = hashlib.blake2b(digest_size=8)
+  for x in values:
+    if not isinstance(x, bytes):
+      x = np.asarray(x)
+      out.update(f"{x.dtype}{x.shape}".encode())
+      x = x.tobytes()
+    out.update(x)
+  return out.hexdigest()
+
+
+def traced(fn, *args):
+  """(jaxpr as text, constants, paths of the arguments that it reads).
+
+  Without what no result depends on.
+  """
+  closed = jax.make_jaxpr(fn)(*args)
+  jaxpr, used = partial_eval.dce_jaxpr(
+    closed.jaxpr, [True] * len(closed.jaxpr.outvars)
+  )
+  reads = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}
+  reads |= set(map(id, jaxpr.outvars))
+  consts = [
+    digest(x)
+    for v, x in zip(jaxpr.constvars, closed.consts, strict=True)
+    if id(v) in reads
+  ]
+  paths = [path for path, _ in tree.named(args)]
+  read = [path for path, reads in zip(paths, used, strict=True) if reads]
+  return re.sub(r" at 0x[0-9a-f]+", "", str(jaxpr)), consts, read
+
+
+def layout(plan):
+  """How arrays lie on the devices, and in which precision they multiply."""
+  setup, precision = setup_of(plan)
+  return mesh_lib.sizes(setup.mesh), setup.mode, precision
+
+
+def model(plan):
+  """The forward pass, and the parameters."""
+  setup, precision = setup_of(plan)
+  params, batch = weights.whole(setup), worlds.batch(worlds.examples(8))
+
+  def apply(params, batch):
+    hidden, head = setup.model.apply(params, batch)
+    return hidden, head.kernel, head.bias, head.softcap
+
+  with jax.set_mesh(setup.mesh), jax.default_matmul_precision(precision):
+    return traced(apply, params, batch), _about(params)
+
+
+def _about(values):
+  return [
+    (path, x.shape, str(x.dtype), str(x.sharding.spec))
+    for path, x in tree.named(values)
+  ]
+
+
+def _state(plan):
+  """The TrainState at step 0, abstract."""
+  run, _ = run_of(plan)
+  state = jax.eval_shape(
+    lambda: assembly.initial_state(run, weights.initial(run.setup))
+  )
+  return weights.sharded(run.setup, state)
+
+
+def data(plan):
+  """Which examples come when, and as which arrays."""
+  run, _ = run_of(plan)
+  parts = [run.total, _batches(run.loader)]
+  if plan.config.data.eval is not None:
+    parts.append(_batches(assembly.held_out_loader(run.setup)[0]))
+  return parts
+
+
+def _batches(loader):
+  made = []
+  for number in (0, loader.steps - 1):
+    batch, stats = loader.batch(number)
+    names = sorted(batch)
+    made.append((names, digest(*(batch[name] for name in names)), stats))
+  return loader.shapes, loader.size, made
+
+
+def step(plan):
+  """The train step, with the values that it reads of the config."""
+  run, precision = run_of(plan)
+  setup, state = run.setup, _state(plan)
+  call = assembly.train_step(run, state)
+  batch = run_lib.place_batch(_batch(run), setup.mesh, setup.mode)
+  args = state, batch, run.hparams
+  with jax.default_matmul_precision(precision):
+    if setup.mode == "pmap":
+      found = traced(call, *args)
+    else:
+      moving = state.replace(frozen={})
+      with jax.set_mesh(setup.mesh):
+        found = traced(call.compiled, moving, state.frozen, *args[1:])
+  return found, _values_read(run, found), _about(state)
+
+
+def _batch(run):
+  """A batch, with log-probs of a cached reference where the step needs them."""
+  batch, _ = run.loader.batch(0)
+  if run.setup.config.ref != "cached":
+    return batch
+  shape = batch["target_index"].shape
+  return {**batch, "ref_token_logps": np.zeros(shape, np.float32)}
+
+
+def gradient(plan):
+  """The gradient of the loss, with the values that it reads of the config."""
+  run, precision = run_of(plan)
+  state = _state(plan)
+  batch = _batch(run)
+
+  def gradient(state, batch, hparams):
+    hparams = {**hparams, "step": state.step}
+    options = state.params, state, batch, hparams, 1, None
+    return step_lib.gradients(run.algorithm, lambda x: x, *options)[0]
+
+  with jax.default_matmul_precision(precision):
+    found = traced(gradient, state, batch, run.hparams)
+  return found, _values_read(run, found)
+
+
+def _values_read(run, found):
+  names = {path.rpartition("/")[2] for path in found[2]}
+  return {k: float(v) for k, v in run.hparams.items() if k in names}
+
+
+def hparams(plan):
+  """Values of the config that the gradient before the change reads."""
+  _, names = (plan.before or plan).once("gradient", gradient)
+  run, _ = run_of(plan)
+  return {k: float(v) for k, v in run.hparams.items() if k in names}
+
+
+def optimizer(plan):
+  """The update of the trained parameters, and the schedule."""
+  run, _ = run_of(plan)
+  state = _state(plan)
+  trained, _ = tree.split(state.params, run.optimizer.trains)
+
+  def update(grads, opt_state, step):
+    done = run.optimizer.tx.update(grads, opt_state, grads)
+    return done, run.optimizer.factor(step)
+
+  return traced(update, trained, state.opt_state, state.step)
+
+
+def initial(plan):
+  """The parameters at step 0, trained and frozen."""
+  run, _ = run_of(plan)
+  return traced(lambda: assembly.initial_state(run, weights.initial(run.setup)))

@@ -1,0 +1,183 @@
+"""No dead knobs: every config field has an effect, or is refused.
+
+For every field of every config of knobs/bases.py another value is set, and
+what the two configs decide is compared: what is compiled, the batches, the
+files (knobs/plan.py, knobs/dry.py). A field that changes none of it must be
+refused by a message that names it, or stand in WAITS with the condition.
+"""
+
+import functools
+
+import pytest
+
+from dpo_jax.train import settings
+from tests.knobs import bases, dry
+from tests.knobs import plan as plan_lib
+
+# Parts of a plan, from the first that a field may change.
+PARTS = {
+  "layout": plan_lib.layout,
+  "model": plan_lib.model,
+  "data": plan_lib.data,
+  "hparams": plan_lib.hparams,
+  "gradient": plan_lib.gradient,
+  "optimizer": plan_lib.optimizer,
+  "step": plan_lib.step,
+  "initial": plan_lib.initial,
+  "train": dry.training,
+  "workdir": dry.command,
+  "sample": dry.sampling,
+  "sweep": dry.sweeping,
+  "audit": dry.auditing,
+  "export": dry.exporting,
+}
+# Where to look first, by the beginning of a field's name.
+FIRST = {
+  "loss.": ("hparams", "gradient"),
+  "optim.": ("optimizer",),
+  "model.": ("model",),
+  "lora.": ("model", "gradient", "initial"),
+  "data.": ("data",),
+  "sample.": ("sample", "sweep"),
+  "audit.": ("audit",),
+  "export.": ("export",),
+  "checkpoint.": ("train",),
+  "eval.": ("train",),
+  "log.": ("train",),
+  "train.max": ("train",),
+  "ref_store": ("train",),
+  "init_": ("initial",),
+  "workdir": ("workdir",),
+}
+ABBREVIATIONS = ("model", "gradient", "optimizer")  # of "step"
+
+
+ABBREVIATIONS = ("model", "gradient", "optimizer")  # of "step"
+
+# Fields that have no effect under a condition, and are not refused there since
+# their defaults would be too.
+WAITS = {}
+# Fields whose other values are refused wherever they have an effect.
+REFUSALS = {}
+# How messages name a field, where not by its path.
+NAMES = {"loss.name": "config.loss"}
+
+
+class Refused(str):
+  """The message with which a verb refuses a config."""
+
+
+@functools.cache
+def fields():
+  """{field: names of the bases that have it}."""
+  world, found = bases.named("nowhere"), {}
+  for name, base in bases.BASES.items():
+    for field in settings.flatten(base.make(world).to_dict()):
+      if field.startswith(base.only):
+        found.setdefault(field, []).append(name)
+  return found
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+  """(function: name of a base -> its Plan, the World)."""
+  world = bases.build(tmp_path_factory.mktemp("world"))
+
+  @functools.cache
+  def before(name):
+    config = bases.BASES[name].make(world).lock()
+    return plan_lib.Plan(config, {})
+
+  return before, world
+
+
+def part(plan, name):
+  """A part of a plan, or Refused."""
+  try:
+    return plan.once(name, PARTS[name])
+  except ValueError as error:
+    return Refused(error)
+
+
+def compare(before, after, field, whole):
+  """How two plans differ.
+
+  Args:
+    before, after: Plans of which `field` differs.
+    whole: whether what is compiled is compared as the whole step.
+  Returns: ("live", part that shows it), ("refused", message) or ("dead", "").
+  """
+  first = [names for start, names in FIRST.items() if field.startswith(start)]
+  for name in dict.fromkeys([*sum(first, ()), *PARTS]):
+    if whole and name in ABBREVIATIONS:
+      continue
+    old, new = part(before, name), part(after, name)
+    if isinstance(new, Refused):
+      if isinstance(old, Refused):
+        continue  # the verb is not for this config
+      return "refused", new
+    if old != new:
+      return "live", name
+  return "dead", ""
+
+
+def verdict(before, world, name, field):
+  """`compare` for the first other value of a field that has an effect."""
+  best = "dead", ""
+  plan = before(name)
+  for config in bases.others(plan.config, field, world):
+    after = plan_lib.Plan(config, {}, plan)
+    found = compare(plan, after, field, bases.BASES[name].whole)
+    if found[0] == "live":
+      return found
+    best = max(best, found)  # "refused" comes after "dead"
+  return best
+
+
+def problem(name, field, config, kind, why):
+  """A line on what is wrong with a verdict, or None."""
+  waits = next((k for k in WAITS if field.startswith(k)), None)
+  here = waits is not None and WAITS[waits](config)
+  if kind == "dead" and not here:
+    return (
+      f"{field} has no effect in the base {name!r}: refuse it there "
+      "(dpo_jax/checks.py), or give its condition in WAITS"
+    )
+  if kind == "live" and here:
+    return f"{field} has an effect in {name!r} ({why}), against WAITS"
+  if kind == "refused" and NAMES.get(field, field) not in why:
+    return f"{field} in {name!r} is refused, not by its name: {why}"
+  return None
+
+
+@pytest.mark.parametrize("field", fields())
+def test_every_field_has_an_effect_or_is_refused(field, before):
+  before, world = before
+  try:
+    found = {
+      name: verdict(before, world, name, field) for name in fields()[field]
+    }
+  except LookupError:
+    pytest.fail(f"{field}: add another value of it to VALUES of knobs/bases.py")
+  print("\n".join(f"{n}: {k} {w}" for n, (k, w) in found.items()))
+  problems = [
+    problem(name, field, before(name).config, *found[name]) for name in found
+  ]
+  problems = [line for line in problems if line is not None]
+  lives = any(kind == "live" for kind, _ in found.values())
+  if lives == (field in REFUSALS):
+    problems.append(
+      f"{field} has no effect in any base: add one to knobs/bases.py"
+      if not lives
+      else f"{field} has an effect: take it out of REFUSALS"
+    )
+  assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("name", [n for n in bases.BASES if "=" not in n])
+def test_a_plan_is_the_same_when_it_is_made_again(name, before):
+  """Or every field would seem to have an effect."""
+  plan = before[0](name)
+  again = plan_lib.Plan(plan.config, {})
+  for what in PARTS:
+    assert part(plan, what) == part(again, what), what
