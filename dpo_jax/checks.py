@@ -1,7 +1,8 @@
 """What a config must satisfy before anything is built."""
 
 from dpo_jax import lookup, tree
-from dpo_jax.data import audit_counts
+from dpo_jax.data import audit_counts, sources
+from dpo_jax.models import config as model_config
 from dpo_jax.train import settings
 
 # Shares of data, each may be None.
@@ -28,10 +29,21 @@ LABELS = ("none", "bradley_terry", "deterministic")
 
 
 def values(config):
-  """Refuses numbers that no field can have.
+  """Refuses what no config can have, and fields that would have no effect.
 
-  Whole numbers are at least 1 and others above 0 but for `_LOWEST`; what is
-  not in `_OPTIONAL` is not None. Losses check their own fields.
+  Losses, algorithms, models and the mesh check their own fields.
+  """
+  _numbers(config)
+  _sampling(config.sample)
+  for has_effect, otherwise in _effects(config):
+    if not has_effect:
+      raise ValueError(otherwise)
+
+
+def _numbers(config):
+  """Whole numbers are at least 1 and others above 0 but for `_LOWEST`.
+
+  What is not in `_OPTIONAL` is not None.
   """
   for path, value in settings.flatten(config.to_dict()).items():
     if value is None and path not in _OPTIONAL:
@@ -44,19 +56,18 @@ def values(config):
       raise ValueError(f"{path} = {value} must be {bound}")
     if path in _SHARES and value > 1:
       raise ValueError(f"{path} = {value} is a share: it must be at most 1")
-  if config.data.max_row_length is not None and not config.data.packed:
-    raise ValueError("data.max_row_length has no effect with data.packed=False")
-  if config.ref_store is not None and config.ref != "cached":
-    raise ValueError(f"ref_store has no effect with ref = {config.ref!r}")
-  if config.sample.top_p > 1:
-    raise ValueError(f"sample.top_p = {config.sample.top_p} must be at most 1")
-  lookup.lookup(LABELS, config.sample.labels, "sample.labels")
-  if config.sample.labels != "none" and config.sample.draws < 2:
+
+
+def _sampling(options):
+  if options.top_p > 1:
+    raise ValueError(f"sample.top_p = {options.top_p} must be at most 1")
+  lookup.lookup(LABELS, options.labels, "sample.labels")
+  if options.labels != "none" and options.draws < 2:
     raise ValueError(
-      f"sample.labels = {config.sample.labels!r} compares the draws of a "
-      "prompt: sample.draws must be at least 2"
+      f"sample.labels = {options.labels!r} compares the draws of a prompt: "
+      "sample.draws must be at least 2"
     )
-  prefix = config.sample.prefix
+  prefix = options.prefix
   if prefix is not None and not (
     len(prefix) == 2
     and all(type(n) is int for n in prefix)
@@ -64,6 +75,81 @@ def values(config):
   ):
     raise ValueError(
       f"sample.prefix = {prefix} must be (fewest, most) tokens, at least 1"
+    )
+
+
+def _effects(config):
+  """Yields (whether a field has an effect, what to say if it has none).
+
+  Of fields that are None, or another default, unless they are set.
+  """
+  c = config
+  if c.data.max_row_length is not None:
+    yield (
+      c.data.packed,
+      "data.max_row_length has no effect with data.packed=False",
+    )
+  if c.ref_store is not None:
+    why = f"ref_store has no effect with ref = {c.ref!r}"
+    yield c.ref == "cached", why
+  for field in ("ref_mix", "ref_every"):
+    if c[field] is not None:
+      why = f"{field} = {c[field]} with ref = {c.ref!r}: it is of ref = 'ema'"
+      yield c.ref == "ema", why
+  if c.init_seed != 0:
+    yield (
+      c.init_from is None or c.lora is not None,
+      f"init_seed = {c.init_seed} has no effect: init_from = {c.init_from!r} "
+      "has all parameters, and there is no adapter; set it to 0 (the order of "
+      "the data is data.seed)",
+    )
+  if c.export.dtype != "float32":
+    yield (
+      c.export.form != "adapter",
+      f"export.dtype = {c.export.dtype!r} has no effect with export.form = "
+      "'adapter', whose files are in float32",
+    )
+  yield from _effects_on_samples(c.sample)
+  if "norm" in c.model:  # else the shape is that of init_from
+    yield from _effects_on_model(c.model)
+
+
+def _effects_on_samples(s):
+  """`_effects` of config.sample."""
+  if s.top_p != 1:
+    yield (
+      s.temperature > 0,
+      f"sample.top_p = {s.top_p} has no effect with sample.temperature = 0",
+    )
+  if s.labelled is not None:
+    yield (
+      s.prompts is not None and len(s.scorers) > 0,
+      f"sample.labelled = {s.labelled!r} has no effect: it is to check "
+      "sample.scorers on, of samples for sample.prompts; set both, or it to "
+      "None",
+    )
+    yield (
+      all(w == 1 for w, _ in sources.parse(s.labelled, "sample.labelled")),
+      "sample.labelled: weights have no effect; leave them out",
+    )
+
+
+def _effects_on_model(m):
+  """`_effects` of a config.model that has the whole shape."""
+  kinds = {"full", *(["window"] if m.window_theta is None else [])}
+  if m.position == "learned" or not kinds & set(m.layer_pattern):
+    default = model_config.ModelConfig.rope_theta
+    yield (
+      m.rope_theta == default,
+      f"model.rope_theta = {m.rope_theta} has no effect: no layer of "
+      f"model.position = {m.position!r} and model.layer_pattern = "
+      f"{m.layer_pattern} rotates by it; set it to {default}",
+    )
+  if m.norm_offset != 0:
+    yield (
+      m.norm == "rmsnorm" or m.qk_norm != "none",
+      f"model.norm_offset = {m.norm_offset} has no effect with model.norm = "
+      f"{m.norm!r}: it is of RMSNorm",
     )
 
 

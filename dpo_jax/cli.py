@@ -207,9 +207,9 @@ def main(argv=None):
   except BrokenPipeError:  # the reader went away: `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as stopped:
     print("interrupted; the same command goes on from here", file=sys.stderr)
-    return 130
+    return getattr(stopped, "exit_code", 130)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def fit(config, workdir, run=None):
   lock = health.lock(workdir) if first else contextlib.nullcontext()
   with lock, health.stop_on_signal() as stop:
     run = assembly.prepare(config) if run is None else run
-    run, state = _start(run, workdir)
+    run, state = _start(run, workdir, stop)
     keep = config.checkpoint.keep
     with checkpoint.Checkpointer(workdir, keep=keep) as checkpoints:
       restored = checkpoints.restore(state, run.identity)
@@ -63,15 +63,15 @@ def fit(config, workdir, run=None):
       return _train(run, state, checkpoints, workdir, stop)
 
 
-def _start(run, workdir):
+def _start(run, workdir, stop):
   """(Run with its reference, TrainState at step 0)."""
   setup, config = run.setup, run.setup.config
   params = weights.initial(setup)
   if config.ref == "cached":
-    scoring.attach_reference(setup, params, run.loader, workdir)
+    scoring.attach_reference(setup, params, run.loader, workdir, stop)
     if config.data.eval is not None:
       held_out, _ = assembly.held_out_loader(setup)
-      scoring.attach_reference(setup, params, held_out, workdir)
+      scoring.attach_reference(setup, params, held_out, workdir, stop)
   if config.ref != "none":
     reference = {"reference": state_lib.fingerprint(params)}
     run = run._replace(identity=run.identity | reference)

@@ -14,7 +14,7 @@ from dpo_jax.data import reference, rows
 from dpo_jax.ops import logprobs
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.train import log
+from dpo_jax.train import health, log
 from dpo_jax.train import state as state_lib
 
 
@@ -96,7 +96,7 @@ def _over(setup, name, fn, loader, numbers, *trees):
       yield index, *(column[index] for column in columns)
 
 
-def attach_reference(setup, params, loader, workdir):
+def attach_reference(setup, params, loader, workdir, stop=None):
   """Gives a loader's examples the log-probs of the reference.
 
   Taken from the store as far as they are there; the rest is computed and
@@ -109,7 +109,9 @@ def attach_reference(setup, params, loader, workdir):
     loader: Loader, for training or of one pass.
     workdir: run folder, which holds the store unless config.ref_store says
       where it is; all processes see the same one.
-  Raises: ValueError if the folder of the entry holds something else.
+    stop: health.Stop, or None.
+  Raises: ValueError if the folder of the entry holds something else;
+    health.Stopped after a signal, in a single process.
   """
   if loader.has_reference:
     return
@@ -124,7 +126,7 @@ def attach_reference(setup, params, loader, workdir):
   # What one process sees decides for all: they must compute the same batches.
   found = _shared(reference.find(entry) if first else {}, len(entry.blocks))
   if len(found) < len(entry.blocks):
-    written = _compute(setup, params, in_order, entry, found)
+    written = _compute(setup, params, in_order, entry, found, stop)
     found |= _shared(written, len(entry.blocks))
   loader.set_reference(reference.load(entry, found))
 
@@ -144,7 +146,7 @@ def _made_of(setup, params, loader):
   }
 
 
-def _compute(setup, params, loader, entry, found):
+def _compute(setup, params, loader, entry, found, stop):
   """Computes the blocks that were not found, and writes this process's share.
 
   Args:
@@ -153,6 +155,7 @@ def _compute(setup, params, loader, entry, found):
       batches are those of a run that was not interrupted, to the bit.
     entry: reference.Entry.
     found: blocks that are there.
+    stop: as for `attach_reference`.
   Returns: {number: checksum} of the blocks that this process wrote.
   """
   per_block = len(entry.blocks[0])
@@ -173,6 +176,8 @@ def _compute(setup, params, loader, entry, found):
     "reference log-probs" + (" still missing" if found else ""),
     loud=jax.process_index() == 0,
   ):
+    if stop and jax.process_count() == 1:
+      raise health.Stopped(stop.exit_code)
     number = index // per_block
     if number not in waiting:
       continue

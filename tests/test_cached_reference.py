@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from dpo_jax import assembly, cli, loop, scoring, weights
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import reference, rows
+from dpo_jax.train import health
 from tests import conftest, worlds
 
 ITEMS = worlds.examples(22, seed=3, completions=4)
@@ -332,3 +334,24 @@ def test_a_cached_reference_serves_pmap_and_accumulation(how, data, tmp_path):
   assert len(got) == 3
   np.testing.assert_allclose(got[0]["loss"], np.log(2), rtol=1e-6)
   assert_same_training(got, want)
+
+
+def test_a_signal_stops_the_pass_and_keeps_its_blocks(
+  blocks, fives, ref, tmp_path, monkeypatch
+):
+  stop, right = health.Stop(), scoring.token_logps
+
+  def signalled(*args):
+    for done, item in enumerate(right(*args)):
+      if done == 13:
+        stop.signal = signal.SIGTERM
+      yield item
+
+  monkeypatch.setattr(scoring, "token_logps", signalled)
+  loader = scoring.loader_of(fives, ITEMS)
+  with pytest.raises(health.Stopped) as caught:
+    scoring.attach_reference(fives, ref, loader, tmp_path, stop)
+  assert caught.value.exit_code == health.EXIT_REQUEUE
+  assert not loader.has_reference
+  there = {number_of(x) for x in stored(tmp_path / "ref_logps") if ".f32" in x}
+  assert {0, 1} <= there < set(range(6))

@@ -45,6 +45,7 @@ FIRST = {
   "eval.": ("train",),
   "log.": ("train",),
   "train.max": ("train",),
+  "train.epochs": ("data",),
   "ref_store": ("train",),
   "init_": ("initial",),
   "workdir": ("workdir",),
@@ -56,11 +57,25 @@ ABBREVIATIONS = ("model", "gradient", "optimizer")  # of "step"
 
 # Fields that have no effect under a condition, and are not refused there since
 # their defaults would be too.
-WAITS = {}
+WAITS = {
+  "sample.prompts": lambda c: False,
+  "sample.labelled": lambda c: False,
+  "sample.labels": lambda c: False,
+  # Samples are drawn for prompts; stages of an experiment share how.
+  "sample.": lambda c: c.sample.prompts is None,
+  "train.epochs": lambda c: c.train.steps is not None,
+  "eval.every": lambda c: c.data.eval is None,
+  # It is how far policy and reference differ at step 0.
+  "train.max_noise": lambda c: c.ref == "none",
+}
 # Fields whose other values are refused wherever they have an effect.
-REFUSALS = {}
+REFUSALS = {
+  "mesh.context": "sequences are not split over devices yet",
+  "mesh.data": "it says how many devices there must be",
+  "data.bad_records": "to refuse the data is its effect",
+}
 # How messages name a field, where not by its path.
-NAMES = {"loss.name": "config.loss"}
+NAMES = {"loss.name": "config.loss", "model.layer_pattern": "'nope' layers"}
 
 
 class Refused(str):
@@ -73,7 +88,7 @@ def fields():
   world, found = bases.named("nowhere"), {}
   for name, base in bases.BASES.items():
     for field in settings.flatten(base.make(world).to_dict()):
-      if field.startswith(base.only):
+      if field.startswith(base.only) and not field.startswith(base.leave):
         found.setdefault(field, []).append(name)
   return found
 
@@ -99,16 +114,24 @@ def part(plan, name):
     return Refused(error)
 
 
+def waits(field, config):
+  """Whether WAITS says that a field has no effect in a config."""
+  start = next((start for start in WAITS if field.startswith(start)), None)
+  return start is not None and WAITS[start](config)
+
+
 def compare(before, after, field, whole):
   """How two plans differ.
 
   Args:
-    before, after: Plans of which `field` differs.
+    before, after: Plans of which `field` differs; if it waits, only parts of
+      FIRST are looked at, which would show it.
     whole: whether what is compiled is compared as the whole step.
   Returns: ("live", part that shows it), ("refused", message) or ("dead", "").
   """
   first = [names for start, names in FIRST.items() if field.startswith(start)]
-  for name in dict.fromkeys([*sum(first, ()), *PARTS]):
+  rest = () if waits(field, before.config) else PARTS
+  for name in dict.fromkeys([*sum(first, ()), *rest]):
     if whole and name in ABBREVIATIONS:
       continue
     old, new = part(before, name), part(after, name)
@@ -136,14 +159,12 @@ def verdict(before, world, name, field):
 
 def problem(name, field, config, kind, why):
   """A line on what is wrong with a verdict, or None."""
-  waits = next((k for k in WAITS if field.startswith(k)), None)
-  here = waits is not None and WAITS[waits](config)
-  if kind == "dead" and not here:
+  if kind == "dead" and not waits(field, config):
     return (
       f"{field} has no effect in the base {name!r}: refuse it there "
       "(dpo_jax/checks.py), or give its condition in WAITS"
     )
-  if kind == "live" and here:
+  if kind == "live" and waits(field, config):
     return f"{field} has an effect in {name!r} ({why}), against WAITS"
   if kind == "refused" and NAMES.get(field, field) not in why:
     return f"{field} in {name!r} is refused, not by its name: {why}"

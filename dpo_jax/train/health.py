@@ -52,6 +52,14 @@ class Stop:
     return EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE
 
 
+class Stopped(KeyboardInterrupt):
+  """Work before the first step was left by a signal; what is done is kept."""
+
+  def __init__(self, exit_code):
+    super().__init__()
+    self.exit_code = exit_code
+
+
 @contextlib.contextmanager
 def stop_on_signal():
   """Yields a Stop raised by SIGINT, SIGTERM or SIGUSR2.

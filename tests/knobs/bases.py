@@ -7,8 +7,16 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
 from configs import common, dpo, losses, quickstart, sft
+from dpo_jax import assembly, weights
 from dpo_jax.data import bpe, sources
+from dpo_jax.train import checkpoint
+from dpo_jax.train import state as state_lib
 from tests.models import parity
 
 PYTHIA = "EleutherAI/pythia-70m"
@@ -19,12 +27,14 @@ class Base(NamedTuple):
 
   Attributes:
     make: world -> ConfigDict.
-    only: prefix of the fields that are proven in it.
+    only: beginning of the fields that are proven in it.
+    leave: beginnings of fields that other bases prove.
     whole: what is compiled is compared as the whole train step.
   """
 
   make: Callable
   only: str = ""
+  leave: tuple[str, ...] = ()
   whole: bool = False
 
 
@@ -32,44 +42,76 @@ class World(NamedTuple):
   """Paths that configs name.
 
   Attributes:
-    data: comparisons in a file, one of the records bad.
-    labelled: labelled texts in a file.
+    data: comparisons in a file; some are long, and one record is bad.
+    labelled, labelled_too: labelled texts in files.
     model: folder of published weights in small.
+    adapter: folder of a PEFT adapter of it.
+    run: folder of a run of the micro model.
     tokenizer: folder of one.
   """
 
   data: str
   labelled: str
+  labelled_too: str
   model: str
+  adapter: str
+  run: str
   tokenizer: str
 
 
 def build(folder):
   """Writes a World into an empty folder."""
-  toy = list(sources.SOURCES["toy"]("24"))
+  world = named(folder)
+  toy = list(sources.SOURCES["toy"]("40"))
   rows = [*toy, {**toy[0], "chosen": ""}]
-  files = {
-    "data.jsonl": rows,
-    "labelled.jsonl": [
-      {"text": row[name], "label": name == "chosen"}
-      for row in toy[:6]
-      for name in ("chosen", "rejected")
-    ],
-  }
-  for name, content in files.items():
-    text = "".join(json.dumps(row) + "\n" for row in content)
-    (folder / name).write_text(text)
-  (folder / "model").mkdir()
-  parity.write(parity.small(PYTHIA, vocab_size=300), folder / "model")
-  words = [row["prompt"] + row["chosen"] for row in toy]
-  bpe.train(words, 270, folder / "tokenizer")
-  return named(folder)
+  for row in rows[:2]:
+    row["chosen"] *= 3
+  _write_lines(world.data, rows)
+  for path, row in ((world.labelled, toy[5]), (world.labelled_too, toy[6])):
+    sides = ("chosen", "rejected")
+    lines = [{"text": row[s], "label": s == "chosen"} for s in sides]
+    _write_lines(path, 2 * lines)
+  bpe.train([row["prompt"] for row in toy], 270, world.tokenizer)
+  _write_published(pathlib.Path(world.model), pathlib.Path(world.adapter))
+  _write_run(pathlib.Path(world.run), _dpo(world).lock())
+  return world
 
 
 def named(folder):
   """The World of a folder, which need not be there."""
-  names = ("data.jsonl", "labelled.jsonl", "model", "tokenizer")
-  return World(*(str(pathlib.Path(folder) / name) for name in names))
+  return World(*(f"{folder}/{name}" for name in World._fields))
+
+
+def _write_lines(path, rows):
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  pathlib.Path(path).write_text(text)
+
+
+def _write_published(model, adapter):
+  """A small GPT-NeoX, and an adapter of rank 1 of one product a layer."""
+  model.mkdir()
+  adapter.mkdir()
+  raw = parity.small(PYTHIA, vocab_size=300)
+  parity.write(raw, model)
+  about = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+  (adapter / "adapter_config.json").write_text(json.dumps(about))
+  size, tensors = raw["hidden_size"], {}
+  for layer in range(raw["num_hidden_layers"]):
+    module = f"base_model.model.gpt_neox.layers.{layer}.attention.dense"
+    tensors[f"{module}.lora_A.weight"] = np.ones((1, size), np.float32)
+    tensors[f"{module}.lora_B.weight"] = np.ones((size, 1), np.float32)
+  safetensors.numpy.save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def _write_run(folder, config):
+  """A run folder whose parameters are all 1."""
+  shapes = weights.whole(assembly.prepare_model(config))
+  params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+  zero = jnp.zeros((), jnp.int32)
+  state = state_lib.TrainState(zero, params, {}, {}, {}, zero)
+  with checkpoint.Checkpointer(folder, keep=2) as checkpoints:
+    checkpoints.save(state, config.to_dict(), wait=True)
+  (folder / "config.json").write_text(json.dumps(config.to_dict()))
 
 
 def _small(c, w):
@@ -77,9 +119,9 @@ def _small(c, w):
   c.data.train, c.data.eval = w.data, "toy:8"
   c.data.bad_records = "skip"
   c.data.max_prompt_length = 14  # of 12 to 17 bytes
-  c.data.max_completion_length = 32
+  c.data.max_completion_length = 48
   c.data.long_prompt = "keep_end"
-  c.data.batch_size = 8
+  c.data.batch_size = 16  # two a device
   c.data.shape_multiple = 8
   c.train.steps = 3
   c.log.every = c.eval.every = c.checkpoint.every = 2
@@ -89,7 +131,7 @@ def _small(c, w):
 def _sampling(c, w):
   """Samples of the policy, compared and checked against labels."""
   s = c.sample
-  s.prompts, s.prefix = "toy:12", (2, 6)
+  s.prompts, s.prefix = "toy:12", (4, 24)
   s.count, s.draws, s.max_new_tokens = 6, 2, 4
   s.batch_size = 16
   s.scorers, s.labelled = ("vader",), w.labelled
@@ -122,12 +164,25 @@ def _sft(w):
   c.optim = common.optim("sgd")
   c.train.steps = None
   c.data.eval = None
-  return _with(c, data__packed=False, init_from=None, optim__schedule="linear")
+  return _with(c, data__packed=False, optim__schedule="linear")
 
 
 def _quickstart(w):
-  c = quickstart.get_config("stage=dpo,smoke")
-  return _with(_sampling(_small(c, w), w), sample__labels="none")
+  c = _sampling(_small(quickstart.get_config("stage=dpo,smoke"), w), w)
+  return _with(c, sample__labels="none", init_from=w.run)
+
+
+def _mixture(w):
+  return _dpo(w, ",loss=mpo,ref=ema", train__accumulation=2)
+
+
+def _simpo(w):
+  return _dpo(w, ",loss=simpo", data__shared=False)
+
+
+def _kto(w):
+  limit = 128
+  return _dpo(w, ",loss=kto", mesh__mode="pmap", data__max_row_length=limit)
 
 
 def _published(w):
@@ -157,6 +212,7 @@ _LEARNED = {
   "norm": "layernorm",
   "qkv_bias": True,
 }
+_UNTIED = {"tied": False, "head_bias": True, "residual": "parallel"}
 
 
 def _model(changes):
@@ -178,24 +234,26 @@ def _loss(name):
 
 # A reward model's loss is of no algorithm yet.
 LOSSES = [name for name in losses.LOSSES if name != "bradley_terry"]
-_PMAP = {"mesh__mode": "pmap", "data__max_row_length": 128}
+
+_SHAPE = ("model.",)  # what a model is does not depend on the rest
 
 BASES = {
   "dpo": Base(_dpo, whole=True),
-  "lora": Base(_lora),
-  "sft": Base(_sft),
-  "mixture": Base(lambda w: _dpo(w, ",loss=mpo,ref=ema", train__accumulation=2)),
-  "quickstart": Base(_quickstart),
-  "simpo": Base(lambda w: _dpo(w, ",loss=simpo", data__shared=False)),
-  "kto": Base(lambda w: _dpo(w, ",loss=kto", **_PMAP)),
+  "lora": Base(_lora, leave=_SHAPE),
+  "sft": Base(_sft, leave=_SHAPE),
+  "mixture": Base(_mixture, leave=_SHAPE),
+  "quickstart": Base(_quickstart, leave=_SHAPE),
+  "simpo": Base(_simpo, leave=_SHAPE),
+  "kto": Base(_kto, leave=_SHAPE),
   "published": Base(_published),
-  "divergence": Base(lambda w: _dpo(w, ",divergence=alpha"), "loss."),
   "window": Base(_model(_WINDOW), "model."),
   "learned": Base(_model(_LEARNED), "model."),
-  "untied": Base(
-    _model({"tied": False, "head_bias": True, "residual": "parallel"}), "model."
-  ),
-  **{f"loss={name}": Base(_loss(name), "loss.") for name in LOSSES},
+  "untied": Base(_model(_UNTIED), "model."),
+  "divergence": Base(lambda w: _dpo(w, ",divergence=alpha"), "loss."),
+  **{
+    f"loss={name}": Base(_loss(name), "loss.", ("loss.name",))
+    for name in LOSSES
+  },
 }
 
 
@@ -208,18 +266,18 @@ VALUES = {
   "ref_mix": (0.5,),
   "ref_every": (3,),
   "ref_store": ("store",),
-  "init_from": lambda w: (f"hf:{w.model}",),
-  "init_adapter": lambda w: (f"hf:{w.model}",),
+  "init_from": lambda w: (w.run, None),
+  "init_adapter": lambda w: (f"hf:{w.adapter}",),
   "tokenizer": lambda w: (w.tokenizer,),
   "head_chunk": (8,),
   "precision": ("default",),
-  "model.layer_pattern": (("full", "nope"), ("full",), ("window", "window")),
+  "model.kv_heads": (4, 1),
+  "model.layer_pattern": (("full", "nope"), ("window", "nope")),
   "model.window": (3,),
   "model.residual": ("parallel", "sequential"),
   "model.norm": ("layernorm", "rmsnorm"),
   "model.norm_place": ("post", "pre"),
   "model.qk_norm": ("head", "all"),
-  "model.position": ("learned", "rotary"),
   "model.heads": (2, 8),
   "model.head_dim": (16,),
   "model.rotary_dim": (4,),
@@ -232,6 +290,9 @@ VALUES = {
   "model.logit_softcap": (2.0,),
   "model.dtype": ("bfloat16",),
   "model.attention": ("xla",),
+  "loss.dialect": ("trl_1",),
+  "loss.bco.dialect": ("trl_1",),
+  "loss.divergence": ("js",),
   "lora.targets": ((r"attn/\w+/kernel$",),),
   "lora.base": ("bfloat16", "float32"),
   "optim.schedule": ("linear", "constant"),
@@ -245,12 +306,13 @@ VALUES = {
   "data.max_row_length": (96,),
   "data.max_shapes": (1,),
   "data.shape_multiple": (16,),
+  "audit.empty": (0.5,),
   "sample.prompts": ("toy:6",),
-  "sample.prefix": ((3, 4),),
+  "sample.prefix": ((4, 16),),
   "sample.top_p": (0.5,),
   "sample.batch_size": (8,),
   "sample.scorers": lambda w: ((f"tfidf:{w.labelled}",),),
-  "sample.labelled": ("toy:4",),
+  "sample.labelled": lambda w: (w.labelled_too,),
   "sample.labels": ("deterministic",),
   "train.steps": (4,),
   "train.max_noise": (0.01,),
@@ -288,12 +350,19 @@ def _adapter(c, w):
   c.ref = "base" if c.ref == "frozen" else c.ref
 
 
+def _other_position(c, w):
+  learned = c.model.position == "learned"
+  c.model.position = "rotary" if learned else "learned"
+  c.model.rotary_dim = 4 if learned else 0
+
+
 # Fields that select a section, or go with others.
 EDITS = {
   "ref": _other_ref,
   "loss.name": _other_loss,
   "optim.name": _other_optimizer,
   "lora": _adapter,
+  "model.position": _other_position,
 }
 
 

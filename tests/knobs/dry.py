@@ -110,7 +110,8 @@ def training(plan):
     except (ValueError, FloatingPointError) as error:
       events.append(("stopped", str(error)))
     path = folder / "run/metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = map(json.loads, lines)
     events += [(row["kind"], row["step"]) for row in rows]
     repeats = ("metrics.jsonl", "config.json")
     return events, _files(folder, repeats)
