@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import textwrap
 
 from dpo_jax.ops import losses
 
@@ -67,17 +68,16 @@ def text(defaults):
     facts += _notes(entry)
     lines = [f"{name:14} {entry['title']}"]
     lines += [f"      {line}".rstrip() for line in entry["formula"]]
-    lines += [wrapped for fact in facts for wrapped in _wrap(fact)]
+    lines += [_filled(fact, "    ") for fact in facts]
     blocks.append("\n".join(lines))
-  count = len(losses.LOSSES)
-  others = ", ".join(losses.DIVERGENCES)
-  blocks.append(
-    f"{count} losses. Δ = log π − log π_ref of a completion, h = Δ_w − Δ_l, σ "
-    "logistic, sg\nstop-gradient. --config configs/dpo.py:loss=NAME selects "
-    "one with its defaults,\nloss=0.8*dpo+0.2*bco+nll a mixture (rpo and mpo "
-    f"are two), divergence=NAME one of\n{others} for the reverse KL in a loss "
-    "of h."
+  about = (
+    f"{len(losses.LOSSES)} losses. Δ = log π − log π_ref of a completion, h = "
+    "Δ_w − Δ_l, σ logistic, sg stop-gradient. --config "
+    "configs/dpo.py:loss=NAME selects one with its defaults, "
+    "loss=0.8*dpo+0.2*bco+nll a mixture (rpo and mpo are two), divergence=NAME "
+    f"one of {', '.join(losses.DIVERGENCES)} for the reverse KL in a loss of h."
   )
+  blocks.append(_filled(about, ""))
   return "\n\n".join(blocks)
 
 
@@ -94,11 +94,12 @@ def _notes(entry):
   return notes
 
 
-def _wrap(fact, width=78):
-  lines, line = [], "   "
-  for word in fact.split():
-    if len(line) + len(word) + 1 > width:
-      lines.append(line)
-      line = "     "
-    line += f" {word}"
-  return [*lines, line]
+def _filled(text, indent):
+  deeper = f"{indent}  " if indent else ""
+  return textwrap.fill(
+    text,
+    78,
+    initial_indent=indent,
+    subsequent_indent=deeper,
+    break_on_hyphens=False,
+  )

@@ -145,7 +145,7 @@ def bco(policy_logps, ref_logps, *, beta, weights, running, dialect):
 
 
 def aot(policy_logps, ref_logps, *, beta, label_smoothing, weights):
-  """AOT, paired: the margins of a batch, sorted, against the reference's.
+  """AOT, paired: sorted margins of a batch against the reference's.
 
       u = sort(log πc − log πr),  v = sort(log ref_c − log ref_r)
       loss_i = −(1 − ε) log σ(β (u_i − v_i)) − ε log σ(−β (u_i − v_i))
@@ -201,7 +201,7 @@ def _sorted(sides, policy_logps, ref_logps, beta, label_smoothing, weights):
 
 
 def kto_pair(policy_logps, ref_logps, *, beta, weights):
-  """KTO on pairs: each side's reference point is the other side's mean.
+  """KTO on pairs: a side's reference point is the other's mean.
 
       z_w = max(0, mean Δ_w),  z_l = max(0, mean Δ_l) over the batch, sg
       loss = ½ [1 − σ(β (Δ_w − z_l)) + 1 − σ(β (z_w − Δ_l))]
