@@ -79,7 +79,10 @@ def build(folder):
 
 def named(folder):
   """The World of a folder, which need not be there."""
-  return World(*(f"{folder}/{name}" for name in World._fields))
+  lines = ("data", "labelled", "labelled_too")
+  return World(
+    *(f"{folder}/{n}{'.jsonl' * (n in lines)}" for n in World._fields)
+  )
 
 
 def _write_lines(path, rows):
@@ -292,7 +295,6 @@ VALUES = {
   "model.attention": ("xla",),
   "loss.dialect": ("trl_1",),
   "loss.bco.dialect": ("trl_1",),
-  "loss.divergence": ("js",),
   "lora.targets": ((r"attn/\w+/kernel$",),),
   "lora.base": ("bfloat16", "float32"),
   "optim.schedule": ("linear", "constant"),
@@ -345,6 +347,10 @@ def _other_optimizer(c, w):
   c.optim = common.optim("adamw" if c.optim.name == "sgd" else "sgd")
 
 
+def _other_divergence(c, w):
+  c.loss = losses.loss(c.loss.name, "js")
+
+
 def _adapter(c, w):
   c.lora = common.lora()
   c.ref = "base" if c.ref == "frozen" else c.ref
@@ -361,6 +367,7 @@ EDITS = {
   "ref": _other_ref,
   "loss.name": _other_loss,
   "optim.name": _other_optimizer,
+  "loss.divergence": _other_divergence,
   "lora": _adapter,
   "model.position": _other_position,
 }
