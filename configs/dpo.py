@@ -27,21 +27,21 @@ def get_config(arg=None):
     arg,
     loss="dpo",
     divergence="reverse_kl",
-    ref="frozen",
+    ref="",
     model="tiny",
     lora=False,
     smoke=False,
   )
   c = base.get_config()
   c.loss = losses.loss(arg.loss, arg.divergence)
-  common.select_ref(c, arg.ref)
+  own = "base" if arg.lora else "frozen"
   if not losses.needs_reference(arg.loss):
-    c.ref = "none"
+    own = "none"
+  common.select_ref(c, arg.ref or own)
   common.select_model(c, arg.model)
   c.optim.learning_rate = 3e-4
   if arg.lora:
     c.lora = common.lora()
-    c.ref = "base" if c.ref == "frozen" else c.ref
   c.optim.warmup = 10
   if arg.smoke:
     c = common.smoke(c)

@@ -47,8 +47,10 @@ LOSSES = {
   "bradley_terry": {},
 }
 
-# Published mixtures: arXiv:2404.19733 and arXiv:2411.10442.
+# Published mixtures (arXiv:2404.19733, arXiv:2411.10442), and where a term has
+# another default in them.
 MIXTURES = {"rpo": "dpo+nll", "mpo": "0.8*dpo+0.2*bco+nll"}
+_IN_MIXTURES = {"mpo": {"bco": {"beta": 0.1}}}
 
 WITHOUT_REFERENCE = (
   *("sft", "nll", "unlikelihood", "slic", "simpo", "alphapo", "orpo", "cpo"),
@@ -104,7 +106,11 @@ def loss(spec, divergence="reverse_kl"):
     raise ValueError(
       f"divergence = {divergence!r} is of one loss, not of the mixture {spec!r}"
     )
-  parts = {name: {"weight": weight, **LOSSES[name]} for weight, name in terms}
+  own = _IN_MIXTURES.get(spec, {})
+  parts = {
+    name: {"weight": weight, **LOSSES[name], **own.get(name, {})}
+    for weight, name in terms
+  }
   return config_dict.ConfigDict({"name": "mixture", **parts})
 
 

@@ -187,9 +187,8 @@ def build_loader(config, tokenizer, shape, spec, *, training, row_multiple):
   records = sources.load(spec, comparisons.FORMS[kind], policy, field)
   weights = tuple(weight for weight, _ in sources.parse(spec, field))
   examples, changed = tokenize.encode(records, tokenizer, config.data, policy)
-  examples = comparisons.arrange(examples, kind)
-  if "scores" in algos.needs_of(config):
-    examples = comparisons.scored(examples, policy)
+  scored = "scores" in algos.needs_of(config)
+  examples = comparisons.arrange(examples, kind, scored, policy)
   layout = rows.Layout(
     config.data.packed,
     config.data.shared,

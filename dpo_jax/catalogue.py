@@ -18,14 +18,13 @@ def entries(defaults):
   out = {}
   for name, loss in losses.LOSSES.items():
     told = sections(loss.fn)
-    dialects = re.findall(r'"(\w+)"', told.get("dialect", ""))
     out[name] = {
       "title": told["title"],
       "formula": told["formula"],
       "source": told.get("Source", ""),
       "optimum": told.get("Optimum", ""),
       "needs": list(loss.needs),
-      "dialects": dialects,
+      "dialects": list(loss.dialects),
       "data": loss.data,
       "reference": loss.reference,
       "batch_level": loss.batch_level,

@@ -72,7 +72,7 @@ def _start(run, workdir, stop):
     if config.data.eval is not None:
       held_out, _ = assembly.held_out_loader(setup)
       scoring.attach_reference(setup, params, held_out, workdir, stop)
-  if config.ref != "none":
+  if config.ref != "none" or config.lora is not None:
     reference = {"reference": state_lib.fingerprint(params)}
     run = run._replace(identity=run.identity | reference)
   return run, assembly.initial_state(run, params)
@@ -99,8 +99,8 @@ def _train(run, state, checkpoints, workdir, stop):
     resolved = json.dumps(config.to_dict(), indent=2) + "\n"
     (epath.Path(workdir) / "config.json").write_text(resolved)
   fields = settings.flatten(config.loss.to_dict())
-  named = ", ".join(f"{k} {v}" for k, v in fields.items() if k != "name")
-  logger.say(f"loss {config.loss.name}: {named}; reference {config.ref}")
+  named = "".join(f", {k} {v}" for k, v in fields.items() if k != "name")
+  logger.say(f"loss {config.loss.name}{named}; reference {config.ref}")
   logger.say(run.about)
   sizes = mesh_lib.sizes(setup.mesh)
   of = f" on {tree.size(state.frozen):,} frozen" if config.lora else ""
@@ -131,10 +131,10 @@ def _train(run, state, checkpoints, workdir, stop):
       check(
         logger.step(number, metrics, stats, assembly.step_flops(run, stats))
       )
-      if number == 1 and run.algorithm.at_reference is not None:
-        expected = run.algorithm.at_reference(run.hparams)
+      if number == 1 and "rewards/largest" in metrics:
+        bounds = functools.partial(run.algorithm.at_reference, run.hparams)
         limit = config.train.max_noise
-        logger.say(invariants.first_step(metrics, expected, limit))
+        logger.say(invariants.first_step(metrics, bounds, limit))
       last = number == total or bool(stop)
       if evaluate and (number % config.eval.every == 0 or number == total):
         check(logger.flush())

@@ -59,7 +59,7 @@ def objective(config, apply):
   algorithm = _algorithm(config, apply)
 
   def terms(params, frozen, batch, hparams):
-    extra = algorithm.extra(params)
+    extra = algorithm.extra(frozen.get("ref", params))
     batch = algorithm.prepare(batch, frozen, extra)
     return algorithm.objective(params, frozen, batch, hparams, extra)
 

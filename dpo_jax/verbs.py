@@ -84,6 +84,8 @@ def evaluate(config, workdir, module):
   policy = weights.saved(setup, ref, workdir)
   meta = checkpoint.check_run(workdir, config.to_dict(), ref)
   made = evaluation.made_of(meta["step"], meta["data_fingerprint"], ref)
+  if config.ref == "ema":
+    print("against the reference that the run began with")
   result = evaluation.evaluate(setup, policy, ref, workdir, made)
   for name, value in result.get("comparisons", {}).items():
     print(f"{name:24} {value:.4g}")
@@ -158,12 +160,13 @@ def audit(config, workdir, module):
   """Prints what data.train and data.eval hold; 1 if a limit is exceeded."""
   del workdir, module
   from dpo_jax import algos, assembly
-  from dpo_jax.data import audit, audit_text, comparisons
+  from dpo_jax.data import audit, audit_text
 
   if "audit" not in config:
     raise ValueError("audit needs a config that starts from configs/base.py")
   assembly.check(config)
-  reports = audit.audit(config, comparisons.FORMS[algos.kind_of(config)])
+  scored = "scores" in algos.needs_of(config)
+  reports = audit.audit(config, algos.kind_of(config), scored)
   for report in reports:
     print(audit_text.text(report))
   print(audit_text.verdict(reports))

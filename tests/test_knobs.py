@@ -7,9 +7,11 @@ refused by a message that names it, or stand in WAITS with the condition.
 """
 
 import functools
+from unittest import mock
 
 import pytest
 
+from dpo_jax.models import transformer
 from dpo_jax.train import settings
 from tests.knobs import bases, dry
 from tests.knobs import plan as plan_lib
@@ -19,7 +21,8 @@ PARTS = {
   "layout": plan_lib.layout,
   "model": plan_lib.model,
   "data": plan_lib.data,
-  "hparams": plan_lib.hparams,
+  "loss values": plan_lib.loss_values,
+  "rate": plan_lib.rate,
   "gradient": plan_lib.gradient,
   "optimizer": plan_lib.optimizer,
   "step": plan_lib.step,
@@ -33,10 +36,11 @@ PARTS = {
 }
 # Where to look first, by the beginning of a field's name.
 FIRST = {
-  "loss.": ("hparams", "gradient"),
+  "loss.": ("loss values", "gradient"),
+  "optim.learning_rate": ("rate",),
   "optim.": ("optimizer",),
   "model.": ("model",),
-  "lora.": ("model", "gradient", "initial"),
+  "lora.": ("initial", "step"),
   "data.": ("data",),
   "sample.": ("sample", "sweep"),
   "audit.": ("audit",),
@@ -77,7 +81,7 @@ REFUSALS = {
 # Verbs that are not for every base: without prompts, of no published model.
 MAY_REFUSE = ("sample", "export", "workdir")
 # How messages name a field, where not by its path.
-NAMES = {"loss.name": "config.loss", "model.layer_pattern": "'nope' layers"}
+NAMES = {"loss.name": "loss", "model.layer_pattern": "'nope' layers"}
 
 
 class Refused(str):
@@ -105,7 +109,10 @@ def before(tmp_path_factory):
     config = bases.BASES[name].make(world).lock()
     return plan_lib.Plan(config, {})
 
-  return before, world
+  # One model for all equal ones, so that it is traced once.
+  build = functools.cache(transformer.build)
+  with mock.patch.object(transformer, "build", build):
+    yield before, world
 
 
 def part(plan, name):

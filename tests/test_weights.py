@@ -78,7 +78,7 @@ def test_training_an_adapter_leaves_no_second_copy_of_the_base_alive():
 
 
 def test_policy_equals_reference_until_the_adapter_has_learned():
-  for ref in ("frozen", "cached"):
+  for ref in ("base", "cached"):
     run, initial, state = start(config(f"ref={ref}"))
     if ref == "cached":
       continue

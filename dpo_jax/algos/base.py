@@ -52,8 +52,8 @@ class Algorithm(NamedTuple):
       features of the whole global batch at once.
     extra: trained parameters -> what the state keeps between steps.
     update: (extra, trained parameters, steps done) -> extra, after an update.
-    at_reference: hparams -> the loss where policy = reference, or None; None
-      without a reference.
+    at_reference: (hparams, largest |Δ|) -> (lowest, at Δ = 0, highest) loss
+      where policy = reference up to rounding, or None if that depends on data.
     rollout: (state, prompts, rng) -> examples, for on-policy algorithms.
   """
 

@@ -11,25 +11,36 @@ def of_pairs(out, fixed, ratios):
 
   Args:
     out: of a loss, with its reward metrics.
-    fixed: "lengths", "ended" f32[R, Q, C], see preference.features.
-    ratios: Δ f32[R, Q, C] in nats, or None without a reference.
+    fixed: "lengths", "ended" f32[R, Q, C], and of rankings "present", see
+      preference.features.
+    ratios: Δ f32[R, Q, C] in nats; or None if the loss reads no reference, and
+      its rewards are not those of a Bradley–Terry model.
   Returns: {name: f32[R, Q]}.
   """
+  present = fixed.get("present")
+
+  def ends(values):
+    if present is None:
+      return values[..., 0], values[..., 1]
+    last = jnp.sum(present, axis=-1, keepdims=True) - 1
+    worst = jnp.take_along_axis(values, jnp.maximum(last, 0), axis=-1)
+    return values[..., 0], worst[..., 0]
+
   metrics = {}
   for name in ("lengths", "ended"):
-    metrics[f"{name}/chosen"] = fixed[name][..., 0]
-    metrics[f"{name}/rejected"] = fixed[name][..., 1]
+    sides = ends(fixed[name])
+    metrics[f"{name}/chosen"], metrics[f"{name}/rejected"] = sides
+  if ratios is None:
+    return metrics
+  chosen, rejected = ends(jax.lax.stop_gradient(ratios))
+  fall = (chosen < 0) & (rejected < 0)
+  metrics["drift/chosen"] = chosen
+  metrics["drift/rejected"] = rejected
+  metrics["drift/displaced"] = fall.astype(jnp.float32)
   if "rewards/margins" in out:
     margin = out["rewards/margins"]
     metrics["gradient_weight"] = jax.nn.sigmoid(-margin)
     metrics |= _calibration(margin)
-  if ratios is not None:
-    ratios = jax.lax.stop_gradient(ratios)
-    chosen, rejected = ratios[..., 0], ratios[..., 1]
-    fall = (chosen < 0) & (rejected < 0)
-    metrics["drift/chosen"] = chosen
-    metrics["drift/rejected"] = rejected
-    metrics["drift/displaced"] = fall.astype(jnp.float32)
   return metrics
 
 
@@ -83,11 +94,12 @@ def derived(means, totals):
   for name, mean in means.items():
     prefix, bins, _ = name.rpartition("calibration/")
     if bins:
-      errors.setdefault(f"{prefix}calibration_error", []).append(abs(mean))
+      error = jnp.where(totals[name] > 0, jnp.abs(mean), jnp.nan)
+      errors.setdefault(f"{prefix}calibration_error", []).append(error)
       continue
     metrics[name] = jnp.where(totals[name] > 0, mean, jnp.nan)
     if name.endswith("rewards/accuracies"):
-      low, high = wilson(mean, totals[name])
+      low, high = wilson(metrics[name], totals[name])
       metrics[f"{name}_low"], metrics[f"{name}_high"] = low, high
   return metrics | {name: sum(parts) for name, parts in errors.items()}
 

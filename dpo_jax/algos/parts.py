@@ -36,11 +36,10 @@ def of(fields):
   """
   if fields.name != "mixture":
     return (_part(fields.name, fields, ""),)
-  parts = tuple(
-    _part(name, part, f"{name}.")
-    for name, part in fields.items()
-    if name != "name"
-  )
+  names = [name for name in fields if name != "name"]
+  # The heaviest first: the reward metrics are its.
+  names.sort(key=lambda name: -fields[name].weight)
+  parts = tuple(_part(name, fields[name], f"{name}.") for name in names)
   kinds = {kind_of_part(part) for part in parts} - {None}
   fits = len(kinds) == 1
   if None in map(kind_of_part, parts):  # it takes the first for the better
@@ -92,28 +91,33 @@ def _part(name, fields, prefix):
       f"{name!r} takes {sorted(takes - {'name'})}; select a loss with its own "
       f"fields by the config's argument: --config FILE.py:loss={name}"
     )
-  _check_ranges(fields, prefix)
-  if name == "exo" and fields.label_smoothing == 0:
-    raise ValueError(f"loss.{prefix}label_smoothing = 0: EXO needs it above 0")
+  if loss.dialects:
+    field = f"loss.{prefix}dialect"
+    lookup.lookup(dict.fromkeys(loss.dialects), fields.dialect, field)
+  _check_ranges(name, fields, prefix)
   numeric = {k: f"{prefix}{k}" for k in takes if not isinstance(fields[k], str)}
   weight = numeric.pop("weight", None)
   return Part(name, functools.partial(fn, **static), loss, numeric, weight)
 
 
-def _check_ranges(fields, prefix):
+def _check_ranges(name, fields, prefix):
+  shares = {"unlikelihood": "alpha", "ld_dpo": "alpha"}
   above_zero = ("beta", "desirable_weight", "undesirable_weight", "delta")
   above_zero += ("temperature", "weight")
   low = ("gamma", "penalty", "odds_weight", "nll_weight")
-  for name, value in fields.items():
-    field = f"loss.{prefix}{name} = {value}"
-    if name in above_zero and not value > 0:
+  low += ("alpha",) if name != "alphapo" else ()  # which bends either way
+  for key, value in fields.items():
+    field = f"loss.{prefix}{key} = {value}"
+    if key in above_zero and not value > 0:
       raise ValueError(f"{field} must be above 0")
-    if name in low and not value >= 0:
+    if key in low and not value >= 0:
       raise ValueError(f"{field} must be at least 0")
-    if name == "label_smoothing" and not 0 <= value < 0.5:
+    if key == "label_smoothing" and not 0 <= value < 0.5:
       raise ValueError(f"{field} must be in [0, 0.5)")
-    if name == "temperature" and not value <= 1:
+    if (key == "temperature" or shares.get(name) == key) and not value <= 1:
       raise ValueError(f"{field} must be at most 1")
+  if name == "exo" and fields.label_smoothing == 0:
+    raise ValueError(f"loss.{prefix}label_smoothing = 0: EXO needs it above 0")
 
 
 def check_reference(config, parts, wanted):
@@ -157,3 +161,9 @@ def check_reference(config, parts, wanted):
       )
   if following and not 0 < config.ref_mix <= 1:
     raise ValueError(f"ref_mix = {config.ref_mix} must be in (0, 1]")
+  if following and config.lora is not None and config.ref_mix != 1:
+    raise ValueError(
+      f"ref_mix = {config.ref_mix}: a mean of adapters' factors is not the "
+      "mean of the weights; with an adapter set ref_mix = 1, a copy every "
+      "ref_every steps"
+    )

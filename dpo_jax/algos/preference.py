@@ -30,8 +30,8 @@ def make(config, apply):
   wanted = {name for part in parts for name in part.loss.needs}
   parts_lib.check_reference(config, parts, wanted)
   with_ref = config.ref != "none"
-  specs = (config.data.train, config.data.eval)
-  count = max(len(sources.parse(s)) for s in (*specs, "one") if s is not None)
+  specs = filter(None, (config.data.train, config.data.eval))
+  count = max((len(sources.parse(spec)) for spec in specs), default=1)
   prepare = base.no_preparation
   if with_ref:
     prepare = functools.partial(
@@ -58,7 +58,7 @@ def make(config, apply):
     )
     if config.ref == "ema"
     else base.no_update,
-    at_reference=functools.partial(_at_reference, parts) if with_ref else None,
+    at_reference=functools.partial(_at_reference, parts=parts),
   )
 
 
@@ -135,7 +135,8 @@ def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
     extra: of the TrainState; holds "running" where a loss keeps it.
     hparams: holds the numeric fields of config.loss.
   """
-  values = {**moving, **fixed, **extra}
+  kept_before = {k: v for k, v in extra.items() if k in needs_lib.KEPT}
+  values = {**moving, **fixed, **kept_before}
   weights, terms, metrics, kept = fixed["weights"], {}, {}, {}
   for part in parts:
     out = part.fn(
@@ -152,19 +153,23 @@ def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
       value = hparams[part.weight] * value
     terms[part.name] = value, factor
     metrics = {**out, **metrics}
-  ratios = None
-  if with_ref:
-    ratios = values["policy_logps"] - values["ref_logps"]
+  ratios = values["policy_logps"] - values["ref_logps"]
+  reads = with_ref and any(part.loss.reference for part in parts)
   if "labels" not in fixed:
     plain = {name: value for name, (value, _) in metrics.items()}
-    more = diagnostics.of_pairs(plain, fixed, ratios)
+    more = diagnostics.of_pairs(plain, fixed, ratios if reads else None)
     metrics |= {name: (value, weights) for name, value in more.items()}
-  metrics |= diagnostics.by_source(metrics, fixed["source"], sources_count)
+  sourced = metrics
+  if len(parts) == 1:
+    sourced = {**metrics, "loss": terms[parts[0].name]}
+  sourced = jax.lax.stop_gradient(sourced)
+  metrics |= diagnostics.by_source(sourced, fixed["source"], sources_count)
   peaks = {}
-  if with_ref and "rewards/chosen" in metrics:
-    sides = [metrics[f"rewards/{s}"] for s in ("chosen", "rejected")]
-    largest = jnp.maximum(*(jnp.abs(value) for value, _ in sides))
-    peaks["rewards/largest"] = largest, weights
+  if reads and "rewards/chosen" in metrics:
+    rewards = [metrics[f"rewards/{s}"][0] for s in ("chosen", "rejected")]
+    peaks["rewards/largest"] = jnp.maximum(*map(jnp.abs, rewards)), weights
+    drift = jnp.max(jnp.abs(jax.lax.stop_gradient(ratios)), axis=-1)
+    peaks["drift/largest"] = drift, weights
   return base.Terms(terms, metrics, peaks, kept)
 
 
@@ -200,28 +205,41 @@ def _follow(extra, params, step, *, mix, every):
   return {**extra, "ref": jax.tree.map(blend, extra["ref"], params)}
 
 
-def _at_reference(parts, hparams):
-  """The loss where policy = reference, or None if it depends on the data."""
-  total = 0.0
-  for part in parts:
-    shape = (1, 2)
+def _at_reference(hparams, noise, *, parts):
+  """The loss where policy = reference, and how far rounding may move it.
+
+  Args:
+    hparams: numeric fields of the loss.
+    noise: largest |Δ| in nats.
+  Returns: (lowest, at Δ = 0, highest) over the corners of ±noise; or None where
+    a loss depends on more than Δ.
+  """
+  running = {"mean": jnp.float32(0), "count": jnp.float32(0)}
+  of_ratios = ("prefix_logps", "common_logps")
+  of_ref = ("ref_prefix_logps", "ref_common_logps")
+  known = {"weights", "running", *of_ratios, *of_ref}
+  if not all(p.loss.reference and set(p.loss.needs) <= known for p in parts):
+    return None
+
+  def total(ratios):
     values = {
-      "weights": jnp.ones(shape[:1]),
-      "running": {"mean": jnp.float32(0), "count": jnp.float32(0)},
-      **dict.fromkeys(needs_lib.MOVING, jnp.zeros(shape)),
-      **dict.fromkeys(
-        ("ref_prefix_logps", "ref_common_logps"), jnp.zeros(shape)
-      ),
+      "weights": jnp.ones(1),
+      "running": running,
+      **dict.fromkeys(of_ratios, ratios[None]),
+      **dict.fromkeys(of_ref, jnp.zeros((1, 2))),
     }
-    values.pop("sequence_kl")
-    if not part.loss.reference or not set(part.loss.needs) <= set(values):
-      return None
-    out = part.fn(
-      jnp.zeros(shape),
-      jnp.zeros(shape),
-      **{name: values[name] for name in part.loss.needs},
-      **{name: hparams[field] for name, field in part.numeric.items()},
-    )
-    weight = 1.0 if part.weight is None else hparams[part.weight]
-    total += weight * out["loss"][0]
-  return float(total)
+    out = 0.0
+    for part in parts:
+      found = part.fn(
+        ratios[None],
+        jnp.zeros((1, 2)),
+        **{name: values[name] for name in part.loss.needs},
+        **{name: hparams[field] for name, field in part.numeric.items()},
+      )
+      weight = 1.0 if part.weight is None else hparams[part.weight]
+      out += weight * found["loss"][0]
+    return out
+
+  corners = [(0, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
+  found = jax.vmap(total)(noise * jnp.float32(corners))
+  return float(jnp.min(found)), float(found[0]), float(jnp.max(found))

@@ -8,32 +8,32 @@ data/audit_counts.py counts, data/audit_text.py writes the report for people.
 import collections
 
 from dpo_jax.data import audit_counts as counts
-from dpo_jax.data import sources, tokenize
+from dpo_jax.data import comparisons, sources, tokenize
 
 _CONTEXT = 8  # tokens in front of one that its text is looked up behind
 _PART = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of a character
 
 
-def audit(config, form):
+def audit(config, kind, scored):
   """The reports of data.train and, where it is set, data.eval.
 
   Args:
     config: see `report`.
-    form: of the rows, of records.FORMS.
+    kind, scored: what the loss compares, see comparisons.arrange.
   """
   tokenizer = tokenize.load(config.tokenizer)
   fields = ["data.train"]
   if config.data.eval is not None:
     fields.append("data.eval")
-  return [report(config, form, tokenizer, field) for field in fields]
+  return [report(config, kind, scored, tokenizer, field) for field in fields]
 
 
-def report(config, form, tokenizer, field):
+def report(config, kind, scored, tokenizer, field):
   """The report of a data set, as plain values.
 
   Args:
     config: reads data, audit and tokenizer (its name).
-    form: of the rows, of records.FORMS.
+    kind, scored: see `audit`.
     tokenizer: tokenize.Tokenizer.
     field: "data.train" or "data.eval".
   Returns: {"field", "spec", "tokenizer", "shown": examples token by token,
@@ -47,8 +47,12 @@ def report(config, form, tokenizer, field):
   for _, source in sources.parse(spec, field):
     policy = sources.Policy("skip")
     facts = []
-    each = _encoded(config, form, tokenizer, source, policy, field)
+    each = _encoded(config, kind, tokenizer, source, policy, field)
     for record, made in each:
+      error = comparisons.problem(made.example, kind, scored)
+      if error is not None:
+        policy.bad(error)
+        continue
       facts.append(counts.facts_of(record, made, tokenizer))
       if len(shown) < config.audit.show:
         shown.append(_show(record, made, tokenizer))
@@ -74,8 +78,9 @@ def report(config, form, tokenizer, field):
   }
 
 
-def _encoded(config, form, tokenizer, source, policy, field):
+def _encoded(config, kind, tokenizer, source, policy, field):
   """Yields (record, tokenize.Encoded) of the usable records of a source."""
+  form = comparisons.FORMS[kind]
   records = list(sources.read(source, form, policy, field))
   each = tokenize.encode_each(records, tokenizer, config.data)
   for record, made in zip(records, each, strict=True):

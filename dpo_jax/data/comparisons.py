@@ -67,7 +67,7 @@ FORMS = {
 }
 
 
-def arrange(examples, kind):
+def arrange(examples, kind, scored, policy):
   """Examples whose `pairs` hold what a loss of this kind compares.
 
       pairs       (winner, loser, weight)
@@ -79,13 +79,60 @@ def arrange(examples, kind):
   Args:
     examples: list of Example.
     kind: see losses.Loss.data, or "sft".
+    scored: whether the loss reads the scores of completions.
+    policy: sources.Policy, for those that `problem` finds.
   Raises: ValueError where no record has another prompt.
   """
+  good = []
+  for example in examples:
+    error = problem(example, kind, scored)
+    if error is None:
+      good.append(example)
+    else:
+      policy.bad(error)
+  if not good:
+    raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
+  if not scored:  # nor do they count as a change of the data
+    good = [example._replace(scores=None) for example in good]
   if kind == "rankings":
-    return [_ranked(example) for example in examples]
+    return [_ranked(example) for example in good]
   if kind in ("labels", "mismatched"):
-    examples = [_labelled(example) for example in examples]
-  return _mismatched(examples) if kind == "mismatched" else examples
+    good = [_labelled(example) for example in good]
+  return _mismatched(good) if kind == "mismatched" else good
+
+
+def problem(example, kind, scored):
+  """The BadRecord that says why a loss cannot use an example, or None.
+
+  Args: see `arrange`.
+  """
+  if kind in ("labels", "mismatched") and example.labels is not None:
+    for label in example.labels:
+      if label not in (1, 0, -1):
+        return fields.BadRecord(
+          "bad label",
+          f"{example.origin}: label {label} must be true or false, 1 or 0, or "
+          "1 or -1; set a threshold before you train on it",
+        )
+  return _score_problem(example) if scored else None
+
+
+def _score_problem(example):
+  if example.scores is None:
+    return fields.BadRecord(
+      "missing scores",
+      f"{example.origin}: this loss needs 'scores' of the completions (or "
+      "'score_chosen' and 'score_rejected')",
+    )
+  for winner, loser, _ in example.pairs:
+    if not example.scores[winner] > example.scores[loser]:
+      return fields.BadRecord(
+        "bad scores",
+        f"{example.origin}: completion {winner} won with the score "
+        f"{example.scores[winner]} against {example.scores[loser]}; this loss "
+        "needs winners with the higher score",
+      )
+  return None
 
 
 def _ranked(example):
@@ -99,11 +146,6 @@ def _labelled(example):
     labels = (1.0, 0.0) * len(example.pairs)
     pairs = tuple((k, w) for *pair, w in example.pairs for k in pair)
     return example._replace(pairs=pairs, labels=labels)
-  if any(label not in (1, 0, -1) for label in example.labels):
-    raise ValueError(
-      f"{example.origin}: label {example.labels[0]} must be true or false, 1 "
-      "or 0, or 1 or -1; set a threshold before you train on it"
-    )
   pairs = tuple((k, 1.0) for k in range(len(example.completions)))
   labels = tuple(float(label > 0) for label in example.labels)
   return example._replace(pairs=pairs, labels=labels)
@@ -111,17 +153,18 @@ def _labelled(example):
 
 def _mismatched(examples):
   out, others = [], _next_with_another_prompt(examples)
-  for example, other in zip(examples, others, strict=True):
+  for number, (example, other) in enumerate(zip(examples, others, strict=True)):
     last = len(example.completions)
+    # By turns, so that chosen and rejected ones are as many.
+    taken = number % len(other.completions)
     ended = None
     if example.ended is not None:
-      ended = (*example.ended, other.ended[0])
+      ended = (*example.ended, other.ended[taken])
     out.append(
       example._replace(
-        completions=(*example.completions, other.completions[0]),
+        completions=(*example.completions, other.completions[taken]),
         pairs=tuple((k, last, weight) for k, weight in example.pairs),
         ended=ended,
-        scores=None,
       )
     )
   return out
@@ -142,40 +185,3 @@ def _next_with_another_prompt(examples):
       "and all records have the same one"
     )
   return following
-
-
-def scored(examples, policy):
-  """The examples that a loss of scores can use: every winner has the higher.
-
-  Args:
-    examples: list of Example.
-    policy: sources.Policy, for the others.
-  """
-  out = []
-  for example in examples:
-    error = _score_error(example)
-    if error is None:
-      out.append(example)
-    else:
-      policy.bad(error)
-  if not out:
-    raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
-  return out
-
-
-def _score_error(example):
-  if example.scores is None:
-    return fields.BadRecord(
-      "missing scores",
-      f"{example.origin}: this loss needs 'scores' of the completions (or "
-      "'score_chosen' and 'score_rejected')",
-    )
-  for winner, loser, _ in example.pairs:
-    if not example.scores[winner] > example.scores[loser]:
-      return fields.BadRecord(
-        "bad scores",
-        f"{example.origin}: completion {winner} won with the score "
-        f"{example.scores[winner]} against {example.scores[loser]}; this loss "
-        "needs winners with the higher score",
-      )
-  return None

@@ -83,8 +83,7 @@ def records(draws, labels, seed):
       "reward", those of one prompt together.
     labels, seed: see `compare`.
   Returns: (list of {"prompt", "completions", "tokens", "pairs", "scores"},
-    Counter of
-    what was left out).
+    Counter of what was left out).
   """
   groups, left_out = collections.defaultdict(list), collections.Counter()
   for draw in draws:

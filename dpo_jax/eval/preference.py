@@ -1,5 +1,7 @@
 """Held-out means of an objective: of comparisons, or of SFT completions."""
 
+import jax
+
 from dpo_jax import assembly
 from dpo_jax.train import step
 
@@ -20,9 +22,8 @@ def evaluate(setup, algorithm, state, hparams, of):
   nums, dens = {}, {}
   for number in range(loader.steps):
     batch, _ = assembly.place_batch(setup, loader, number)
-    for total, part in zip(
-      (nums, dens), sums(state, batch, hparams), strict=True
-    ):
+    parts = jax.device_get(sums(state, batch, hparams))
+    for total, part in zip((nums, dens), parts, strict=True):
       for name, value in part.items():
         total[name] = total.get(name, 0.0) + float(value)
   return {k: float(v) for k, v in step.means_of(nums, dens).items()}

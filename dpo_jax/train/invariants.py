@@ -3,16 +3,17 @@
 from dpo_jax.train import state as state_lib
 
 
-def first_step(metrics, expected, limit):
+def first_step(metrics, at_reference, limit):
   """A line about a run's first step, where policy = reference.
 
   Args:
-    metrics: of the step, taken before its update: "loss", and
-      "rewards/largest", the largest |reward|, which would be 0 but for
-      rounding: the noise floor of this dtype, mesh and reference.
-    expected: the loss where all rewards are 0, or None if it depends on data.
-    limit: of the noise.
-  Raises: ValueError if either is further off.
+    metrics: of the step, taken before its update: "loss"; and
+      "rewards/largest" and "drift/largest", the largest |reward| and |Δ|,
+      which would be 0 but for rounding: the noise floor of this dtype, mesh
+      and reference.
+    at_reference: of algos.base.Algorithm, with its hparams bound; or None.
+    limit: of the rewards.
+  Raises: ValueError if rewards or loss are further off.
   """
   noise, loss = float(metrics["rewards/largest"]), float(metrics["loss"])
   if not noise <= limit:
@@ -23,11 +24,14 @@ def first_step(metrics, expected, limit):
       "train.max_noise"
     )
   line = f"step 0: rewards within {noise:.2g} of 0 (policy = reference), loss "
-  if expected is None:
+  bounds = None
+  if at_reference is not None:
+    bounds = at_reference(float(metrics["drift/largest"]))
+  if bounds is None:
     return f"{line}{loss:.6g}"
-  # A reward moves a loss by about as much as itself, or in proportion to it.
-  slack = (2 * noise + 1e-3) * max(1.0, abs(expected))
-  if not abs(loss - expected) <= slack:
+  low, expected, high = bounds
+  slack = 1e-3 * max(1.0, abs(expected))
+  if not low - slack <= loss <= high + slack:
     raise ValueError(
       f"at step 0 the loss is {loss:.6g}, where policy = reference gives "
       f"{expected:.6g}: it does not see the rewards that are logged"

@@ -40,10 +40,11 @@ _EVALUATION = {
 
 
 def _shown(values, names):
+  """What there is of `names`; metrics that nothing had weight for are NaN."""
   return [
     f"{short} {values[key]:.4g}"
     for key, short in names.items()
-    if key in values
+    if key in values and (key == "loss" or not np.isnan(values[key]))
   ]
 
 
@@ -213,6 +214,12 @@ class Logger:
 
   def write(self, kind, number, values):
     """Appends one JSON line."""
+    # A source that this batch has nothing of is left out.
+    values = {
+      k: v
+      for k, v in values.items()
+      if not (k.startswith("source") and np.isnan(v))
+    }
     if self._loud:
       # JSON has no NaN: what is not finite is null.
       numbers = {k: v if np.isfinite(v) else None for k, v in values.items()}

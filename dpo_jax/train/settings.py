@@ -46,8 +46,22 @@ def differences(saved, current, free):
   ]
 
 
+def upgraded(config):
+  """A saved config, as a dict, with the fields that came later."""
+  if "loss" not in config or "train" not in config:
+    return config
+  config = {"ref_mix": None, "ref_every": None, **config}
+  config["train"] = {"max_noise": 0.1, **config["train"]}
+  if config.get("lora") is not None and config.get("ref") == "frozen":
+    config["ref"] = "base"  # as an adapter's reference is called now
+  return config
+
+
 def check_config(saved, current, where):
   """Raises ValueError if a field outside FREE_FIELDS was changed."""
+  saved = upgraded(saved)
+  if "reference" not in saved:  # it was not always saved
+    current = {k: v for k, v in current.items() if k != "reference"}
   changed = differences(saved, current, FREE_FIELDS)
   if changed:
     raise ValueError(
@@ -70,7 +84,8 @@ def saved_config(workdir):
       return {k: plain(v) for k, v in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
-  config = config_dict.ConfigDict(plain(json.loads(path.read_text())))
+  found = upgraded(json.loads(path.read_text()))
+  config = config_dict.ConfigDict(plain(found))
   if "model" in config and "lora" not in config:
     raise ValueError(
       f"{path} was written by an earlier version, whose fields are others; use "

@@ -31,6 +31,10 @@ TEMPLATES = {
 }
 
 
+def kind_of(config):
+  return "sft" if config.algo == "sft" else "pairs"
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
   """name of a template -> the folder of a tokenizer."""
@@ -358,15 +362,12 @@ def test_the_report_is_plain_values(look):
 def test_the_held_out_data_is_audited_too(folders):
   config = base.get_config()
   config.data.train, config.data.eval = "toy:9", "toy:3"
-  reports = audit.audit(config, "sft" if config.algo == "sft" else "preference")
+  reports = audit.audit(config, kind_of(config), False)
   assert [r["field"] for r in reports] == ["data.train", "data.eval"]
   assert [r["parts"][0]["examples"] for r in reports] == [9, 3]
   assert audit_text.verdict(reports) == "no limit is exceeded"
   config.data.eval = None
-  assert (
-    len(audit.audit(config, "sft" if config.algo == "sft" else "preference"))
-    == 1
-  )
+  assert len(audit.audit(config, kind_of(config), False)) == 1
 
 
 def test_every_limit_is_a_field_of_the_config():

@@ -199,7 +199,7 @@ def test_the_description_says_what_the_key_was_made_of(stored):
     (lambda x: x.update(examples=6), "examples is 6 there, 5 here"),
     (lambda x: x.update(scored_tokens=11), "scored_tokens is 11 there, 12"),
     (lambda x: x.update(examples_per_block=1), "examples_per_block is 1 there"),
-    (lambda x: x.pop("version"), "version is missing there, 2 here"),
+    (lambda x: x.pop("version"), "version is missing there, 3 here"),
     (lambda x: x.update(more=[1]), r"more is \[1\] there, missing here"),
     (
       lambda x: x["made_of"]["params"].update(head=5),

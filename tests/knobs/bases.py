@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from configs import common, dpo, losses, quickstart, sft
 from dpo_jax import assembly, weights
-from dpo_jax.data import bpe, sources
+from dpo_jax.data import bpe, order, sources
 from dpo_jax.train import checkpoint
 from dpo_jax.train import state as state_lib
 from tests.models import parity
@@ -42,7 +42,7 @@ class World(NamedTuple):
   """Paths that configs name.
 
   Attributes:
-    data: comparisons in a file; some are long, and one record is bad.
+    data: comparisons in a file; one is long, and one record is bad.
     labelled, labelled_too: labelled texts in files.
     model: folder of published weights in small.
     adapter: folder of a PEFT adapter of it.
@@ -62,10 +62,10 @@ class World(NamedTuple):
 def build(folder):
   """Writes a World into an empty folder."""
   world = named(folder)
-  toy = list(sources.SOURCES["toy"]("40"))
+  toy = list(sources.SOURCES["toy"]("100"))
   rows = [*toy, {**toy[0], "chosen": ""}]
-  for row in rows[:2]:
-    row["chosen"] *= 3
+  (first,) = order.stream(0, 1, len(toy), seed=0)
+  rows[first]["chosen"] *= 3  # so the first batch is longer than others
   _write_lines(world.data, rows)
   for path, row in ((world.labelled, toy[5]), (world.labelled_too, toy[6])):
     sides = ("chosen", "rejected")
@@ -176,7 +176,7 @@ def _quickstart(w):
 
 
 def _mixture(w):
-  return _dpo(w, ",loss=mpo,ref=ema", train__accumulation=2)
+  return _dpo(w, ",loss=mpo,ref=ema", train__accumulation=2, data__batch_size=32)
 
 
 def _simpo(w):
@@ -184,7 +184,7 @@ def _simpo(w):
 
 
 def _kto(w):
-  limit = 128
+  limit = 256
   return _dpo(w, ",loss=kto", mesh__mode="pmap", data__max_row_length=limit)
 
 
@@ -284,7 +284,6 @@ VALUES = {
   "model.heads": (2, 8),
   "model.head_dim": (16,),
   "model.rotary_dim": (4,),
-  "model.max_positions": (1000, 8),  # of rotary ones no more than a limit
   "model.window_theta": (50.0,),
   "model.activation": ("gelu",),
   "model.embed_scale": (2.0,),
@@ -305,9 +304,9 @@ VALUES = {
   "data.max_completion_length": (8,),
   "data.long_prompt": ("keep_start",),
   "data.bad_records": ("error",),
-  "data.max_row_length": (96,),
+  "data.max_row_length": (96, 128),
   "data.max_shapes": (1,),
-  "data.shape_multiple": (16,),
+  "data.shape_multiple": (16, 64),
   "audit.empty": (0.5,),
   "sample.prompts": ("toy:6",),
   "sample.prefix": ((4, 16),),
@@ -362,6 +361,12 @@ def _other_position(c, w):
   c.model.rotary_dim = 4 if learned else 0
 
 
+def _other_limit(c, w):
+  """Rotary positions are not stored: there it is no more than a limit."""
+  learned = c.model.position == "learned"
+  c.model.max_positions = 1000 if learned else 8
+
+
 # Fields that select a section, or go with others.
 EDITS = {
   "ref": _other_ref,
@@ -370,6 +375,7 @@ EDITS = {
   "loss.divergence": _other_divergence,
   "lora": _adapter,
   "model.position": _other_position,
+  "model.max_positions": _other_limit,
 }
 
 

@@ -129,13 +129,19 @@ def _about(values):
   ]
 
 
+def _initial_state(plan):
+  """Function () -> TrainState at step 0, to be traced."""
+  run, _ = run_of(plan)
+  setup = run.setup
+  if setup.config.init_from is not None:  # files are read, not traced
+    setup.once("initial", lambda: weights.initial(setup))
+  return lambda: assembly.initial_state(run, weights.initial(setup))
+
+
 def _state(plan):
   """The TrainState at step 0, abstract."""
   run, _ = run_of(plan)
-  state = jax.eval_shape(
-    lambda: assembly.initial_state(run, weights.initial(run.setup))
-  )
-  return weights.sharded(run.setup, state)
+  return weights.sharded(run.setup, jax.eval_shape(_initial_state(plan)))
 
 
 def data(plan):
@@ -183,18 +189,25 @@ def _batch(run):
 
 
 def gradient(plan):
-  """The gradient of the loss, with the values that it reads of the config."""
-  run, precision = run_of(plan)
-  state = _state(plan)
-  batch = _batch(run)
+  """The gradient of the loss for the log-probs, and the values it reads."""
+  run, _ = run_of(plan)
+  state, algorithm = _state(plan), run.algorithm
 
-  def gradient(state, batch, hparams):
-    hparams = {**hparams, "step": state.step}
-    options = state.params, state, batch, hparams, 1, None
-    return step_lib.gradients(run.algorithm, lambda x: x, *options)[0]
+  def features(state, batch):
+    batch = algorithm.prepare(batch, state.frozen, state.extra)
+    return algorithm.features(state.params, state.frozen, batch, {"step": 0})
 
-  with jax.default_matmul_precision(precision):
-    found = traced(gradient, state, batch, run.hparams)
+  moving, fixed = jax.eval_shape(features, state, _batch(run))
+  of_features = algorithm._replace(
+    features=lambda moving, frozen, fixed, hparams: (moving, fixed),
+    prepare=lambda fixed, frozen, extra: fixed,
+  )
+
+  def gradient(moving, fixed, state, hparams):
+    options = moving, state, fixed, hparams, 1, None
+    return step_lib.gradients(of_features, lambda x: x, *options)[0]
+
+  found = traced(gradient, moving, fixed, state, run.hparams)
   return found, _values_read(run, found)
 
 
@@ -203,9 +216,19 @@ def _values_read(run, found):
   return {k: float(v) for k, v in run.hparams.items() if k in names}
 
 
-def hparams(plan):
-  """Values of the config that the gradient before the change reads."""
-  _, names = (plan.before or plan).once("gradient", gradient)
+def loss_values(plan):
+  """Values of config.loss that the gradient before the change reads."""
+  _, read = (plan.before or plan).once("gradient", gradient)
+  return _values(plan, read)
+
+
+def rate(plan):
+  """The learning rate, if the step before the change reads it."""
+  _, read, _ = (plan.before or plan).once("step", step)
+  return _values(plan, read)["learning_rate"]
+
+
+def _values(plan, names):
   run, _ = run_of(plan)
   return {k: float(v) for k, v in run.hparams.items() if k in names}
 
@@ -225,5 +248,4 @@ def optimizer(plan):
 
 def initial(plan):
   """The parameters at step 0, trained and frozen."""
-  run, _ = run_of(plan)
-  return traced(lambda: assembly.initial_state(run, weights.initial(run.setup)))
+  return traced(_initial_state(plan))

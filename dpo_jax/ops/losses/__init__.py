@@ -24,7 +24,9 @@ LOSSES = {
   # Of the margin h.
   "dpo": Loss(margin.dpo, of_h=True),
   "robust": Loss(margin.robust, of_h=True),
-  "ipo": Loss(margin.ipo, needs=("lengths",), of_h=True),
+  "ipo": Loss(
+    margin.ipo, needs=("lengths",), dialects=("paper", "original"), of_h=True
+  ),
   "hinge": Loss(margin.hinge, of_h=True),
   "exo": Loss(margin.exo, of_h=True),
   "discopop": Loss(margin.discopop, of_h=True),
@@ -37,14 +39,21 @@ LOSSES = {
   "tdpo2": Loss(tokens.tdpo2, needs=("sequence_kl",)),
   "sampo": Loss(tokens.sampo, needs=("common_logps", "ref_common_logps")),
   "ld_dpo": Loss(tokens.ld_dpo, needs=("prefix_logps", "ref_prefix_logps")),
-  "wpo": Loss(tokens.wpo, needs=("lengths", "sum_sq_probs")),
+  "wpo": Loss(
+    tokens.wpo, needs=("lengths", "sum_sq_probs"), dialects=("paper", "trl_1")
+  ),
   # Of Δ_w and Δ_l apart.
   "nca": Loss(ratios.nca),
   "sppo": Loss(ratios.sppo),
   "apo_zero": Loss(ratios.apo_zero),
   "apo_down": Loss(ratios.apo_down),
   "cal_dpo": Loss(ratios.cal_dpo),
-  "bco": Loss(ratios.bco, needs=("weights", "running"), batch_level=True),
+  "bco": Loss(
+    ratios.bco,
+    needs=("weights", "running"),
+    batch_level=True,
+    dialects=("paper", "trl_1"),
+  ),
   "aot": Loss(ratios.aot, needs=("weights",), batch_level=True),
   "aot_unpaired": Loss(
     ratios.aot_unpaired, needs=("weights",), batch_level=True
@@ -75,7 +84,9 @@ LOSSES = {
   "simpo": Loss(free.simpo, needs=("lengths",), reference=False),
   "alphapo": Loss(free.alphapo, needs=("lengths",), reference=False),
   "orpo": Loss(free.orpo, needs=("lengths",), reference=False),
-  "cpo": Loss(free.cpo, needs=("lengths",), reference=False),
+  "cpo": Loss(
+    free.cpo, needs=("lengths",), reference=False, dialects=("paper", "trl_1")
+  ),
   # Of reward models.
   "bradley_terry": Loss(bradley_terry, data="rewards", reference=False),
 }

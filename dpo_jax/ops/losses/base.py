@@ -20,6 +20,7 @@ class Loss(NamedTuple):
       same, and a completion of another prompt) or "rewards" (no log-probs: of
       reward models).
     reference: whether it reads ref_logps.
+    dialects: whose formulas its field `dialect` names.
     of_h: of the log-ratios it reads h = Δ_w − Δ_l alone, so that another
       f-divergence may take the place of the reverse KL.
   """
@@ -29,6 +30,7 @@ class Loss(NamedTuple):
   batch_level: bool = False
   data: str = "pairs"
   reference: bool = True
+  dialects: tuple[str, ...] = ()
   of_h: bool = False
 
 

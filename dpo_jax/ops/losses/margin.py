@@ -158,7 +158,7 @@ def discopop(policy_logps, ref_logps, *, beta, temperature):
 def chi_po(policy_logps, ref_logps, *, beta):
   """χPO: DPO with the link of a mixture of χ² and KL.
 
-      φ(Δ) = Δ + e^Δ, beyond Δ = 20 with e^20 (Δ − 19) for e^Δ
+      φ(Δ) = Δ + e^Δ − 1, beyond Δ = 20 with e^20 (Δ − 19) for e^Δ
       loss = −log σ(β [φ(Δ_w) − φ(Δ_l)])
 
   Args:
@@ -170,7 +170,7 @@ def chi_po(policy_logps, ref_logps, *, beta):
     goes on here.
   """
   ratios = base.log_ratios(policy_logps, ref_logps)
-  rewards = beta * (ratios + base.smooth_exp(ratios, 20.0))
+  rewards = beta * (ratios + base.smooth_exp(ratios, 20.0) - 1)
   loss = -log_sigmoid(base.margins(rewards))
   return base.with_metrics(loss, policy_logps, rewards)
 
