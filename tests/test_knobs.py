@@ -51,6 +51,8 @@ FIRST = {
   "train.max": ("train",),
   "train.epochs": ("data",),
   "ref_store": ("train",),
+  "ref": ("step",),
+  "head_chunk": ("step",),
   "init_": ("initial",),
   "workdir": ("workdir",),
 }

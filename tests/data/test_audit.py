@@ -69,9 +69,7 @@ def look(folders, tmp_path):
     for name, value in fields.items():
       group = config.audit if name in config.audit else config.data
       group[name] = value
-    (report,) = audit.audit(
-      config, "sft" if config.algo == "sft" else "preference"
-    )
+    (report,) = audit.audit(config, kind_of(config), False)
     return report
 
   return run
@@ -388,3 +386,21 @@ def test_records_are_encoded_each_in_its_place(folders):
     *(None, "EOS inside", None, None),
   ]
   assert [sum(e.changed.values()) for e in each] == [0, 0, 1, 0]
+
+
+def test_what_a_loss_cannot_use_is_skipped_with_its_reason(tmp_path, folders):
+  """As training would: graded labels for KTO, and no scores for ODPO."""
+  path = tmp_path / "my.jsonl"
+  rows = [
+    {"prompt": "a", "completion": "b", "label": 0.5},
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+  ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  config = base.get_config()
+  config.tokenizer, config.data.train = folders[None], str(path)
+  for kind, scored, reason in (
+    ("mismatched", False, "bad label"),
+    ("labels", True, "missing scores"),
+  ):
+    (report,) = audit.audit(config, kind, scored)
+    assert reason in report["parts"][0]["skipped"]

@@ -353,6 +353,7 @@ def _other_divergence(c, w):
 def _adapter(c, w):
   c.lora = common.lora()
   c.ref = "base" if c.ref == "frozen" else c.ref
+  c.ref_mix = 1.0 if c.ref == "ema" else None
 
 
 def _other_position(c, w):

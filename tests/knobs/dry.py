@@ -68,6 +68,7 @@ def command(plan):
 
 def training(plan):
   """What `train` logs, evaluates, saves and stores, at which steps."""
+  peaks = (plan.before or plan).once("peaks", plan_lib.peaks)
   events = []
 
   class Checkpointer:
@@ -86,7 +87,7 @@ def training(plan):
     def save(self, state, identity, *, wait):
       events.append(("save", state.step))
 
-  def evaluate(setup, algorithm, state, hparams, of):
+  def evaluate(setup, algorithm, state, *_):
     events.append(("evaluate", state.step))
     return {"loss": 0.0}
 
@@ -98,7 +99,7 @@ def training(plan):
       stack,
       (weights, "initial", lambda setup: {}),
       (assembly, "initial_state", lambda *_: _state(0)),
-      (assembly, "train_step", _free_step),
+      (assembly, "train_step", _free_step(peaks)),
       (scoring, "token_logps", _zero_logps),
       (preference, "evaluate", evaluate),
       (checkpoint, "Checkpointer", Checkpointer),
@@ -122,21 +123,27 @@ def _state(number):
   return state_lib.TrainState(number, {}, {}, {}, {}, zero)
 
 
-def _free_step(run, state):
-  """A step whose rewards and failures grow with its number."""
-  loss = None
-  if run.algorithm.at_reference is not None:
-    loss = run.algorithm.at_reference(run.hparams)
+def _free_step(peaks):
+  """Function (run, state) -> step that costs nothing and fails ever more.
 
-  def step(state, batch, hparams):
-    metrics = {
-      "loss": loss or 0.0,
-      "rewards/largest": NOISE,
-      "skipped": state.step + 1.0,
-    }
-    return _state(state.step + 1), metrics
+  Args:
+    peaks: metrics that are the largest of something.
+  """
 
-  return step
+  def train_step(run, state):
+    bounds = None
+    if run.algorithm.at_reference is not None:
+      bounds = run.algorithm.at_reference(run.hparams, NOISE)
+    loss = 0.0 if bounds is None else bounds[1]
+
+    def step(state, batch, hparams):
+      skipped = state.step + 1.0
+      metrics = {"loss": loss, "skipped": skipped, **dict.fromkeys(peaks, NOISE)}
+      return _state(state.step + 1), metrics
+
+    return step
+
+  return train_step
 
 
 def _zero_logps(setup, params, loader, numbers):

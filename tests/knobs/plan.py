@@ -188,17 +188,30 @@ def _batch(run):
   return {**batch, "ref_token_logps": np.zeros(shape, np.float32)}
 
 
-def gradient(plan):
-  """The gradient of the loss for the log-probs, and the values it reads."""
+def _features(plan):
+  """What the loss reads of a batch, abstract: (moving, fixed)."""
   run, _ = run_of(plan)
-  state, algorithm = _state(plan), run.algorithm
+  algorithm = run.algorithm
 
   def features(state, batch):
     batch = algorithm.prepare(batch, state.frozen, state.extra)
     return algorithm.features(state.params, state.frozen, batch, {"step": 0})
 
-  moving, fixed = jax.eval_shape(features, state, _batch(run))
-  of_features = algorithm._replace(
+  return jax.eval_shape(features, _state(plan), _batch(run))
+
+
+def peaks(plan):
+  """Names of the metrics of which a step logs the largest value."""
+  run, _ = run_of(plan)
+  extra = _state(plan).extra
+  args = *_features(plan), extra, run.hparams
+  return sorted(jax.eval_shape(run.algorithm.combine, *args).peaks)
+
+
+def gradient(plan):
+  """The gradient of the loss for the log-probs, and the values it reads."""
+  run, _ = run_of(plan)
+  of_features = run.algorithm._replace(
     features=lambda moving, frozen, fixed, hparams: (moving, fixed),
     prepare=lambda fixed, frozen, extra: fixed,
   )
@@ -207,7 +220,7 @@ def gradient(plan):
     options = moving, state, fixed, hparams, 1, None
     return step_lib.gradients(of_features, lambda x: x, *options)[0]
 
-  found = traced(gradient, moving, fixed, state, run.hparams)
+  found = traced(gradient, *_features(plan), _state(plan), run.hparams)
   return found, _values_read(run, found)
 
 
