@@ -6,13 +6,17 @@ files (knobs/plan.py, knobs/dry.py). A field that changes none of it must be
 refused by a message that names it, or stand in WAITS with the condition.
 """
 
+import copy
 import functools
+import re
 from unittest import mock
 
 import pytest
 
+from dpo_jax import checks, cli
 from dpo_jax.models import transformer
 from dpo_jax.train import settings
+from tests import conftest
 from tests.knobs import bases, dry
 from tests.knobs import plan as plan_lib
 
@@ -65,9 +69,7 @@ ABBREVIATIONS = ("model", "gradient", "optimizer")  # of "step"
 # their defaults would be too.
 WAITS = {
   "sample.prompts": lambda c: False,
-  "sample.labelled": lambda c: False,
-  "sample.labels": lambda c: False,
-  # Samples are drawn for prompts; stages of an experiment share how.
+  # Of the other verbs of a run, and stages of an experiment share them.
   "sample.": lambda c: c.sample.prompts is None,
   "train.epochs": lambda c: c.train.steps is not None,
   "eval.every": lambda c: c.data.eval is None,
@@ -83,7 +85,7 @@ REFUSALS = {
 # Verbs that are not for every base: without prompts, of no published model.
 MAY_REFUSE = ("sample", "export", "workdir")
 # How messages name a field, where not by its path.
-NAMES = {"loss.name": "loss", "model.layer_pattern": "'nope' layers"}
+NAMES = {"model.layer_pattern": "'nope' layers"}
 
 
 class Refused(str):
@@ -200,6 +202,21 @@ def test_every_field_has_an_effect_or_is_refused(field, before):
   assert not wrong, "\n".join(wrong)
 
 
+def test_a_field_that_nothing_reads_is_found(before):
+  before, world = before
+  config = copy.deepcopy(before("sft").config).unlock()
+  config.data.unread, config.data.unknown = 3, None
+  plan = plan_lib.Plan(config.lock(), {})
+  found = verdict(lambda _: plan, world, "sft", "data.unread")
+  (first, second) = problems(
+    "data.unread", {"sft": found}, lambda _: plan.config
+  )
+  assert first.startswith("data.unread has no effect in the bases ['sft']")
+  assert second.startswith("data.unread has no effect in any base")
+  with pytest.raises(LookupError):
+    verdict(lambda _: plan, world, "sft", "data.unknown")
+
+
 @pytest.mark.parametrize("name", [n for n in bases.BASES if "=" not in n])
 def test_a_plan_is_the_same_when_it_is_made_again(name, before):
   """Or every field would seem to have an effect."""
@@ -209,3 +226,36 @@ def test_a_plan_is_the_same_when_it_is_made_again(name, before):
     made = part(plan, what)
     assert made == part(again, what), what
     assert what in MAY_REFUSE or not isinstance(made, Refused), made
+
+
+@pytest.mark.parametrize(
+  ("spec", "overrides", "message"),
+  [
+    ("sft.py:smoke", "ref_mix=0.5", "ref_mix = 0.5 with ref = 'none'"),
+    ("dpo.py:smoke", "init_from=runs/sft init_seed=1", "init_seed = 1 has no"),
+    ("dpo.py:smoke", "export.form=adapter export.dtype=bfloat16",
+     "export.dtype = 'bfloat16' has no effect"),
+    ("dpo.py:smoke", "sample.temperature=0 sample.top_p=0.9",
+     "sample.top_p = 0.9 has no effect"),
+    ("dpo.py:smoke", "sample.prompts=toy sample.labelled=a.csv",
+     "sample.labelled = 'a.csv' has no effect"),
+    ("dpo.py:smoke", "sample.scorers=vader sample.labelled=a.csv",
+     "sample.labelled = 'a.csv' has no effect"),
+    ("dpo.py:smoke", "sample.prompts=toy sample.scorers=vader "
+     "sample.labelled=2*a.csv", "sample.labelled: weights have no effect"),
+    ("dpo.py:model=gpt2", "model.rope_theta=500.0",
+     "model.rope_theta = 500.0 has no effect"),
+    ("dpo.py:smoke", "model.layer_pattern=nope model.rope_theta=500.0",
+     "model.rope_theta = 500.0 has no effect"),
+    ("dpo.py:smoke", "model.layer_pattern=window model.window=8 "
+     "model.window_theta=9.0 model.rope_theta=500.0",
+     "model.rope_theta = 500.0 has no effect"),
+    ("dpo.py:model=gpt2", "model.norm_offset=1.0",
+     "model.norm_offset = 1.0 has no effect"),
+  ],
+)  # fmt: skip
+def test_a_value_without_effect_is_refused(spec, overrides, message):
+  path = str(conftest.ROOT / "configs" / spec)
+  config = cli.load_config(path, overrides.split())
+  with pytest.raises(ValueError, match=re.escape(message)):
+    checks.values(config)

@@ -176,7 +176,9 @@ def _quickstart(w):
 
 
 def _mixture(w):
-  return _dpo(w, ",loss=mpo,ref=ema", train__accumulation=2, data__batch_size=32)
+  return _dpo(
+    w, ",loss=mpo,ref=ema", train__accumulation=2, data__batch_size=32
+  )
 
 
 def _simpo(w):

@@ -138,7 +138,11 @@ def _free_step(peaks):
 
     def step(state, batch, hparams):
       skipped = state.step + 1.0
-      metrics = {"loss": loss, "skipped": skipped, **dict.fromkeys(peaks, NOISE)}
+      metrics = {
+        "loss": loss,
+        "skipped": skipped,
+        **dict.fromkeys(peaks, NOISE),
+      }
       return _state(state.step + 1), metrics
 
     return step
@@ -242,4 +246,3 @@ def exporting(plan):
 
 def _zeros(shapes):
   return tree.map_named(lambda _, x: np.zeros(x.shape, x.dtype), shapes)
-
