@@ -1,9 +1,10 @@
 """No dead knobs: every config field has an effect, or is refused.
 
-For every field of every config of knobs/bases.py another value is set, and
-what the two configs decide is compared: what is compiled, the batches, the
-files (knobs/plan.py, knobs/dry.py). A field that changes none of it must be
-refused by a message that names it, or stand in WAITS with the condition.
+For every field of every config of knobs/bases.py another value is set, of
+knobs/values.py, and what the two configs decide is compared: what is compiled,
+the batches, the files (knobs/plan.py, knobs/dry.py). A field that changes none
+of it must be refused by a message that names it, or stand in WAITS with the
+condition.
 """
 
 import copy
@@ -17,7 +18,7 @@ from dpo_jax import checks, cli
 from dpo_jax.models import transformer
 from dpo_jax.train import settings
 from tests import conftest
-from tests.knobs import bases, dry
+from tests.knobs import bases, dry, values
 from tests.knobs import plan as plan_lib
 
 # Parts of a plan, from the first that a field may change.
@@ -27,6 +28,7 @@ PARTS = {
   "data": plan_lib.data,
   "loss values": plan_lib.loss_values,
   "rate": plan_lib.rate,
+  "features": plan_lib.features,
   "gradient": plan_lib.gradient,
   "optimizer": plan_lib.optimizer,
   "step": plan_lib.step,
@@ -44,7 +46,7 @@ FIRST = {
   "optim.learning_rate": ("rate",),
   "optim.": ("optimizer",),
   "model.": ("model",),
-  "lora.": ("initial", "step"),
+  "lora": ("initial", "features"),
   "data.": ("data",),
   "sample.": ("sample", "sweep"),
   "audit.": ("audit",),
@@ -55,15 +57,17 @@ FIRST = {
   "train.max": ("train",),
   "train.epochs": ("data",),
   "ref_store": ("train",),
-  "ref": ("step",),
-  "head_chunk": ("step",),
+  "ref": ("features", "step"),
+  "head_chunk": ("features",),
+  "precision": ("model",),
   "init_": ("initial",),
   "workdir": ("workdir",),
 }
-ABBREVIATIONS = ("model", "gradient", "optimizer")  # of "step"
 
-
-ABBREVIATIONS = ("model", "gradient", "optimizer")  # of "step"
+# Fields of which FIRST must show the effect: it is not enough that a metric
+# reads them.
+STRICT = ("loss.",)
+ABBREVIATIONS = ("features", "gradient", "optimizer")  # of "step"
 
 # Fields that have no effect under a condition, and are not refused there since
 # their defaults would be too.
@@ -136,14 +140,17 @@ def waits(field, config):
 def compare(before, after, field, whole):
   """How two plans differ.
 
+  Only FIRST is looked at for a field that is strict, or that waits: that would
+  show an effect, if there was one.
+
   Args:
-    before, after: Plans of which `field` differs; if it waits, only parts of
-      FIRST are looked at, which would show it.
+    before, after: Plans of which `field` differs.
     whole: whether what is compiled is compared as the whole step.
   Returns: ("live", part that shows it), ("refused", message) or ("dead", "").
   """
   first = [names for start, names in FIRST.items() if field.startswith(start)]
-  rest = () if waits(field, before.config) else PARTS
+  strict = field.startswith(STRICT) or waits(field, before.config)
+  rest = () if strict else PARTS
   for name in dict.fromkeys([*sum(first, ()), *rest]):
     if whole and name in ABBREVIATIONS:
       continue
@@ -161,7 +168,7 @@ def verdict(before, world, name, field):
   """`compare` for the first other value of a field that has an effect."""
   best = "dead", ""
   plan = before(name)
-  for config in bases.others(plan.config, field, world):
+  for config in values.others(plan.config, field, world):
     after = plan_lib.Plan(config, {}, plan)
     found = compare(plan, after, field, bases.BASES[name].whole)
     if found[0] == "live":
@@ -197,7 +204,9 @@ def test_every_field_has_an_effect_or_is_refused(field, before):
   try:
     found = {n: verdict(before, world, n, field) for n in fields()[field]}
   except LookupError:
-    pytest.fail(f"{field}: add another value of it to VALUES of knobs/bases.py")
+    pytest.fail(
+      f"{field}: add another value of it to VALUES of knobs/values.py"
+    )
   wrong = list(problems(field, found, lambda name: before(name).config))
   assert not wrong, "\n".join(wrong)
 
@@ -217,7 +226,9 @@ def test_a_field_that_nothing_reads_is_found(before):
     verdict(lambda _: plan, world, "sft", "data.unknown")
 
 
-@pytest.mark.parametrize("name", [n for n in bases.BASES if "=" not in n])
+@pytest.mark.parametrize(
+  "name", [n for n, b in bases.BASES.items() if not b.only]
+)
 def test_a_plan_is_the_same_when_it_is_made_again(name, before):
   """Or every field would seem to have an effect."""
   plan = before[0](name)

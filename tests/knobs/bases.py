@@ -1,6 +1,5 @@
-"""Configs that together use every field, and another value for each field."""
+"""Configs that together use every field, and the files that they name."""
 
-import copy
 import functools
 import json
 import pathlib
@@ -117,6 +116,17 @@ def _write_run(folder, config):
   (folder / "config.json").write_text(json.dumps(config.to_dict()))
 
 
+def get(config, field):
+  return functools.reduce(lambda node, key: node[key], field.split("."), config)
+
+
+def put(config, field, value):
+  parents, _, name = field.rpartition(".")
+  node = get(config, parents) if parents else config
+  with node.ignore_type():
+    node[name] = value
+
+
 def _small(c, w):
   """Few steps on data in which prompts are cut and a record is bad."""
   c.data.train, c.data.eval = w.data, "toy:8"
@@ -197,9 +207,8 @@ def _published(w):
   return c
 
 
-# A decoder with layers that see a window, and what Gemma has beside.
+# Layers that see a window, and what Gemma has beside.
 _WINDOW = {
-  "layers": 3,
   "window": 5,
   "layer_pattern": ("window", "full"),
   "window_theta": 100.0,
@@ -211,13 +220,16 @@ _WINDOW = {
   "attention_softcap": 4.0,
   "logit_softcap": 8.0,
 }
+# Learned positions, and blocks of GPT-NeoX.
 _LEARNED = {
   "position": "learned",
   "rotary_dim": 0,
   "norm": "layernorm",
   "qkv_bias": True,
+  "tied": False,
+  "head_bias": True,
+  "residual": "parallel",
 }
-_UNTIED = {"tied": False, "head_bias": True, "residual": "parallel"}
 
 
 def _model(changes):
@@ -253,169 +265,9 @@ BASES = {
   "published": Base(_published),
   "window": Base(_model(_WINDOW), "model."),
   "learned": Base(_model(_LEARNED), "model."),
-  "untied": Base(_model(_UNTIED), "model."),
   "divergence": Base(lambda w: _dpo(w, ",divergence=alpha"), "loss."),
   **{
     f"loss={name}": Base(_loss(name), "loss.", ("loss.name",))
     for name in LOSSES
   },
 }
-
-
-# Other values of the fields of which a number near by, or the other bool, is
-# none. Those that are set already are left out; the first that has an effect
-# counts.
-VALUES = {
-  "algo": ("preference", "sft"),
-  "workdir": ("elsewhere",),
-  "ref_mix": (0.5,),
-  "ref_every": (3,),
-  "ref_store": ("store",),
-  "init_from": lambda w: (w.run, None),
-  "init_adapter": lambda w: (f"hf:{w.adapter}",),
-  "tokenizer": lambda w: (w.tokenizer,),
-  "head_chunk": (8,),
-  "precision": ("default",),
-  "model.kv_heads": (4, 1),
-  "model.layer_pattern": (("full", "nope"), ("window", "nope")),
-  "model.window": (3,),
-  "model.residual": ("parallel", "sequential"),
-  "model.norm": ("layernorm", "rmsnorm"),
-  "model.norm_place": ("post", "pre"),
-  "model.qk_norm": ("head", "all"),
-  "model.heads": (2, 8),
-  "model.head_dim": (16,),
-  "model.rotary_dim": (4,),
-  "model.window_theta": (50.0,),
-  "model.activation": ("gelu",),
-  "model.embed_scale": (2.0,),
-  "model.attention_scale": (0.25,),
-  "model.attention_softcap": (2.0,),
-  "model.logit_softcap": (2.0,),
-  "model.dtype": ("bfloat16",),
-  "model.attention": ("xla",),
-  "loss.dialect": ("trl_1",),
-  "loss.bco.dialect": ("trl_1",),
-  "lora.targets": ((r"attn/\w+/kernel$",),),
-  "lora.base": ("bfloat16", "float32"),
-  "optim.schedule": ("linear", "constant"),
-  "optim.freeze": (("attn",),),
-  "data.train": ("toy:16",),
-  "data.eval": ("toy:4",),
-  "data.max_prompt_length": (12,),
-  "data.max_completion_length": (8,),
-  "data.long_prompt": ("keep_start",),
-  "data.bad_records": ("error",),
-  "data.max_row_length": (96, 128),
-  "data.max_shapes": (1,),
-  "data.shape_multiple": (16, 64),
-  "audit.empty": (0.5,),
-  "sample.prompts": ("toy:6",),
-  "sample.prefix": ((4, 16),),
-  "sample.top_p": (0.5,),
-  "sample.batch_size": (8,),
-  "sample.scorers": lambda w: ((f"tfidf:{w.labelled}",),),
-  "sample.labelled": lambda w: (w.labelled_too,),
-  "sample.labels": ("deterministic",),
-  "train.steps": (4,),
-  "train.max_noise": (0.01,),
-  "train.max_skipped": (1,),
-  "mesh.mode": ("jit", "pmap"),
-  "mesh.data": (4,),
-  "mesh.fsdp": (2,),
-  "mesh.tensor": (2,),
-  "export.folder": ("elsewhere",),
-  "export.form": ("adapter", "merged"),
-  "export.dtype": ("bfloat16",),
-  "export.push": ("me/mine",),
-  "log.wandb": ("mine",),
-}
-
-
-def _other_ref(c, w):
-  others = {"frozen": "cached", "base": "cached", "none": "frozen"}
-  c.ref = others.get(c.ref, "none")
-  c.ref_mix = c.ref_every = None
-
-
-def _other_loss(c, w):
-  others = {"simpo": "orpo", "kto": "bco_unpaired", "mixture": "rpo"}
-  other = "dpo" if c.loss.name == "ipo" else "ipo"
-  c.loss = common.loss(others.get(c.loss.name, other))
-
-
-def _other_optimizer(c, w):
-  c.optim = common.optim("adamw" if c.optim.name == "sgd" else "sgd")
-
-
-def _other_divergence(c, w):
-  c.loss = losses.loss(c.loss.name, "js")
-
-
-def _adapter(c, w):
-  c.lora = common.lora()
-  c.ref = "base" if c.ref == "frozen" else c.ref
-  c.ref_mix = 1.0 if c.ref == "ema" else None
-
-
-def _other_position(c, w):
-  learned = c.model.position == "learned"
-  c.model.position = "rotary" if learned else "learned"
-  c.model.rotary_dim = 4 if learned else 0
-
-
-def _other_limit(c, w):
-  """Rotary positions are not stored: there it is no more than a limit."""
-  learned = c.model.position == "learned"
-  c.model.max_positions = 1000 if learned else 8
-
-
-# Fields that select a section, or go with others.
-EDITS = {
-  "ref": _other_ref,
-  "loss.name": _other_loss,
-  "optim.name": _other_optimizer,
-  "loss.divergence": _other_divergence,
-  "lora": _adapter,
-  "model.position": _other_position,
-  "model.max_positions": _other_limit,
-}
-
-
-def others(config, field, world):
-  """Yields copies of a config in which a field is another.
-
-  Raises: LookupError for a field of which nothing says what that would be.
-  """
-  if field in EDITS:
-    changed = copy.deepcopy(config).unlock()
-    EDITS[field](changed, world)
-    yield changed.lock()
-    return
-  now = get(config, field)
-  values = VALUES.get(field, ())
-  values = values(world) if callable(values) else values
-  if not values and isinstance(now, bool):
-    values = (not now,)
-  elif not values and isinstance(now, int):
-    values = (now + 1,)
-  elif not values and isinstance(now, float):
-    values = (1.5 * now or 0.25,)
-  if not values:
-    raise LookupError
-  for value in values:
-    if value != now:
-      changed = copy.deepcopy(config).unlock()
-      put(changed, field, value)
-      yield changed.lock()
-
-
-def get(config, field):
-  return functools.reduce(lambda node, key: node[key], field.split("."), config)
-
-
-def put(config, field, value):
-  parents, _, name = field.rpartition(".")
-  node = get(config, parents) if parents else config
-  with node.ignore_type():
-    node[name] = value

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import pathlib
+import re
 import sys
 import tempfile
 import types
@@ -17,8 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import assembly, cli, loop, publish, scoring, sweeps, tree, verbs
-from dpo_jax import weights
+from dpo_jax import (
+  assembly,
+  cli,
+  loop,
+  publish,
+  scoring,
+  sweeps,
+  tree,
+  verbs,
+  weights,
+)
 from dpo_jax.eval import generate, preference
 from dpo_jax.models import sample as sample_lib
 from dpo_jax.train import checkpoint, log
@@ -31,9 +41,8 @@ NOISE = 0.05  # rewards at step 0 of the steps that cost nothing
 @contextlib.contextmanager
 def _folder():
   """An empty folder, in which relative paths of a config end up too."""
-  with tempfile.TemporaryDirectory() as name:
-    with contextlib.chdir(name):
-      yield pathlib.Path(name)
+  with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+    yield pathlib.Path(name)
 
 
 def _files(folder, leave_out=()):
@@ -109,13 +118,14 @@ def training(plan):
     try:
       loop.fit(plan.config, folder / "run", run)
     except (ValueError, FloatingPointError) as error:
-      events.append(("stopped", str(error)))
+      events.append(("stopped", type(error).__name__))
     path = folder / "run/metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = map(json.loads, lines)
     events += [(row["kind"], row["step"]) for row in rows]
-    repeats = ("metrics.jsonl", "config.json")
-    return events, _files(folder, repeats)
+    files = _files(folder, ("metrics.jsonl", "config.json", "entry.json"))
+    # The address of stored log-probs repeats what they are made of.
+    return events, [re.sub("/[0-9a-f]{24}/", "/KEY/", path) for path in files]
 
 
 def _state(number):
@@ -198,7 +208,6 @@ def sampling(plan):
 
 def sweeping(plan):
   """What `sweep` writes beside the folders of its points."""
-  points = [{"init_seed": plan.config.init_seed}]
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(_folder())
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -208,7 +217,7 @@ def sweeping(plan):
       (sweeps, "_point", lambda *_: 0),
       (assembly, "prepare_point", lambda *_: None),
     )
-    sweeps.sweep(plan.config, points, folder)
+    sweeps.sweep(plan.config, [{}], folder)
     return _files(folder)
 
 

@@ -104,9 +104,9 @@ def traced(fn, *args):
 
 
 def layout(plan):
-  """How arrays lie on the devices, and in which precision they multiply."""
-  setup, precision = setup_of(plan)
-  return mesh_lib.sizes(setup.mesh), setup.mode, precision
+  """How arrays lie on the devices."""
+  setup, _ = setup_of(plan)
+  return mesh_lib.sizes(setup.mesh), setup.mode
 
 
 def model(plan):
@@ -189,22 +189,33 @@ def _batch(run):
 
 
 def _features(plan):
-  """What the loss reads of a batch, abstract: (moving, fixed)."""
-  run, _ = run_of(plan)
-  algorithm = run.algorithm
+  """Function (state, batch) -> (moving, fixed): what the loss reads."""
+  algorithm = run_of(plan)[0].algorithm
 
   def features(state, batch):
     batch = algorithm.prepare(batch, state.frozen, state.extra)
     return algorithm.features(state.params, state.frozen, batch, {"step": 0})
 
-  return jax.eval_shape(features, _state(plan), _batch(run))
+  return features
+
+
+def features(plan):
+  """What the loss reads of policy, reference and batch."""
+  run, precision = run_of(plan)
+  with jax.default_matmul_precision(precision):
+    return traced(_features(plan), _state(plan), _batch(run))
+
+
+def _read_by_loss(plan):
+  """(moving, fixed), abstract."""
+  return jax.eval_shape(_features(plan), _state(plan), _batch(run_of(plan)[0]))
 
 
 def peaks(plan):
   """Names of the metrics of which a step logs the largest value."""
   run, _ = run_of(plan)
   extra = _state(plan).extra
-  args = *_features(plan), extra, run.hparams
+  args = *_read_by_loss(plan), extra, run.hparams
   return sorted(jax.eval_shape(run.algorithm.combine, *args).peaks)
 
 
@@ -220,7 +231,7 @@ def gradient(plan):
     options = moving, state, fixed, hparams, 1, None
     return step_lib.gradients(of_features, lambda x: x, *options)[0]
 
-  found = traced(gradient, *_features(plan), _state(plan), run.hparams)
+  found = traced(gradient, *_read_by_loss(plan), _state(plan), run.hparams)
   return found, _values_read(run, found)
 
 
