@@ -37,7 +37,5 @@ def test_another_reference_is_refused_where_it_was_saved():
   now = {**config, "reference": {"embed/tokens": 2}}
   settings.check_config(config, now, "here")  # saved without
   before = {**config, "reference": {"embed/tokens": 1}}
-  with pytest.raises(
-    ValueError, match=r"embed/tokens \(saved 1, now 2"
-  ):
+  with pytest.raises(ValueError, match=r"embed/tokens \(saved 1, now 2"):
     settings.check_config(before, now, "here")
