@@ -79,6 +79,13 @@ def _preference(row, origin):
       scores=_scores(row, completions, origin) if "scores" in row else None,
       ranking=ranking,
     )
+  if "label" in row and "chosen" not in row:
+    raise fields.BadRecord(
+      "label",
+      f"{origin}: the record has a label, and this loss compares completions; "
+      "choose one of labels (kto, bco_unpaired), or give 'chosen' and "
+      "'rejected'",
+    )
   prompt, sides = _sides(row, ("chosen", "rejected"), origin)
   if sides[0] == sides[1]:
     raise fields.BadRecord(

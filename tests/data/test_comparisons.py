@@ -179,6 +179,13 @@ def test_wrong_rankings_and_scores_are_refused(change, words):
     records.make(row, "preference", "my.jsonl:1")
 
 
+def test_labels_are_not_for_a_loss_of_pairs():
+  row = {"prompt": "p", "completion": "a", "label": True}
+  with pytest.raises(ValueError, match="choose one of labels"):
+    records.make(row, "preference", "my.jsonl:1")
+  assert records.make(row, "feedback", "my.jsonl:1").labels == (1.0,)
+
+
 def test_a_half_scored_pair_is_refused():
   row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1}
   with pytest.raises(ValueError, match="'score_rejected' is missing"):
