@@ -6,6 +6,7 @@ and nowhere else.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 AxisType = jax.sharding.AxisType
@@ -32,6 +33,18 @@ def ambient_mesh():
   if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
     return None
   return mesh
+
+
+def einsum_f32(spec, a, b):
+  """An einsum of bf16 or f32 arrays with products and sums in f32.
+
+  XLA's CPU backend has no kernel for some bf16 products with f32 results (jax
+  0.10: "Unsupported element type for DotThunk"), so there the operands are cast
+  first: the products are the same, since those of bf16 are exact in f32.
+  """
+  if jax.default_backend() == "cpu":
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 def shard_map(fn, mesh, in_specs, out_specs):

@@ -62,6 +62,16 @@ def test_every_config_trains_two_steps_in_its_smoke_form(spec, tmp_path):
   assert saved == json.loads(json.dumps(config.to_dict()))
 
 
+def test_bf16_activations_train_and_their_noise_is_printed(tmp_path, capsys):
+  overrides = ("model.dtype=bfloat16", "train.steps=3", "log.every=1")
+  loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  losses = [row["loss"] for row in rows_of(tmp_path)]
+  # Policy and reference are one program of equal weights, also in bf16.
+  assert abs(losses[0] - np.log(2)) < 1e-3
+  assert losses[-1] < 0.6
+  assert "step 0: rewards within" in capsys.readouterr().out
+
+
 def test_dpo_learns_the_toy_task_and_continues_a_finished_run(tmp_path):
   overrides = ("train.steps=12", "eval.every=6", "log.every=1")
   result = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)

@@ -294,12 +294,8 @@ def _backward(
     if bias is not None:
       d_bias += jnp.sum(d_out, axis=(0, 1))
     d_out = d_out.astype(hidden.dtype)
-    d_kernel += jnp.einsum(
-      "rsd,rsv->dv", h, d_out, preferred_element_type=jnp.float32
-    )
-    d_h = jnp.einsum(
-      "rsv,dv->rsd", d_out, weights, preferred_element_type=jnp.float32
-    )
+    d_kernel += compat.einsum_f32("rsd,rsv->dv", h, d_out)
+    d_h = compat.einsum_f32("rsv,dv->rsd", d_out, weights)
     return (d_kernel, d_bias), d_h
 
   carry = (
