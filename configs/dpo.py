@@ -3,7 +3,9 @@
     python -m dpo_jax.cli train --config configs/dpo.py \\
       --config.data.train=my.jsonl --workdir runs/mine
 
-`configs/dpo.py:loss=ipo` selects another loss with its own defaults,
+`configs/dpo.py:loss=ipo` selects another loss with its own defaults (see
+`dpo-jax losses`; `loss=dpo+0.1*nll` is a mixture), `:divergence=js` another
+f-divergence, `:ref=ema` a reference that follows the policy,
 `:model=pythia-70m` another shape, `:model=hf:NAME` a pre-trained model, `:lora`
 an adapter, `:smoke` two steps of a micro model on generated pairs; `dpo-jax
 sweep` in the place of `train` runs the paper's β.
