@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests, from nothing: a venv in the checkout, the install, pytest.
 #
-#   bash scripts/test.sh          everything that needs no torch, 10 to 15 minutes
+#   bash scripts/test.sh          everything that needs no torch, about 20 minutes
 #   bash scripts/test.sh --all    and the slow ones, those with torch too
 set -euo pipefail
 cd "$(dirname "$0")/.."

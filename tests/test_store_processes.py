@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from dpo_jax import assembly, scoring, weights
 from dpo_jax.data import reference
@@ -67,6 +68,7 @@ def blocks_of(folder):
   return numbered
 
 
+@pytest.mark.slow
 def test_a_store_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
   """Killed (-9), damaged, and resumed by both; then read by this process."""
   killed = together(tmp_path, kill_at=13)

@@ -25,7 +25,7 @@ def means(v):
 
 def link_of_chi_po(v):
   delta = v.policy_logps - v.ref_logps
-  return v.beta * (delta + oracles.exp(delta, top=20.0))
+  return v.beta * (delta + oracles.exp(delta, top=20.0) - 1)
 
 
 # The reward of which the policy would be the optimum; others: β Δ.

@@ -88,7 +88,7 @@ def slow_but(*fast):
   ]
 
 
-@pytest.mark.parametrize("cut", slow_but("accumulation", "pmap, accumulation"))
+@pytest.mark.parametrize("cut", slow_but("pmap, accumulation"))
 @pytest.mark.parametrize("loss", COUPLED)
 def test_a_coupled_loss_is_that_of_the_global_batch(loss, cut):
   """Sorted ranks, reference points and δ see all of it: two stages where the
