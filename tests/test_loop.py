@@ -66,8 +66,8 @@ def test_bf16_activations_train_and_their_noise_is_printed(tmp_path, capsys):
   overrides = ("model.dtype=bfloat16", "train.steps=3", "log.every=1")
   loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
   losses = [row["loss"] for row in rows_of(tmp_path)]
-  # Policy and reference are one program of equal weights, also in bf16.
-  assert abs(losses[0] - np.log(2)) < 1e-3
+  # A run refuses rewards beyond 0.1 at step 0, which move the loss by half.
+  assert abs(losses[0] - np.log(2)) < 0.05
   assert losses[-1] < 0.6
   assert "step 0: rewards within" in capsys.readouterr().out
 
