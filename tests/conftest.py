@@ -9,7 +9,21 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+# Linux gives a process 65,530 memory mappings, and every compiled program holds
+# some: beyond them LLVM aborts the process.
+_MAPPINGS = 25_000
+
+
+@pytest.fixture(autouse=True)
+def bounded_mappings():
+  """Lets go of compiled programs before the process runs out of mappings."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
+    jax.clear_caches()
