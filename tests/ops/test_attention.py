@@ -1,11 +1,14 @@
 """The attention rule against a loop, and every implementation against it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpo_jax.ops import attention
+from dpo_jax.ops.attention import blockwise, cudnn, rule, splash, tiled
 from tests import worlds
 
 ITEMS = worlds.examples(6, seed=3, completions=4)
@@ -52,23 +55,106 @@ def random_qkv(batch, seed=0):
   return (q, k, v), weight
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize(("packed", "shared"), LAYOUTS)
-@pytest.mark.parametrize("name", sorted(set(attention.ATTENTION) - {"xla"}))
-def test_implementation_equals_the_dense_oracle(name, packed, shared, window):
-  batch = worlds.batch(ITEMS, packed=packed, shared=shared, extra=3)
-  layout = layout_of(batch)
-  qkv, weight = random_qkv(batch)
+# On a CPU: kernels by their interpreter, cuDNN by what computes the same.
+IMPLEMENTATIONS = {
+  "tiled": tiled.tiled,
+  "blockwise": functools.partial(blockwise.blockwise, block=32),
+  "cudnn": functools.partial(cudnn.cudnn, implementation="xla"),
+  "splash": functools.partial(splash.splash, interpret=True),
+}
+# Long enough for several chunks and blocks, and for padding inside them.
+LONG = worlds.examples(2, seed=3, completions=4, longest=50)
 
-  def total(fn, qkv):
-    out = fn(*qkv, layout, window=window, scale=0.3)
+
+@functools.cache
+def long_batch(packed, shared):
+  return worlds.batch(LONG, packed=packed, shared=shared, extra=3)
+
+
+def value_and_grad(fn, batch, dtype=jnp.float32, **kwargs):
+  """(Σ weight · attention of the real tokens, its gradients)."""
+  qkv, weight = random_qkv(batch)
+  layout = layout_of(batch)
+
+  def total(qkv):
+    out = fn(*qkv, layout, scale=0.3, **kwargs).astype(jnp.float32)
     return jnp.sum(jnp.where(weight != 0, out * weight, 0.0))
 
-  got = jax.value_and_grad(lambda x: total(attention.ATTENTION[name], x))(qkv)
-  want = jax.value_and_grad(lambda x: total(attention.xla, x))(qkv)
-  # f32 sums of at most 40 terms of order 1, in another order.
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+  qkv = tuple(x.astype(dtype) for x in qkv)
+  return jax.jit(jax.value_and_grad(total))(qkv)
+
+
+@functools.cache
+def oracle(packed, shared, window, softcap):
+  batch = long_batch(packed, shared)
+  return value_and_grad(rule.xla, batch, window=window, softcap=softcap)
+
+
+def supported(name, shared, softcap):
+  if name == "splash":
+    return not shared
+  return name != "cudnn" or softcap is None
+
+
+@pytest.mark.parametrize(
+  ("name", "packed", "shared", "window", "softcap"),
+  [
+    (name, packed, shared, window, softcap)
+    for name in IMPLEMENTATIONS
+    for packed, shared in LAYOUTS
+    for window, softcap in ((None, None), (9, None), (None, 2.0))
+    if supported(name, shared, softcap) and (packed or softcap is None)
+  ],
+)
+def test_implementation_equals_the_dense_oracle(
+  name, packed, shared, window, softcap
+):
+  """In value and gradient, with two query heads for each of keys."""
+  fn = IMPLEMENTATIONS[name]
+  batch = long_batch(packed, shared)
+  got = value_and_grad(fn, batch, window=window, softcap=softcap)
+  want = oracle(packed, shared, window, softcap)
+  # f32 sums of up to 200 terms of order 1, in another order; the value sums
+  # 10,000 of them.
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=2e-4)
+  for a, b in zip(got[1], want[1], strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_bf16_costs_the_rounding_of_its_inputs_and_no_more(name):
+  fn = IMPLEMENTATIONS[name]
+  batch = long_batch(True, False)
+  got = value_and_grad(fn, batch, jnp.bfloat16, window=None)
+  want = oracle(True, False, None, None)
+  for a, b in zip(got[1], want[1], strict=True):
+    assert a.dtype == jnp.bfloat16
+    difference = jnp.linalg.norm(a.astype(jnp.float32) - b)
+    # 8 bits: 2⁻⁹ each of q, k, v, probabilities and result.
+    assert difference < 0.01 * jnp.linalg.norm(b)
+
+
+def test_every_registered_name_is_tested():
+  named = set(attention.ATTENTION) - {"xla", "auto"}
+  assert named == set(IMPLEMENTATIONS)
+
+
+def test_splash_of_a_prompt_with_several_completions_is_nan_not_wrong():
+  batch = worlds.batch(ITEMS[1:2])
+  (q, k, v), _ = random_qkv(batch)
+  out = IMPLEMENTATIONS["splash"](
+    q, k, v, layout_of(batch), window=None, scale=0.3
+  )
+  assert bool(jnp.all(jnp.isnan(out)))
+
+
+def test_splash_takes_a_prompt_with_one_completion_as_it_is():
+  items = [e._replace(completions=e.completions[:1], pairs=()) for e in ITEMS]
+  batch = worlds.batch(items)
+  got = value_and_grad(IMPLEMENTATIONS["splash"], batch, window=None)
+  want = value_and_grad(rule.xla, batch, window=None)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
 def test_a_window_by_row_index_would_be_seen():
@@ -92,8 +178,8 @@ def test_attention_is_causal_inside_a_branch_and_blind_across_branches():
   second = (layout.branch_ids == 2)[..., None, None]
   changed = jnp.where(second, v + 1.0, v)
   kwargs = {"window": None, "scale": 0.3}
-  before = attention.tiled(q, k, v, layout, **kwargs)
-  after = attention.tiled(q, k, changed, layout, **kwargs)
+  before = tiled.tiled(q, k, v, layout, **kwargs)
+  after = tiled.tiled(q, k, changed, layout, **kwargs)
   moved = jnp.any(before != after, axis=(-1, -2))
   np.testing.assert_array_equal(moved, layout.branch_ids == 2)
 
@@ -104,7 +190,7 @@ def test_the_gradient_of_tiling_is_a_gather():
   qkv, weight = random_qkv(batch)
 
   def total(qkv):
-    out = attention.tiled(*qkv, layout, window=None, scale=0.3)
+    out = tiled.tiled(*qkv, layout, window=None, scale=0.3)
     return jnp.sum(out * weight)
 
   text = jax.jit(jax.grad(total)).lower(qkv).as_text()

@@ -1,4 +1,4 @@
-"""The one attention rule, and its implementations.
+"""The one attention rule, and what its implementations share.
 
 Position i sees position j of its row iff
 
@@ -15,10 +15,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax import compat
+from dpo_jax.ops import reduce
 
 # Large and finite: a row that sees nothing (padding) gets a uniform softmax,
 # not 0/0.
-_HIDDEN = -1e30
+HIDDEN = -1e30
 
 
 class Layout(NamedTuple):
@@ -39,14 +43,32 @@ class Layout(NamedTuple):
 
 def visible(positions, segment_ids, branch_ids, window):
   """The rule as bool[..., i, j] from three i32[..., T]."""
-  i, j = (..., slice(None), None), (..., None, slice(None))
   length = positions.shape[-1]
-  mask = jnp.tril(jnp.ones((length, length), bool))
-  mask &= (segment_ids[i] == segment_ids[j]) & (segment_ids[i] != 0)
-  mask &= (branch_ids[j] == 0) | (branch_ids[i] == branch_ids[j])
+  i = jnp.arange(length)
+  ids = positions, segment_ids, branch_ids
+  return between(ids, ids, i[:, None] >= i, window)
+
+
+def between(queries, keys, causal, window):
+  """The rule between some positions of a row and others: bool[..., i, j].
+
+  Args:
+    queries, keys: (positions, segment_ids, branch_ids), i32[..., n].
+    causal: bool[i, j], whether j ≤ i in the row.
+    window: or None.
+  """
+  position_i, segment_i, branch_i = (x[..., :, None] for x in queries)
+  position_j, segment_j, branch_j = (x[..., None, :] for x in keys)
+  mask = causal & (segment_i == segment_j) & (segment_i != 0)
+  mask &= (branch_j == 0) | (branch_i == branch_j)
   if window is not None:
-    mask &= positions[i] - positions[j] < window
+    mask &= position_i - position_j < window
   return mask
+
+
+def capped(scores, softcap):
+  """softcap · tanh(scores / softcap), or the scores without one."""
+  return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def masked(q, k, v, mask, scale, softcap):
@@ -67,78 +89,28 @@ def masked(q, k, v, mask, scale, softcap):
   scores = jnp.einsum(
     "...tkgh,...skh->...kgts", q, k, preferred_element_type=jnp.float32
   )
-  scores *= scale
-  if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
-  scores = jnp.where(mask[..., None, None, :, :], scores, _HIDDEN)
+  scores = capped(scores * scale, softcap)
+  scores = jnp.where(mask[..., None, None, :, :], scores, HIDDEN)
   probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum("...kgts,...skh->...tkgh", probs, v)
   return out.reshape(*out.shape[:-3], -1, out.shape[-1])
 
 
 def xla(q, k, v, layout, *, window, scale, softcap=None):
-  """Dense T×T attention: the oracle for every other implementation."""
+  """Dense T×T attention: the oracle for every other implementation.
+
+  Args:
+    q: [R, T, N, H] queries.
+    k, v: [R, T, K, H] keys and values.
+    layout: Layout.
+    window: positions that a query sees back, itself among them, or None.
+    scale, softcap: see `masked`.
+  Returns: [R, T, N, H]; what padding gets is without meaning.
+  """
   mask = visible(
     layout.positions, layout.segment_ids, layout.branch_ids, window
   )
   return masked(q, k, v, mask, scale, softcap)
-
-
-def take_rows(x, index):
-  """x[r, index[r]] for x [R, T, ...], index [R, M]; zero where out of range."""
-  return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, index)
-
-
-@jax.custom_vjp
-def _move(x, index, inverse):
-  """`take_rows(x, index)` where `inverse` is the index of the way back.
-
-  Every in-range position is taken once, so the gradient is the gather by
-  `inverse`: no scatter in either direction.
-  """
-  del inverse
-  return take_rows(x, index)
-
-
-def _move_fwd(x, index, inverse):
-  return _move(x, index, inverse), (index, inverse)
-
-
-def _move_bwd(residual, grad):
-  index, inverse = residual
-  return _move(grad, inverse, index), None, None
-
-
-_move.defvjp(_move_fwd, _move_bwd)
-
-
-def tiled(q, k, v, layout, *, window, scale, softcap=None):
-  """Gathers each example to its own [E] tile, attends inside, puts it back.
-
-  Costs Σ E² per row, never T². The values equal `xla`.
-  """
-  rows, length = layout.segment_ids.shape
-  per_row, tile = layout.example_index.shape[1:]
-  index = layout.example_index.reshape(rows, per_row * tile)
-  inverse = jax.vmap(
-    lambda i: (
-      jnp.full(length, per_row * tile, jnp.int32)
-      .at[i]
-      .set(jnp.arange(per_row * tile, dtype=jnp.int32), mode="drop")
-    )
-  )(index)
-
-  def to_tiles(x):
-    x = _move(x, index, inverse)
-    return x.reshape(rows, per_row, tile, *x.shape[2:])
-
-  positions, segments, branches = (
-    take_rows(x, index).reshape(rows, per_row, tile) for x in layout[:3]
-  )
-  mask = visible(positions, segments, branches, window)
-  out = masked(to_tiles(q), to_tiles(k), to_tiles(v), mask, scale, softcap)
-  out = out.reshape(rows, per_row * tile, *out.shape[3:])
-  return _move(out, inverse, index)
 
 
 def cached(q, k, v, positions, *, window, scale, softcap=None):
@@ -161,4 +133,23 @@ def cached(q, k, v, positions, *, window, scale, softcap=None):
   return masked(q, k, v, mask, scale, softcap)
 
 
-ATTENTION = {"tiled": tiled, "xla": xla}
+def take_rows(x, index):
+  """x[r, index[r]] for x [R, T, ...], index [R, M]; zero where out of range."""
+  return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, index)
+
+
+def sharded(fn):
+  """`fn(q, k, v, layout)` over the mesh: rows over ("data", "fsdp"), heads over
+  "tensor". As it is where there is no mesh.
+
+  For kernels and loops, which the partitioner cannot split by itself.
+  """
+  mesh = compat.ambient_mesh()
+  if mesh is None:
+    return fn
+  # Axes left out would be summed over in the backward pass; the one there is,
+  # of contexts, has one device.
+  rest = set(mesh.axis_names) - {*reduce.ROWS, reduce.TENSOR}
+  heads = P(reduce.ROWS, tuple(rest), reduce.TENSOR, None)
+  specs = heads, heads, heads, P(reduce.ROWS)
+  return compat.shard_map(fn, mesh, specs, heads)
