@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data import comparisons, rows
+from dpo_jax.data import examples as examples_lib
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 
@@ -108,4 +109,12 @@ def batch(
   )
   shape = shape._replace(tile=min(shape.tile, shape.length))
   chosen = [[items[i] for i in row] for row in assigned]
-  return rows.build(chosen, shape, layout, comparisons.extras_of(items))
+  return rows.build(chosen, shape, layout, examples_lib.of(items).extras)
+
+
+def arranged(items, kind, scored=False):
+  """Examples as a loss compares them, see comparisons.arrange."""
+  items = [comparisons.arrange(item, kind, scored) for item in items]
+  if kind == "mismatched":
+    return list(comparisons.mismatched(items, "these"))
+  return items

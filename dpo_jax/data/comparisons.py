@@ -1,5 +1,6 @@
 """Examples, and what is compared in them: pairs, rankings, single labels."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -48,15 +49,6 @@ EXTRAS = {
 }
 
 
-def extras_of(examples):
-  """The names of EXTRAS that all of some examples have."""
-  return tuple(
-    name
-    for name, field in EXTRAS.items()
-    if all(getattr(e, field) is not None for e in examples)
-  )
-
-
 # The form of the rows for each kind of example: see sources.py.
 FORMS = {
   "sft": "sft",
@@ -67,38 +59,29 @@ FORMS = {
 }
 
 
-def arrange(examples, kind, scored, policy):
-  """Examples whose `pairs` hold what a loss of this kind compares.
+def arrange(example, kind, scored):
+  """The example whose `pairs` hold what a loss of this kind compares.
 
       pairs       (winner, loser, weight)
       rankings    (best, …, worst, weight); a pair is a ranking of two
       labels      (completion, weight), labels 1 or 0; a pair is one of each
-      mismatched  (completion, completion of another prompt, weight); the
-                  latter, of the next record with another prompt, comes last
+      mismatched  the same; `mismatched` makes the rest of all examples
 
   Args:
-    examples: list of Example.
+    example: Example.
     kind: see losses.Loss.data, or "sft".
-    scored: whether the loss reads the scores of completions.
-    policy: sources.Policy, for those that `problem` finds.
-  Raises: ValueError where no record has another prompt.
+    scored: whether the loss reads the scores of completions; where it does
+      not, they do not count as a change of the data either.
+  Raises: fields.BadRecord where `problem` finds one.
   """
-  good = []
-  for example in examples:
-    error = problem(example, kind, scored)
-    if error is None:
-      good.append(example)
-    else:
-      policy.bad(error)
-  if not good:
-    raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
-  if not scored:  # nor do they count as a change of the data
-    good = [example._replace(scores=None) for example in good]
+  error = problem(example, kind, scored)
+  if error is not None:
+    raise error
+  if not scored:
+    example = example._replace(scores=None)
   if kind == "rankings":
-    return [_ranked(example) for example in good]
-  if kind in ("labels", "mismatched"):
-    good = [_labelled(example) for example in good]
-  return _mismatched(good) if kind == "mismatched" else good
+    return _ranked(example)
+  return _labelled(example) if kind in ("labels", "mismatched") else example
 
 
 def problem(example, kind, scored):
@@ -151,37 +134,41 @@ def _labelled(example):
   return example._replace(pairs=pairs, labels=labels)
 
 
-def _mismatched(examples):
-  out, others = [], _next_with_another_prompt(examples)
-  for number, (example, other) in enumerate(zip(examples, others, strict=True)):
-    last = len(example.completions)
-    # By turns, so that chosen and rejected ones are as many.
-    taken = number % len(other.completions)
-    ended = None
-    if example.ended is not None:
-      ended = (*example.ended, other.ended[taken])
-    out.append(
-      example._replace(
-        completions=(*example.completions, other.completions[taken]),
-        pairs=tuple((k, last, weight) for k, weight in example.pairs),
-        ended=ended,
-      )
-    )
-  return out
+def mismatched(examples, where):
+  """Yields examples with a last completion that belongs to another prompt.
 
+  Of labelled ones; their `pairs` become (completion, the last one, weight). The
+  other prompt is the nearest behind, from the first after the last.
 
-def _next_with_another_prompt(examples):
-  """For each example the nearest behind it, from the first after the last."""
-  following = [None] * len(examples)
-  for index in reversed(range(2 * len(examples))):
-    here = examples[index % len(examples)]
-    after = examples[(index + 1) % len(examples)]
-    if after.prompt == here.prompt:
-      after = following[(index + 1) % len(examples)]
-    following[index % len(examples)] = after
-  if any(other is None for other in following):
+  Args:
+    examples: sequence of Example, arranged for "mismatched".
+    where: what they are of, for the message.
+  Raises: ValueError where no example has another prompt.
+  """
+  numbers, waiting = itertools.count(), []  # for the next other prompt
+  for example in examples:
+    if waiting and example.prompt != waiting[0].prompt:
+      yield from map(_mismatch, waiting, itertools.repeat(example), numbers)
+      waiting = []
+    waiting.append(example)
+  others = (e for e in examples if e.prompt != waiting[0].prompt)
+  other = next(others, None)
+  if other is None:
     raise ValueError(
-      f"{examples[0].origin}: KTO compares with completions of other prompts, "
-      "and all records have the same one"
+      f"{where}: KTO compares with completions of other prompts, and all "
+      "records have the same one"
     )
-  return following
+  yield from map(_mismatch, waiting, itertools.repeat(other), numbers)
+
+
+def _mismatch(example, other, number):
+  # By turns, so that chosen and rejected ones are as many.
+  last, taken = len(example.completions), number % len(other.completions)
+  ended = None
+  if example.ended is not None:
+    ended = (*example.ended, other.ended[taken])
+  return example._replace(
+    completions=(*example.completions, other.completions[taken]),
+    pairs=tuple((k, last, weight) for k, weight in example.pairs),
+    ended=ended,
+  )

@@ -4,9 +4,12 @@ A reader is a function (path, policy) that yields (origin, row). What is wrong
 with one row goes to the policy; what is wrong with the file is an error.
 """
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
+from typing import NamedTuple
 
 from etils import epath
 
@@ -19,10 +22,35 @@ _JSON_COLUMNS = {
 }
 
 
-def read_bytes(path):
-  """The content of a file, or a ValueError that names it."""
+class Content(NamedTuple):
+  """What a file holds, wherever it is.
+
+  Attributes:
+    digest: of its bytes, hexadecimal.
+    rows: about how many, or None if that is not known before they are read.
+  """
+
+  digest: str
+  rows: int | None
+
+
+def content(path):
+  """The Content of a file of FILES; reads it once, block by block."""
+  path = epath.Path(path)
+  digest, lines = hashlib.blake2b(digest_size=16), 0
+  with _readable(path), path.open("rb") as file:
+    while block := file.read(1 << 20):
+      digest.update(block)
+      lines += block.count(b"\n")
+  rows = _parquet_rows(path) if path.suffix == ".parquet" else lines
+  return Content(digest.hexdigest(), rows)
+
+
+@contextlib.contextmanager
+def _readable(path):
+  """Makes of an OSError a ValueError that names the file."""
   try:
-    return epath.Path(path).read_bytes()
+    yield
   except OSError as error:
     raise ValueError(
       f"{path}: cannot be read ({error.strerror or error}); data.train and "
@@ -30,21 +58,33 @@ def read_bytes(path):
     ) from error
 
 
+def _read_bytes(path):
+  """The content of a file, or a ValueError that names it."""
+  with _readable(path):
+    return epath.Path(path).read_bytes()
+
+
+def _lines(path):
+  """Yields the lines of a file, with their ends, as it is read."""
+  with _readable(path), epath.Path(path).open("rb") as file:
+    yield from file
+
+
 def jsonl(path, policy):
   """One JSON object a line; blank lines are passed over."""
-  lines = read_bytes(path).split(b"\n")
-  for number, line in enumerate(lines, 1):
+  for number, line in enumerate(_lines(path), 1):
     if not line.strip():
       continue
     origin = f"{path}:{number}"
     try:
-      yield origin, json.loads(line)
+      yield origin, json.loads(line.rstrip(b"\n"))
     except UnicodeDecodeError as error:
       policy.bad(
         fields.BadRecord("invalid UTF-8", f"{origin}: not UTF-8: {error}")
       )
     except (ValueError, RecursionError) as error:
-      hint = "; the last line is cut short" if number == len(lines) else ""
+      whole = line.endswith(b"\n")
+      hint = "" if whole else "; the last line is cut short"
       policy.bad(
         fields.BadRecord("invalid JSON", f"{origin}: not JSON: {error}{hint}")
       )
@@ -53,7 +93,7 @@ def jsonl(path, policy):
 def csv_rows(path, policy):
   """Rows below a line of column names; an empty cell is a missing field."""
   # What is not UTF-8 becomes lone surrogates, which the record is checked for.
-  text = read_bytes(path).decode("utf-8-sig", errors="surrogateescape")
+  text = _read_bytes(path).decode("utf-8-sig", errors="surrogateescape")
   (_, names), *rows = _csv_lines(path, text) or [(1, [])]
   if not names:
     raise ValueError(f"{path}: is empty; its first line must name the columns")
@@ -106,6 +146,16 @@ def _csv_row(names, cells, origin):
   return row
 
 
+def _parquet_rows(path):
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  try:
+    return pq.read_metadata(str(path)).num_rows
+  except (pa.ArrowException, OSError):  # said when it is read, or not local
+    return None
+
+
 def parquet(path, policy):
   """Rows of a table, numbered from 1; a null is a missing field."""
   del policy  # a table is whole or not
@@ -113,7 +163,7 @@ def parquet(path, policy):
   import pyarrow.parquet as pq
 
   try:
-    table = pq.ParquetFile(pa.BufferReader(read_bytes(path))).read()
+    table = pq.ParquetFile(pa.BufferReader(_read_bytes(path))).read()
     table.validate(full=True)
   except (pa.ArrowException, OSError) as error:
     raise ValueError(

@@ -9,14 +9,14 @@ of hosts.
 """
 
 import collections
-import hashlib
 import queue
 import threading
 from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import comparisons, order
+from dpo_jax.data import examples as examples_lib
+from dpo_jax.data import order
 from dpo_jax.data import rows as rows_lib
 
 _PLANNED_BATCHES = 4096  # whose sizes the planner looks at, at most
@@ -69,7 +69,7 @@ class Loader:
     """See `rows.Layout` and `rows.plan_shapes`.
 
     Args:
-      examples: list of comparisons.Example.
+      examples: examples.Examples, or a list of comparisons.Example.
       layout: rows.Layout.
       batch_size: examples per batch.
       seed: of the order; None is one pass in file order, whose last batch may
@@ -79,8 +79,8 @@ class Loader:
       windows: of the model's layers (None sees all), for Stats.visible.
       weights: of the parts of a mixture, see `order.mixture`; needs a seed.
     """
-    self._examples, self._layout = examples, layout
-    self._extras = comparisons.extras_of(examples)
+    self._examples = examples = examples_lib.of(examples)
+    self._layout, self._references = layout, None
     self._batch_size, self._seed, self._multiple = batch_size, seed, multiple
     self._options = {
       "batch_size": batch_size,
@@ -88,28 +88,19 @@ class Loader:
       "multiple": multiple,
       "windows": windows,
     }
-    self._parts = order.mixture(examples, weights)
+    self._parts = order.mixture(examples.source, weights)
     self.size = order.epoch_size(self._parts)
-    digest, tokens = (hashlib.blake2b(digest_size=8) for _ in range(2))
-    for example in examples:
-      tokens.update(repr(example[2:4]).encode())
-      digest.update(repr(example[2:5]).encode())
-      for more in (example.labels, example.scores):
-        digest.update(b"" if more is None else repr(more).encode())
-    if self._parts != order.mixture(examples, None):
-      if seed is None:
-        raise ValueError(
-          f"the weights {weights} of a mixture are for training; evaluation "
-          "reads every record once: leave them out of data.eval"
-        )
-      digest.update(repr(self._parts).encode())
-    self.fingerprint = f"{len(examples)} examples, {digest.hexdigest()}"
-    self.token_fingerprint = f"{len(examples)} examples, {tokens.hexdigest()}"
+    weighted = self._parts != order.mixture(examples.source, None)
+    if weighted and seed is None:
+      raise ValueError(
+        f"the weights {weights} of a mixture are for training; evaluation "
+        "reads every record once: leave them out of data.eval"
+      )
+    self.fingerprint = examples.fingerprint(self._parts if weighted else None)
+    self.token_fingerprint = examples.token_fingerprint
     self.steps = -(-self.size // batch_size)
     self._need = rows_lib.needs(examples, layout)
-    layers = collections.Counter(windows)
-    work = np.asarray([_work(e, layout, layers) for e in examples])
-    self._tokens, self._visible = work[:, 0], work[:, 1]
+    self._windows = collections.Counter(windows)
     sampled = range(min(steps or self.steps, _PLANNED_BATCHES))
     self._rows = None
     if layout.max_row_length is not None or seed is None:
@@ -120,7 +111,7 @@ class Loader:
       needed, layout, budget=budget, multiple=multiple
     )
     used = [self._shape(shape) for shape in needed]
-    tokens = sum(int(self._tokens[_flat(rows)].sum()) for rows in assigned)
+    tokens = sum(self._tokens(_flat(rows)) for rows in assigned)
     self.fill = tokens / sum(s.rows * s.length for s in used)
 
   def indices(self, number):
@@ -141,20 +132,22 @@ class Loader:
     rows = self._assign(number)
     shape = self._shape(rows_lib.needed_shape(self._need, rows))
     everything = _flat(rows)
-    tokens = int(self._tokens[everything].sum())
+    tokens = self._tokens(everything)
     stats = Stats(
       examples=len(everything),
       comparisons=int(self._need.pairs[everything].sum()),
       tokens=tokens,
       scored=int(self._need.scored[everything].sum()),
-      visible=int(self._visible[everything].sum()),
+      visible=self._visible(everything),
       fill=tokens / (shape.rows * shape.length),
     )
     if row_slice is not None:
       rows = rows[row_slice(len(rows))]
-    rows = [[self._examples[i] for i in row] for row in rows]
-    built = rows_lib.build(rows, shape, self._layout, self._extras)
-    return built, stats
+    extras = self._examples.extras
+    if self.has_reference:
+      extras = (*extras, "ref_token_logps")
+    rows = [[self._example(i) for i in row] for row in rows]
+    return rows_lib.build(rows, shape, self._layout, extras), stats
 
   def unpack(self, number, values):
     """What a per-token array of batch `number` holds of each example.
@@ -177,26 +170,62 @@ class Loader:
 
   @property
   def counts(self):
-    """Scored tokens of each example, a list."""
-    return self._need.scored.tolist()
+    """Scored tokens of each example, i32[N]."""
+    return self._need.scored
 
   @property
   def comparisons(self):
     """Comparisons of all examples."""
-    return sum(len(example.pairs) for example in self._examples)
+    return int(self._need.pairs.sum())
 
   @property
   def has_reference(self):
     """Whether `set_reference` was called."""
-    return self._examples[0].ref_logps is not None
+    return self._references is not None
 
   def set_reference(self, ref_logps):
-    """Gives every example its reference log-probs, for all later batches."""
-    self._examples = [
-      example._replace(ref_logps=values)
-      for example, values in zip(self._examples, ref_logps, strict=True)
-    ]
-    self._extras = comparisons.extras_of(self._examples)
+    """Gives every example its reference log-probs, for all later batches.
+
+    Args:
+      ref_logps: sequence of f32[scored tokens], one an example; it is kept, and
+        asked for those of a batch.
+    """
+    if len(ref_logps) != len(self._examples):
+      raise ValueError(
+        f"{len(ref_logps)} reference log-probs for {len(self._examples)} "
+        "examples"
+      )
+    self._references = ref_logps
+
+  def _example(self, index):
+    example = self._examples[index]
+    if self._references is None:
+      return example
+    return example._replace(ref_logps=self._references[index])
+
+  def _tokens(self, indices):
+    """Positions that hold a token, of some examples."""
+    c = self._examples.columns
+    prompts = 1 if self._layout.shared else c.completions[indices]
+    return int((prompts * c.prompt[indices] + c.scored[indices]).sum())
+
+  def _visible(self, indices):
+    """(query, key) pairs in the attention layers of some examples."""
+    lengths = [self._examples.lengths(i).astype(int) for i in indices]
+    counts = [len(n) - 1 for n in lengths]
+    prompt = np.asarray([n[0] for n in lengths])
+    before = np.repeat(prompt, counts)
+    whole = before + np.concatenate([n[1:] for n in lengths])
+    alone = self._seen(prompt) * (1 if self._layout.shared else counts)
+    return int((self._seen(whole) - self._seen(before)).sum() + alone.sum())
+
+  def _seen(self, lengths):
+    """Keys that all queries of causal sequences see, in all layers."""
+    total = np.zeros(len(lengths), int)
+    for window, layers in self._windows.items():
+      near = lengths if window is None else np.minimum(lengths, window)
+      total += layers * (near * (near + 1) // 2 + (lengths - near) * near)
+    return total
 
   def _assign(self, number):
     """Rows of batch `number`, each a list of example indices."""
@@ -211,23 +240,6 @@ class Loader:
 
 def _flat(rows):
   return np.asarray([i for row in rows for i in row])
-
-
-def _work(example, layout, windows):
-  """Tokens of an example, and (query, key) pairs of its attention layers."""
-  n = len(example.prompt)
-  lengths = [len(c) for c in example.completions]
-  prompts = 1 if layout.shared else len(lengths)
-
-  def seen(length):  # by all queries of a causal sequence
-    total = 0
-    for window, layers in windows.items():
-      near = length if window is None else min(length, window)
-      total += layers * (near * (near + 1) // 2 + (length - near) * near)
-    return total
-
-  inside = sum(seen(n + m) - seen(n) for m in lengths)
-  return prompts * n + sum(lengths), prompts * seen(n) + inside
 
 
 _END = object()

@@ -6,21 +6,20 @@ import math
 import numpy as np
 
 
-def mixture(examples, weights):
+def mixture(sources, weights):
   """The parts of an epoch: tuple of (examples, weight), in order.
 
   Args:
-    examples: list of examples.Example, those of one source together, in order.
+    sources: i32[N], which part an example is of; rising.
     weights: tuple by source: how often an epoch has each of its examples; or
       None for 1.
   Raises: ValueError for a part that has no example in an epoch.
   """
   if weights is None or all(weight == 1 for weight in weights):
-    return ((len(examples), 1.0),)
+    return ((len(sources), 1.0),)
   if not all(0 < weight < math.inf for weight in weights):
     raise ValueError(f"weights {weights} must be finite and above 0")
-  sources = [example.source for example in examples]
-  assert sources == sorted(sources), "examples are in the order of the sources"
+  assert np.all(np.diff(sources) >= 0), "examples are in order of the sources"
   counts = np.bincount(sources, minlength=len(weights)).tolist()
   parts = tuple(zip(counts, map(float, weights), strict=True))
   for number, part in enumerate(parts, 1):

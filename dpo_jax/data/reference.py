@@ -38,19 +38,19 @@ class Entry(NamedTuple):
   Attributes:
     path: its folder.
     about: the content of its entry.json.
-    counts: scored tokens of each example.
+    counts: scored tokens of each example, i64[N].
     blocks: range of the examples of each block.
   """
 
   path: epath.Path
   about: dict
-  counts: list[int]
+  counts: np.ndarray
   blocks: list[range]
 
   def size(self, number):
     """Scored tokens of a block."""
     span = self.blocks[number]
-    return sum(self.counts[span.start : span.stop])
+    return int(self.counts[span.start : span.stop].sum())
 
   def file(self, number, checksum):
     """The path of a block."""
@@ -69,14 +69,15 @@ def entry(folder, parts, counts):
   Args:
     folder: of the store; need not exist.
     parts: plain values that determine the content.
-    counts: scored tokens of each example.
+    counts: scored tokens of each example, integers[N].
   """
+  counts = np.asarray(counts, np.int64)
   step = max(EXAMPLES_PER_BLOCK, -(-len(counts) // _MOST_BLOCKS))
   about = {
     "version": _VERSION,
     "made_of": parts,
     "examples": len(counts),
-    "scored_tokens": sum(counts),
+    "scored_tokens": int(counts.sum()),
     "examples_per_block": step,
   }
   return Entry(
@@ -171,16 +172,39 @@ def write(entry, number, values):
   return checksum
 
 
+class Stored:
+  """A sequence of f32[counts[i]], one an example: views of the blocks."""
+
+  def __init__(self, entry, blocks):
+    """Args:
+    entry: Entry.
+    blocks: f32[size] of each of its blocks.
+    """
+    self._blocks, self._step = blocks, len(entry.blocks[0])
+    self._ends = np.concatenate([[0], np.cumsum(entry.counts)])
+
+  def __len__(self):
+    return len(self._ends) - 1
+
+  def __getitem__(self, index):
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    number = index // self._step
+    first = self._ends[number * self._step]
+    start, stop = self._ends[index : index + 2] - first
+    return self._blocks[number][start:stop]
+
+
 def load(entry, checksums):
-  """An entry as a list of f32[counts[i]], one an example: views of the files.
+  """The Stored of an entry that is whole.
 
   Args:
     entry: Entry.
     checksums: {number: checksum} of all its blocks.
   Raises: ValueError if a block is not there, or damaged.
   """
-  values = []
-  for number, span in enumerate(entry.blocks):
+  blocks = []
+  for number in range(len(entry.blocks)):
     block = _read(entry, number, checksums[number])
     if block is None:
       raise ValueError(
@@ -188,9 +212,8 @@ def load(entry, checksums):
         "damaged now; leave the store alone while it is used, and run this "
         "again: it goes on with the blocks that are intact"
       )
-    counts = entry.counts[span.start : span.stop]
-    values += np.split(block, np.cumsum(counts)[:-1])
-  return values
+    blocks.append(block)
+  return Stored(entry, blocks)
 
 
 def _read(entry, number, checksum):

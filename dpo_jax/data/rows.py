@@ -33,6 +33,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.data import examples as examples_lib
+
 
 class Shape(NamedTuple):
   """The static sizes of a batch; one compilation each.
@@ -74,7 +76,7 @@ class Layout(NamedTuple):
 
 
 class Need(NamedTuple):
-  """What each of N examples occupies, as i64[N]."""
+  """What each of N examples occupies, as i32[N]."""
 
   length: np.ndarray
   scored: np.ndarray
@@ -84,23 +86,15 @@ class Need(NamedTuple):
 
 
 def needs(examples, layout):
-  """The Need of examples under a layout."""
-  length = []
-  branches = max(len(e.completions) for e in examples)
-  for e in examples:
-    sizes = [len(c) for c in e.completions]
-    if layout.shared:
-      length.append(len(e.prompt) + sum(sizes))
-    elif layout.packed:
-      length.append(len(e.prompt) * len(sizes) + sum(sizes))
-    else:  # C equal branches, so that a row reshapes to [C, T / C]
-      length.append(branches * (len(e.prompt) + max(sizes)))
-  scored = [sum(map(len, e.completions)) for e in examples]
-  completions = [len(e.completions) for e in examples]
-  pairs = [len(e.pairs) for e in examples]
-  compared = [max((len(p) - 1 for p in e.pairs), default=2) for e in examples]
-  columns = length, scored, completions, pairs, compared
-  return Need(*map(np.asarray, columns))
+  """The Need of examples.Examples, or of a list, under a layout."""
+  c = examples_lib.of(examples).columns
+  if layout.shared:
+    length = c.prompt + c.scored
+  elif layout.packed:
+    length = c.prompt * c.completions + c.scored
+  else:  # C equal branches, so that a row reshapes to [C, T / C]
+    length = c.completions.max() * (c.prompt + c.longest)
+  return Need(length, c.scored, c.completions, c.pairs, c.compared)
 
 
 def assign(lengths, layout, count=None):

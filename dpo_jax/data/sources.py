@@ -52,6 +52,7 @@ import inspect
 import math
 import random
 import re
+from typing import NamedTuple
 
 from etils import epath
 
@@ -141,6 +142,39 @@ def load(spec, form, policy, field="data.train"):
   return out
 
 
+class Identity(NamedTuple):
+  """What tells the content of a source from any other.
+
+  Attributes:
+    value: plain values; equal ones have the same rows.
+    rows: about how many, or None.
+  """
+
+  value: dict
+  rows: int | None
+
+
+def identity(source):
+  """The Identity of a spec that is no mixture; None if only its rows tell.
+
+  A file is what it holds, wherever it is. A function that a notebook puts into
+  SOURCES may return other rows under the same name.
+
+  Raises: ValueError for a file or data set that cannot be read.
+  """
+  name, *arguments = source.split(":", 1)
+  if name == "hf" and arguments:
+    found = hub.load(*arguments)
+    return Identity({"data set": found._fingerprint}, len(found))
+  if name in SOURCES:
+    built_in = SOURCES[name] is _BUILT_IN.get(name)
+    return Identity({"generated": source}, None) if built_in else None
+  if epath.Path(source).suffix not in FILES:
+    return None  # `read` says what is wrong
+  found = files.content(source)
+  return Identity({"file": found.digest}, found.rows)
+
+
 def read(source, form, policy, field):
   """Yields the records of one part of a mixture; it may have none.
 
@@ -215,9 +249,5 @@ FILES = {
   ".csv": files.csv_rows,
   ".parquet": files.parquet,
 }
-SOURCES = {
-  "toy": _toy,
-  "reviews": reviews.reviews,
-  "plots": reviews.plots,
-  "hf": hub.load,
-}
+_BUILT_IN = {"toy": _toy, "reviews": reviews.reviews, "plots": reviews.plots}
+SOURCES = {**_BUILT_IN, "hf": hub.load}

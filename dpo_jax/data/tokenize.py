@@ -32,6 +32,9 @@ class Tokenizer(NamedTuple):
     apply_template: (messages, add_generation_prompt=…) -> str, the tokenizer's
       chat template; None if it has none.
     specials: {id: how it is written} of the tokens that `decode` leaves out.
+    name: by which `load` makes it again in another process, or None.
+    identity: function () -> str that two tokenizers share only if they encode
+      alike, or None if nothing says; without it no tokens are kept on disk.
   """
 
   encode: Callable
@@ -41,6 +44,8 @@ class Tokenizer(NamedTuple):
   eos_id: int
   apply_template: Callable | None = None
   specials: Mapping[int, str] = types.MappingProxyType({})
+  name: str | None = None
+  identity: Callable | None = None
 
 
 def load(name):
@@ -58,6 +63,8 @@ def load(name):
       bos_id=None,
       eos_id=256,
       specials={256: "<eos>"},
+      name=name,
+      identity=lambda: name,
     )
   hf = vocabulary.load(name)
   if hf.eos_token_id is None:
@@ -85,6 +92,8 @@ def load(name):
       for i, token in hf.added_tokens_decoder.items()
       if token.special
     },
+    name=name,
+    identity=functools.partial(vocabulary.identity, hf),
   )
 
 
@@ -137,7 +146,7 @@ def encode(records, tokenizer, options, policy):
   return made_of, changed
 
 
-def encode_each(records, tokenizer, options):
+def encode_each(records, tokenizer, options, first=0):
   """Yields the Encoded of each record.
 
   Args:
@@ -145,6 +154,7 @@ def encode_each(records, tokenizer, options):
     tokenizer: Tokenizer.
     options: config.data; reads max_prompt_length, max_completion_length (both
       in tokens, BOS and EOS counted) and long_prompt.
+    first: number of the first record.
   """
   lookup.lookup(
     ("error", "keep_end", "keep_start"), options.long_prompt, "data.long_prompt"
@@ -155,7 +165,7 @@ def encode_each(records, tokenizer, options):
   joined = iter(
     tokenizer.encode([r.prompt + c for r in good for c in r.completions])
   )
-  for number, made in enumerate(texts):
+  for number, made in enumerate(texts, first):
     changed = collections.Counter()
     if isinstance(made, sources.BadRecord):
       yield Encoded(None, changed, made)

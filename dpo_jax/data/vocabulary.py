@@ -4,6 +4,8 @@ What training needs of them is data/tokenize.py; here they are found or made,
 and written for those who load an exported model.
 """
 
+import hashlib
+import json
 import os
 
 from etils import epath
@@ -37,6 +39,27 @@ def load(name):
       "'bytes', a Hugging Face name, 'gguf:FILE', or a folder with "
       "tokenizer.json and tokenizer_config.json"
     ) from error
+
+
+def identity(hf):
+  """What a transformers tokenizer encodes by, as a hash; None if not known.
+
+  Of the fast ones all is known: their backend writes itself down.
+  """
+  import tokenizers
+  import transformers
+
+  backend = getattr(hf, "backend_tokenizer", None)
+  if backend is None:
+    return None
+  parts = [
+    *(type(hf).__name__, tokenizers.__version__, transformers.__version__),
+    *(hf.bos_token, hf.eos_token, hf.chat_template),
+    getattr(hf, "split_special_tokens", None),
+    backend.to_str(),
+  ]
+  text = json.dumps(parts, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _bytes():

@@ -27,17 +27,15 @@ LABELLED = comparisons.Example(
 )
 
 
-def arrange(examples, kind, scored=False):
-  policy = sources.Policy("error")
-  return comparisons.arrange(examples, kind, scored, policy)
-
-
 def test_pairs_stay_as_they_are():
-  assert arrange([TWO, FOUR], "pairs") == [TWO, FOUR._replace(scores=None)]
+  assert worlds.arranged([TWO, FOUR], "pairs") == [
+    TWO,
+    FOUR._replace(scores=None),
+  ]
 
 
 def test_a_ranking_is_one_comparison_and_a_pair_is_a_ranking_of_two():
-  two, four = arrange([TWO, FOUR], "rankings")
+  two, four = worlds.arranged([TWO, FOUR], "rankings")
   assert two.pairs == ((0, 1, 1.0),)
   assert four.pairs == ((2, 0, 3, 1, 1.0),)
   batch = worlds.batch([two, four])
@@ -48,7 +46,7 @@ def test_a_ranking_is_one_comparison_and_a_pair_is_a_ranking_of_two():
 
 
 def test_a_pair_is_a_desirable_and_an_undesirable_completion():
-  two, one = arrange([TWO, LABELLED], "labels")
+  two, one = worlds.arranged([TWO, LABELLED], "labels")
   assert two.pairs == ((0, 1.0), (1, 1.0))
   assert two.labels == (1.0, 0.0)
   assert one.pairs == ((0, 1.0),)
@@ -60,7 +58,7 @@ def test_a_pair_is_a_desirable_and_an_undesirable_completion():
 def test_a_mismatched_completion_is_of_the_next_other_prompt():
   same = TWO._replace(example_id=5)
   items = [TWO, same, LABELLED]
-  first, second, third = arrange(items, "mismatched")
+  first, second, third = worlds.arranged(items, "mismatched")
   # The two of one prompt both take the third's; the third wraps around.
   assert first.completions == (*TWO.completions, [1])
   assert second.completions[-1] == [1]
@@ -76,8 +74,8 @@ def test_a_mismatched_completion_is_of_the_next_other_prompt():
 def test_mismatches_do_not_depend_on_batches():
   """They are fixed with the data, so a cached reference serves them."""
   items = worlds.examples(12, seed=1)
-  once = arrange(items, "mismatched")
-  again = arrange(items, "mismatched")
+  once = worlds.arranged(items, "mismatched")
+  again = worlds.arranged(items, "mismatched")
   assert once == again
   assert all(e.completions[-1] != e.completions[0] for e in once)
 
@@ -87,21 +85,14 @@ def test_as_many_chosen_as_rejected_completions_are_mismatched():
   items = worlds.examples(12, seed=1)
   taken = [
     items[(n + 1) % 12].completions.index(e.completions[-1])
-    for n, e in enumerate(arrange(items, "mismatched"))
+    for n, e in enumerate(worlds.arranged(items, "mismatched"))
   ]
   assert taken == [0, 1] * 6
 
 
-def test_bad_labels_may_be_skipped():
-  items = [LABELLED, LABELLED._replace(labels=(0.5,)), TWO]
-  policy = sources.Policy("skip")
-  assert len(comparisons.arrange(items, "labels", False, policy)) == 2
-  assert policy.skipped == {"bad label": 1}
-
-
 def test_one_prompt_alone_has_no_mismatch():
-  with pytest.raises(ValueError, match=r"a:1: KTO compares .* same one"):
-    arrange([TWO, TWO._replace(example_id=1)], "mismatched")
+  with pytest.raises(ValueError, match=r"these: KTO compares .* same one"):
+    worlds.arranged([TWO, TWO._replace(example_id=1)], "mismatched")
 
 
 @pytest.mark.parametrize(
@@ -109,29 +100,35 @@ def test_one_prompt_alone_has_no_mismatch():
 )
 def test_labels_are_of_two_values(label, good):
   item = LABELLED._replace(labels=(label,))
-  (got,) = arrange([item], "labels")
+  (got,) = worlds.arranged([item], "labels")
   assert got.labels == (float(good),)
 
 
 def test_a_graded_label_is_refused():
   with pytest.raises(ValueError, match=r"a:3: label 4.0 must be true or false"):
-    arrange([LABELLED._replace(labels=(4.0,))], "labels")
+    worlds.arranged([LABELLED._replace(labels=(4.0,))], "labels")
 
 
-def test_a_loss_of_scores_drops_or_refuses_what_it_cannot_use():
-  wrong = TWO._replace(scores=(1.0, 2.0))
+def test_a_loss_of_scores_refuses_what_it_cannot_use():
   good = TWO._replace(scores=(2.0, 1.0))
-  policy = sources.Policy("skip")
-  assert comparisons.arrange([good, wrong, TWO], "pairs", True, policy) == [
-    good
-  ]
-  assert policy.skipped == {"bad scores": 1, "missing scores": 1}
+  assert worlds.arranged([good], "pairs", scored=True) == [good]
   for item, words in (
-    (wrong, "won with the score 1.0 against 2.0"),
+    (TWO._replace(scores=(1.0, 2.0)), "won with the score 1.0 against 2.0"),
     (TWO, "needs 'scores'"),
   ):
     with pytest.raises(ValueError, match=words):
-      arrange([item], "pairs", scored=True)
+      worlds.arranged([item], "pairs", scored=True)
+
+
+def test_the_mismatch_of_a_run_of_equal_prompts_is_the_next_other_one():
+  prompts = [[1], [1], [2], [2], [2], [3], [1], [1]]
+  items = [
+    TWO._replace(prompt=prompt, completions=([number], [number]))
+    for number, prompt in enumerate(prompts)
+  ]
+  taken = [e.completions[-1][0] for e in worlds.arranged(items, "mismatched")]
+  # The last two have the prompt of the first two, and wrap around to the third.
+  assert taken == [2, 2, 5, 5, 5, 6, 2, 2]
 
 
 def read(tmp_path, rows, form):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_jax.data import sources
+from dpo_jax.data import files, sources
 
 PAIRS = [
   {"prompt": "The plot is", "chosen": " warm.", "rejected": ' "dull",\nno.'},
@@ -69,6 +69,17 @@ def test_every_format_holds_the_same_records(tmp_path, suffix, rows, form):
   got, _ = load(save(tmp_path / f"my{suffix}", rows), form)
   want, _ = load(save(tmp_path / "want.jsonl", rows), form)
   assert [r[:3] for r in got] == [r[:3] for r in want]
+
+
+@SUFFIXES
+def test_the_content_of_a_file_is_its_bytes_and_about_how_many_rows(
+  tmp_path, suffix
+):
+  path = save(tmp_path / f"my{suffix}", RANKED)
+  one = files.content(path)
+  assert 1 <= one.rows <= 2  # a .csv has a line of names
+  assert files.content(save(tmp_path / f"again{suffix}", RANKED)) == one
+  assert files.content(save(tmp_path / f"b{suffix}", RANKED * 2)) != one
 
 
 @SUFFIXES

@@ -173,3 +173,15 @@ def test_a_stream_is_refused_and_the_error_says_why(mine):
 def test_a_data_set_with_its_splits_is_refused(mine):
   mine(datasets.DatasetDict(train=imdb(0), test=imdb(1)))
   assert "'mine' has the splits train, test" in error_of("mine")
+
+
+def test_a_data_set_is_told_from_another_by_its_content(folder, tmp_path):
+  """Or the tokens of one would be taken for those of the other."""
+  train, again, test = (
+    sources.identity(f"hf:{folder}{split}") for split in ("", ":train", ":test")
+  )
+  assert train == again
+  assert train.value != test.value
+  assert (train.rows, test.rows) == (3, 2)
+  imdb(1, 0, 0).save_to_disk(tmp_path / "other")
+  assert sources.identity(f"hf:{tmp_path / 'other'}").value != train.value

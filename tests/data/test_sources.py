@@ -338,6 +338,24 @@ def test_toy_has_as_many_comparisons_as_asked_for():
   assert "must be toy:COUNT" in error_of("toy:x")
 
 
+def test_a_source_is_told_from_another_by_its_content(tmp_path, monkeypatch):
+  path = write(tmp_path, GOOD, GOOD)
+  one = sources.identity(path)
+  assert one.rows == 2
+  assert one == sources.identity(write(tmp_path, GOOD, GOOD))
+  assert one.value != sources.identity(write(tmp_path, GOOD)).value
+  assert sources.identity("toy:5") == sources.identity("toy:5")
+  assert sources.identity("toy:5") != sources.identity("toy:6")
+  # Of these nothing is known until they are read, or the error is another's.
+  monkeypatch.setitem(sources.SOURCES, "mine", list)
+  for source in ("mine", "hf", "tois", "a.txt", str(tmp_path)):
+    assert sources.identity(source) is None
+  monkeypatch.setitem(sources.SOURCES, "toy", list)
+  assert sources.identity("toy:5") is None
+  with pytest.raises(ValueError, match=r"none\.jsonl: cannot be read"):
+    sources.identity("none.jsonl")
+
+
 def test_a_notebook_adds_a_source_of_rows(monkeypatch):
   monkeypatch.setitem(sources.SOURCES, "mine", lambda n: [GOOD] * int(n))
   records, _ = load("mine:2")
