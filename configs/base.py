@@ -30,7 +30,6 @@ def get_config():
   c.model = common.model("tiny")
   c.lora = optional(config_dict.ConfigDict)  # common.lora; None: train it all
   c.tokenizer = "bytes"  # bytes, hf:NAME, gguf:FILE, or a local folder
-  c.head_chunk = optional(int)  # scored positions per head chunk
   c.optim = common.optim("rmsprop")  # the optimiser and its own fields
   c.precision = "highest"  # of f32 matmuls: highest, high or default
 
@@ -48,6 +47,9 @@ def get_config():
   d.max_shapes = 3  # compilations that batch shapes may cost
   d.shape_multiple = 32  # T, S and E are multiples of this
   d.seed = 0  # of the order of the data
+  # Folder of tokenised data; None: that of the user, ~/.cache/dpo_jax/tokens,
+  # for data sets of more than 16,384 records.
+  d.token_cache = optional(str)
 
   # Limits of `dpo-jax audit`: shares of the records, or of the examples, of a
   # data set or of a part of a mixture. None: not checked.
@@ -74,6 +76,9 @@ def get_config():
   s.scorers = ()  # see eval/rewards.py; the first is the ground truth r*
   s.labelled = optional(str)  # source to check the scorers on
   s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
+
+  c.sweep = config_dict.ConfigDict()
+  c.sweep.together = 1  # points trained in one program, where they can be
 
   c.train = t = config_dict.ConfigDict()
   t.steps = optional(int)  # updates, or None for train.epochs
@@ -102,6 +107,7 @@ def get_config():
   c.eval.every = 100  # steps; the last is always evaluated
   c.log = config_dict.ConfigDict()
   c.log.every = 10  # steps
+  c.log.tokens = False  # entropy and top-1 accuracy of the scored tokens too
   c.log.tensorboard = False  # event files in the run folder
   c.log.wandb = optional(str)  # project of Weights & Biases
   return c

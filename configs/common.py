@@ -40,9 +40,17 @@ def optim(name):
 
 def model(name):
   """config.model for a preset of models/config.py."""
+  fields = dataclasses.fields(model_config.ModelConfig)
+  return _model(name, [field.name for field in fields])
+
+
+def _model(name, names):
+  """Those fields of a preset."""
   preset = lookup.lookup(model_config.PRESETS, name, "model")
   m = config_dict.ConfigDict()
   for field in dataclasses.fields(preset):
+    if field.name not in names:
+      continue
     value = getattr(preset, field.name)
     if value is not None:
       m[field.name] = value
@@ -59,9 +67,7 @@ def pretrained(c, spec):
     spec: "hf:NAME" or "gguf:FILE".
   """
   c.init_from = c.tokenizer = spec
-  c.model = config_dict.ConfigDict(
-    {"dtype": "float32", "attention": "tiled", "remat": False, "unroll": 1}
-  )
+  c.model = _model("micro", model_config.RUNTIME)
   return c
 
 

@@ -48,7 +48,7 @@ def policy(model):
   """What all stages share."""
   c = common.pretrained(base.get_config(), model)
   c.lora = common.lora()
-  c.head_chunk = 256
+  c.model.head_chunk = 256
   c.optim = common.optim("adamw")
   c.optim.clip_norm = 1.0
   c.data.max_prompt_length = 16

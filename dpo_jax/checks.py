@@ -9,10 +9,16 @@ from dpo_jax.train import settings
 _SHARES = tuple(f"audit.{name}" for name in audit_counts.CHECKS)
 # Fields that may be None, and the smallest value of those that may be below 1.
 _OPTIONAL = {
-  *("init_from", "lora", "head_chunk", "optim.clip_norm"),
-  *("model.window", "model.window_theta", "model.embed_scale"),
+  *("init_from", "lora", "optim.clip_norm"),
+  *(
+    "model.window",
+    "model.head_chunk",
+    "model.window_theta",
+    "model.embed_scale",
+  ),
   *("model.attention_scale", "model.attention_softcap", "model.logit_softcap"),
   *("data.train", "data.eval", "data.max_row_length"),
+  "data.token_cache",
   *("train.steps", "mesh.data", "workdir", "ref_store", "log.wandb"),
   *("ref_mix", "ref_every"),
   *("sample.prompts", "sample.prefix", "sample.labelled", *_SHARES),

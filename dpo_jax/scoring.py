@@ -11,7 +11,7 @@ from dpo_jax import assembly
 from dpo_jax.algos import base
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import reference, rows
-from dpo_jax.ops import logprobs
+from dpo_jax.ops import distributions
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import health, log
@@ -46,11 +46,11 @@ def token_logps(setup, params, loader, numbers=None):
     loader: an in-order Loader.
     numbers: of the batches to go over; None is all of them.
   """
-  apply, chunk = setup.model.apply, setup.config.head_chunk
+  apply = setup.model.apply
   numbers = range(loader.steps) if numbers is None else numbers
 
   def logps(params, batch):
-    return base.token_logps(apply, params, batch, chunk)
+    return base.token_logps(apply, params, batch)
 
   for values in _over(setup, "token logps", logps, loader, numbers, params):
     yield values[0], values[1]
@@ -68,18 +68,17 @@ def token_kl(setup, params, ref, loader):
   Args: as `token_logps`, with two sets of parameters.
   Yields: (example index, kl, policy logps, ref logps), f32[scored tokens] each.
   """
-  apply, chunk = setup.model.apply, setup.config.head_chunk
+  apply = setup.model.apply
 
   def values(params, ref, batch):
-    kl = logprobs.token_kl(
+    kl = distributions.token_kl(
       *apply(params, batch),
       *apply(ref, batch),
       batch["source_index"],
       base.scored_mask(batch),
-      chunk=chunk,
     )
-    policy = base.token_logps(apply, params, batch, chunk)
-    return kl, policy, base.token_logps(apply, ref, batch, chunk)
+    policy = base.token_logps(apply, params, batch)
+    return kl, policy, base.token_logps(apply, ref, batch)
 
   numbers = range(loader.steps)
   yield from _over(setup, "token kl", values, loader, numbers, params, ref)

@@ -18,9 +18,6 @@ from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import checkpoint, settings
 
-# Fields of config.model that every model has, whatever its shape.
-RUNTIME = ("dtype", "attention", "remat", "unroll")
-
 
 def pretrained(spec, field="init_from"):
   """The hf.Checkpoint of a spec, or None if it is a run folder (or None).
@@ -38,17 +35,17 @@ def pretrained(spec, field="init_from"):
 def shape(config):
   """(ModelConfig, vocabulary size or None) of a config.
 
-  config.model has the whole shape, or RUNTIME fields only; then the shape is
-  that of init_from: a checkpoint's own config.json, or that of a run.
+  config.model has the whole shape, or its RUNTIME fields only; then the shape
+  is that of init_from: a checkpoint's own config.json, or that of a run.
   """
   runtime = config.model.to_dict()
   checkpoint_there = pretrained(config.init_from)
-  if set(runtime) - set(RUNTIME):
+  if set(runtime) - set(model_config.RUNTIME):
     if checkpoint_there is not None:
       raise ValueError(
         f"init_from = {config.init_from!r} brings its own shape: config.model "
-        f"must have the fields {RUNTIME} only; select it by the config's "
-        f"argument, :model={config.init_from}"
+        f"must have the fields {model_config.RUNTIME} only; select it by the "
+        f"config's argument, :model={config.init_from}"
       )
     return model_config.ModelConfig(**runtime), None
   if checkpoint_there is not None:

@@ -9,10 +9,10 @@ LAYERS = (
   ("allocator", "compat", "tree", "lookup", "origin", "ops"),
   ("models", "data", "parallel"),
   ("algos", "train"),
-  ("assembly", "checks", "weights"),
-  ("scoring",),
+  ("assembly", "checks", "memory", "weights"),
+  ("points", "scoring"),
   ("eval",),
-  ("loop", "notebook", "evaluation"),
+  ("loop", "notebook", "evaluation", "recorder"),
   ("sweeps", "plan", "report", "launch", "publish", "catalogue"),
   ("verbs", "cli"),
 )

@@ -15,7 +15,7 @@ LAYOUTS = {
   "packed, repeated": ("data.shared=False",),
   "unpacked, shared": ("data.packed=False",),
   "short rows": ("data.max_row_length=40",),
-  "chunked head": ("head_chunk=5",),
+  "chunked head": ("model.head_chunk=5",),
   "spread": SPLIT,
 }
 
@@ -87,7 +87,7 @@ def test_log_probs_are_those_of_each_example_alone(layout, trees, alone):
     np.testing.assert_allclose(logps, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", [(), ("head_chunk=5",), SPLIT])
+@pytest.mark.parametrize("how", [(), ("model.head_chunk=5",), SPLIT])
 def test_kl_is_the_sum_over_the_whole_vocabulary(how, trees, alone):
   setup = assembly.prepare_model(load(*how))
   loader = scoring.loader_of(setup, ITEMS)

@@ -129,23 +129,25 @@ def completions(batch):
   return batch["completion_weights"].shape[2]
 
 
-def token_logps(apply, params, batch, chunk):
+def token_logps(apply, params, batch):
   """f32[R, S] log-probs in nats of the scored tokens; 0 at padding."""
-  return head_logps(apply(params, batch), batch, chunk)
+  return head_logps(apply(params, batch), batch)
 
 
-def head_logps(outputs, batch, chunk):
+def head_logps(outputs, batch):
   """`token_logps` from the model's outputs, (hidden, Head)."""
-  hidden, head = outputs
+  return logprobs.token_logps(*outputs, *_scored(batch))
+
+
+def head_scores(outputs, batch):
+  """logprobs.Scores from the model's outputs, (hidden, Head)."""
+  return logprobs.token_scores(*outputs, *_scored(batch))
+
+
+def _scored(batch):
+  """(sources, targets, mask) of the scored positions, [R, S] each."""
   targets = jnp.take_along_axis(batch["tokens"], batch["target_index"], axis=1)
-  return logprobs.token_logps(
-    hidden,
-    head,
-    batch["source_index"],
-    targets,
-    scored_mask(batch),
-    chunk=chunk,
-  )
+  return batch["source_index"], targets, scored_mask(batch)
 
 
 def completion_sums(values, batch):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.algos import base
-from dpo_jax.ops import logprobs
+from dpo_jax.ops import distributions, logprobs
 
 
 class Scored(NamedTuple):
@@ -17,7 +17,6 @@ class Scored(NamedTuple):
     token_logps, ref_token_logps: f32[R, S] in nats; zeros without a reference.
     outputs: (hidden, Head) of the policy.
     step: i32, updates done.
-    chunk: of the vocabulary head.
   """
 
   batch: dict
@@ -25,7 +24,6 @@ class Scored(NamedTuple):
   ref_token_logps: jax.Array
   outputs: Any
   step: jax.Array
-  chunk: int | None
 
 
 def of_completions(scored, values):
@@ -49,12 +47,11 @@ def sum_sq_probs(scored):
   """Σ_t log Σ_v π(v)² over a completion, without gradient."""
   hidden, head = jax.lax.stop_gradient(scored.outputs)
   batch = scored.batch
-  per_token = logprobs.token_log_sum_sq(
+  per_token = distributions.token_log_sum_sq(
     hidden,
     head,
     batch["source_index"],
     base.scored_mask(batch),
-    chunk=scored.chunk,
   )
   return of_completions(scored, per_token)
 
@@ -62,12 +59,11 @@ def sum_sq_probs(scored):
 def sequence_kl(scored):
   """Σ_t KL(π_ref ‖ π) over a completion, in nats."""
   batch = scored.batch
-  per_token = logprobs.token_kl(
+  per_token = distributions.token_kl(
     *batch["ref_outputs"],
     *scored.outputs,
     batch["source_index"],
     base.scored_mask(batch),
-    chunk=scored.chunk,
   )
   return of_completions(scored, per_token)
 

@@ -23,7 +23,7 @@ def make(config, apply):
   """The Algorithm of `config.loss`.
 
   Args:
-    config: reads loss, ref, ref_mix, ref_every, lora, data and head_chunk.
+    config: reads loss, ref, ref_mix, ref_every, lora, data and log.tokens.
     apply: (params, batch) -> (hidden, Head).
   """
   parts = parts_lib.of(config.loss)
@@ -37,14 +37,15 @@ def make(config, apply):
     prepare = functools.partial(
       reference_logps,
       apply=apply,
-      chunk=config.head_chunk,
       outputs="sequence_kl" in wanted,
     )
-  options = {"wanted": tuple(sorted(wanted)), "with_ref": with_ref}
+  options = {
+    "wanted": tuple(sorted(wanted)),
+    "with_ref": with_ref,
+    "tokens": config.log.tokens,
+  }
   return base.Algorithm(
-    features=functools.partial(
-      features, apply=apply, chunk=config.head_chunk, **options
-    ),
+    features=functools.partial(features, apply=apply, **options),
     combine=functools.partial(
       combine, parts=parts, sources_count=count, with_ref=with_ref
     ),
@@ -62,7 +63,7 @@ def make(config, apply):
   )
 
 
-def reference_logps(batch, frozen, extra, *, apply, chunk, outputs):
+def reference_logps(batch, frozen, extra, *, apply, outputs):
   """Adds ref_token_logps f32[R, S], unless the batch brings them.
 
   Args:
@@ -82,12 +83,14 @@ def reference_logps(batch, frozen, extra, *, apply, chunk, outputs):
       "ref = 'frozen'"
     )
   found = jax.lax.stop_gradient(apply(params, batch))
-  logps = base.head_logps(found, batch, chunk)
+  logps = base.head_logps(found, batch)
   batch = {**batch, "ref_token_logps": jax.lax.stop_gradient(logps)}
   return {**batch, "ref_outputs": found} if outputs else batch
 
 
-def features(params, frozen, batch, hparams, *, apply, chunk, wanted, with_ref):
+def features(
+  params, frozen, batch, hparams, *, apply, wanted, with_ref, tokens
+):
   """What the losses read of each comparison.
 
   Each completion's log-prob is computed once and gathered by `pairs`, so four
@@ -99,16 +102,20 @@ def features(params, frozen, batch, hparams, *, apply, chunk, wanted, with_ref):
     batch: rows with ref_token_logps, see data.rows.
     hparams: reads "step".
     wanted: names of needs.NEEDS.
+    tokens: whether to add the entropy and the top-1 hits of the scored tokens.
   Returns: (moving, fixed): dicts of arrays [R, Q, …]; losses are differentiated
     through `moving` alone.
   """
   del frozen
   outputs = apply(params, batch)
-  token_logps = base.head_logps(outputs, batch, chunk)
+  if tokens:
+    token_logps, *more = base.head_scores(outputs, batch)
+  else:
+    token_logps, more = base.head_logps(outputs, batch), ()
   # Without a reference the log-ratio of the loss is the policy's own log-prob.
   ref = batch["ref_token_logps"] if with_ref else jnp.zeros_like(token_logps)
   step = hparams.get("step", 0)
-  scored = needs_lib.Scored(batch, token_logps, ref, outputs, step, chunk)
+  scored = needs_lib.Scored(batch, token_logps, ref, outputs, step)
   pairs, count = batch["pairs"], base.completions(batch)
   ended = batch["ended"].reshape(batch["ended"].shape[0], -1)
   values = {
@@ -119,6 +126,8 @@ def features(params, frozen, batch, hparams, *, apply, chunk, wanted, with_ref):
     "weights": batch["weights"],
     "source": logprobs.select(batch["source"], pairs[..., 0] // count),
   }
+  for name, found in zip(("entropy", "top1"), more, strict=False):
+    values[name] = needs_lib.of_completions(scored, found)
   for name in wanted:
     if name not in values and name not in needs_lib.KEPT:
       values[name] = needs_lib.NEEDS[name](scored)
@@ -159,6 +168,7 @@ def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
     plain = {name: value for name, (value, _) in metrics.items()}
     more = diagnostics.of_pairs(plain, fixed, ratios if reads else None)
     metrics |= {name: (value, weights) for name, value in more.items()}
+  metrics |= _of_tokens(fixed)
   sourced = metrics
   if len(parts) == 1:
     sourced = {**metrics, "loss": terms[parts[0].name]}
@@ -171,6 +181,24 @@ def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
     drift = jnp.max(jnp.abs(jax.lax.stop_gradient(ratios)), axis=-1)
     peaks["drift/largest"] = drift, weights
   return base.Terms(terms, metrics, peaks, kept)
+
+
+def _of_tokens(fixed):
+  """Entropy (nats) and top-1 accuracy per token, where `features` had them.
+
+  Of all completions that are compared; of labelled ones, of the first, since
+  another may be there that nobody trains.
+  """
+  of = slice(0, 1) if "labels" in fixed else slice(None)
+  count = jnp.sum(fixed["lengths"][..., of], axis=-1)
+  return {
+    name: (
+      jnp.sum(fixed[name][..., of], axis=-1) / jnp.maximum(count, 1),
+      fixed["weights"] * count,
+    )
+    for name in ("entropy", "top1")
+    if name in fixed
+  }
 
 
 def _weighted(value, weights):

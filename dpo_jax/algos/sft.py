@@ -2,6 +2,9 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
+
 from dpo_jax import lookup
 from dpo_jax.algos import base
 from dpo_jax.ops import losses
@@ -13,19 +16,29 @@ def make(config, apply):
   if config.ref != "none":
     raise ValueError(f"ref = {config.ref!r} has no effect with algo 'sft'")
   return base.Algorithm(
-    functools.partial(features, apply=apply, chunk=config.head_chunk),
+    functools.partial(features, apply=apply, tokens=config.log.tokens),
     combine,
     base.no_preparation,
   )
 
 
-def features(params, frozen, batch, hparams, *, apply, chunk):
-  """Log-prob, length and weight of every completion, f32[R, P·C]."""
+def features(params, frozen, batch, hparams, *, apply, tokens):
+  """Log-prob, length and weight of every completion, f32[R, P·C].
+
+  With `tokens` the sums of entropy and top-1 hits too.
+  """
   del frozen, hparams
-  token_logps = base.token_logps(apply, params, batch, chunk)
+  outputs, more = apply(params, batch), ()
+  if tokens:
+    token_logps, *more = base.head_scores(outputs, batch)
+  else:
+    token_logps = base.head_logps(outputs, batch)
   policy = base.completion_sums(token_logps, batch)
   weights = batch["completion_weights"].reshape(policy.shape)
-  return policy, {"lengths": base.lengths(batch), "weights": weights}
+  fixed = {"lengths": base.lengths(batch), "weights": weights}
+  for name, values in zip(("entropy", "top1"), more, strict=False):
+    fixed[name] = base.completion_sums(values, batch)
+  return policy, jax.lax.stop_gradient(fixed)
 
 
 def combine(policy, fixed, extra, hparams):
@@ -36,4 +49,7 @@ def combine(policy, fixed, extra, hparams):
   value, factor = out["loss"]
   per_token = value, factor * weights
   metrics = {"logps/chosen": (policy, weights), "nll": per_token}
+  for name in fixed.keys() & {"entropy", "top1"}:
+    of = fixed[name] / jnp.maximum(lengths, 1)
+    metrics[name] = of, weights * lengths
   return base.Terms({"sft": per_token}, metrics)

@@ -35,6 +35,14 @@ class RopeScaling:
   magnitude: float = 1.0
 
 
+# Fields that say how a model is computed, not which one it is.
+RUNTIME = ("dtype", "attention", "remat", "head_chunk", "unroll")
+# What the backward pass computes again: nothing; the whole block; all but the
+# products with weights; all but the projections of attention and its result;
+# or that, which waits in the host's memory.
+REMAT = ("auto", "none", "full", "dots", "names", "offload")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Shape and block structure of a decoder. Letters as in the design.
@@ -69,8 +77,12 @@ class ModelConfig:
     attention_scale: factor on q·k; None is H^-½.
     attention_softcap, logit_softcap: c in c·tanh(x / c), or None.
     dtype: "float32" or "bfloat16", of the activations; parameters are f32.
-    attention: implementation in ops.attention.ATTENTION.
-    remat: recompute each block in the backward pass.
+    attention: implementation in ops.attention.ATTENTION; "auto" goes by
+      platform and shape.
+    remat: what of each block the backward pass computes again, of
+      transformer.REMAT; "auto" goes by memory.
+    head_chunk: scored positions of a row per step of the head, see
+      logprobs.Head; None goes by memory.
     unroll: periods of layer_pattern per turn of the loop over them. More
       compile longer; all of a small model's spare copies in and out of it.
   """
@@ -107,8 +119,9 @@ class ModelConfig:
   attention_softcap: float | None = None
   logit_softcap: float | None = None
   dtype: str = "float32"
-  attention: str = "tiled"
-  remat: bool = False
+  attention: str = "auto"
+  remat: str = "auto"
+  head_chunk: int | None = None
   unroll: int = 1
 
   def __post_init__(self):
@@ -165,6 +178,7 @@ def _check_choices(config):
     "position": ("learned", "rotary"),
     "activation": ("gelu", "gelu_tanh", "silu"),
     "dtype": ("float32", "bfloat16"),
+    "remat": REMAT,
   }
   for field, values in allowed.items():
     if getattr(config, field) not in values:

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from dpo_jax import tree
+from dpo_jax.models import config as config_lib
 from dpo_jax.models import families, keys
 
 FILE_BYTES = 5_000_000_000  # a file of a larger checkpoint
@@ -99,8 +100,8 @@ def describe(config, vocab_size):
     raw = _neox(config)
   raw["vocab_size"] = vocab_size
   found, _ = families.read(raw)
-  runtime = ("dtype", "attention", "remat", "unroll")
-  found = dataclasses.replace(found, **{n: getattr(config, n) for n in runtime})
+  runtime = {name: getattr(config, name) for name in config_lib.RUNTIME}
+  found = dataclasses.replace(found, **runtime)
   differ = [
     field.name
     for field in dataclasses.fields(config)

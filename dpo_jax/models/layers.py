@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import ad_checkpoint
 
 from dpo_jax.models import axes, lora, rope
 from dpo_jax.models import config as config_lib
@@ -18,6 +19,10 @@ _ACTIVATIONS = {
   "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
   "silu": nn.silu,
 }
+
+
+# What remat = "names" keeps of a block, and "offload" moves to the host.
+KEPT = ("q", "k", "v", "attended")
 
 
 class Context(NamedTuple):
@@ -122,6 +127,7 @@ class Attention(nn.Module):
     if self.kind in context.rope:
       tables = context.rope[self.kind]
       q, k = rope.rotate(q, tables), rope.rotate(k, tables)
+    q, k, v = map(ad_checkpoint.checkpoint_name, (q, k, v), KEPT[:3])
     scale = c.attention_scale
     kwargs = {
       "window": c.window if self.kind == "window" else None,
@@ -138,6 +144,7 @@ class Attention(nn.Module):
         for buffer, new in zip(cache, (k, v), strict=True)
       )
       out = attention.cached(q, *cache, context.positions, **kwargs)
+    out = ad_checkpoint.checkpoint_name(out, KEPT[3])
     out = axes.constrain(out, "rows", None, "heads", None)
     std = 0.02 * (2 * c.layers) ** -0.5
     shape = (c.heads, c.head_dim), (c.embed,)

@@ -3,6 +3,7 @@
 Linen stays inside this file: `build` returns pure functions of a nested dict.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,20 @@ from dpo_jax import lookup
 from dpo_jax.models import axes, layers, rope
 from dpo_jax.models import config as config_lib
 from dpo_jax.ops import attention, logprobs
+from dpo_jax.ops.attention import choice
+
+_policies = jax.checkpoint_policies
+_POLICIES = {  # of config.REMAT
+  "full": _policies.nothing_saveable,
+  "dots": _policies.dots_with_no_batch_dims_saveable,
+  "names": _policies.save_only_these_names(*layers.KEPT),
+  "offload": _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=list(layers.KEPT),
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+}
 
 
 class Model(NamedTuple):
@@ -142,10 +157,13 @@ def _run(config, kinds, params, x, context, cache):
     module = layers.Block(c, kind)
     return module.apply({"params": params}, x, context, cache)
 
-  if c.remat:
+  if c.remat not in ("auto", "none"):
     # A loop of one turn is no loop: there the compiler would merge the two.
     block = jax.checkpoint(
-      block, prevent_cse=unroll == turns, static_argnums=(0, 1)
+      block,
+      prevent_cse=unroll == turns,
+      static_argnums=(0, 1),
+      policy=_POLICIES[c.remat],
     )
 
   def body(x, inputs):
@@ -167,6 +185,53 @@ def _run(config, kinds, params, x, context, cache):
   return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cache)
 
 
+def with_kernel(model, device, shared):
+  """The Model with the attention kernel of a device, where it has one.
+
+  Args:
+    model: Model.
+    device: one of those that it runs on.
+    shared: whether completions share one copy of the prompt.
+  Raises: ValueError if model.config.attention does not fit.
+  """
+  name, _ = choice.resolve(
+    model.config.attention,
+    choice.platform(device),
+    **_attention_facts(model.config, shared),
+  )
+  config = dataclasses.replace(model.config, attention=name)
+  return build(config, model.vocab_size)
+
+
+def attention_line(asked, model, device, shared, shapes, splits):
+  """What a run attends with and why, in a line for its log.
+
+  Args:
+    asked: config.model.attention.
+    model, device, shared: of `with_kernel`, before or after it.
+    shapes: the data.rows.Shape of the batches.
+    splits: how many ways devices and microbatches split rows, and heads.
+  """
+  return choice.describe(
+    asked,
+    choice.platform(device),
+    shapes,
+    model.config.heads,
+    splits,
+    **_attention_facts(model.config, shared),
+  )
+
+
+def _attention_facts(config, shared):
+  """What ops.attention.choice depends on, but for the platform."""
+  return {
+    "shared": shared,
+    "dtype": config.dtype,
+    "head_dim": config.head_dim,
+    "softcap": config.attention_softcap,
+  }
+
+
 def build(config, vocab_size):
   """The Model of a ModelConfig for a vocabulary of `vocab_size` tokens."""
   lookup.lookup(attention.ATTENTION, config.attention, "model.attention")
@@ -179,10 +244,16 @@ def build(config, vocab_size):
   def head_of(params):
     if config.tied:
       kernel = axes.constrain(params["embed"]["tokens"], "vocab", None).T
-      return logprobs.Head(kernel, None, vocab_size, config.logit_softcap)
-    head = params["head"]
-    kernel, bias = head["kernel"], head.get("bias")
-    return logprobs.Head(kernel, bias, vocab_size, config.logit_softcap)
+      bias = None
+    else:
+      kernel, bias = params["head"]["kernel"], params["head"].get("bias")
+    return logprobs.Head(
+      kernel,
+      bias,
+      vocab_size,
+      softcap=config.logit_softcap,
+      chunk=config.head_chunk,
+    )
 
   def init(rng):
     tokens = jnp.zeros((1, 1), jnp.int32)

@@ -36,6 +36,9 @@ class Head:
     vocab_size: real tokens; columns from here on only pad V.
     softcap: c in c·tanh(logits / c), or None.
     scale: factor on the logits, or None.
+    chunk: scored positions of a row per step of the loop over them, whose
+      logits are computed again in the backward pass; None does all at once and
+      stores them.
   """
 
   kernel: jax.Array
@@ -43,6 +46,21 @@ class Head:
   vocab_size: int = flax.struct.field(pytree_node=False)
   softcap: float | None = flax.struct.field(pytree_node=False, default=None)
   scale: float | None = flax.struct.field(pytree_node=False, default=None)
+  chunk: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+class Scores(NamedTuple):
+  """What the head says of the scored tokens, each f32[R, S]; 0 where masked.
+
+  Attributes:
+    logps: log p(target) in nats; differentiable.
+    entropy: −Σ_v p(v) log p(v) in nats.
+    top1: whether no token is more likely than the target.
+  """
+
+  logps: jax.Array
+  entropy: jax.Array
+  top1: jax.Array
 
 
 class _Static(NamedTuple):
@@ -50,6 +68,7 @@ class _Static(NamedTuple):
   vocab_size: int
   softcap: float | None
   scale: float | None
+  more: bool = False
 
 
 def logits(hidden, head):
@@ -58,7 +77,7 @@ def logits(hidden, head):
   return _logits(static, None, hidden, head.kernel, head.bias)
 
 
-def token_logps(hidden, head, source_index, targets, mask, *, chunk):
+def token_logps(hidden, head, source_index, targets, mask):
   """log p(target) from the hidden state that predicts it.
 
       logps[r, s] = log softmax(logits(hidden[r, source_index[r, s]]))[target]
@@ -69,20 +88,31 @@ def token_logps(hidden, head, source_index, targets, mask, *, chunk):
     source_index: i32[R, S] row positions.
     targets: i32[R, S] token ids.
     mask: bool[R, S]; where False the result is 0 and nothing is differentiated.
-    chunk: scored positions of a row per step of the loop, whose logits are
-      recomputed in the backward pass; None does all at once and stores them.
   Returns: f32[R, S] in nats.
   """
-  static = _Static(chunk, head.vocab_size, head.softcap, head.scale)
-  logps = _token_logps(
-    static,
-    hidden,
-    head.kernel,
-    head.bias,
-    jnp.where(mask, source_index, 0),
-    jnp.where(mask, targets, 0),
+  return _scores(hidden, head, source_index, targets, mask, False)[0]
+
+
+def token_scores(hidden, head, source_index, targets, mask):
+  """`token_logps` with the entropy and top-1 hits of the same chunks.
+
+  Args: as `token_logps`.
+  Returns: Scores; nothing is differentiated through entropy and top1.
+  """
+  found = _scores(hidden, head, source_index, targets, mask, True)
+  return Scores(*found)
+
+
+def _scores(hidden, head, source_index, targets, mask, more):
+  """The f32[R, S] of `Scores`, the first alone without `more`."""
+  static = _Static(head.chunk, head.vocab_size, head.softcap, head.scale, more)
+  source_index, targets = (
+    jnp.where(mask, x, 0) for x in (source_index, targets)
   )
-  return jnp.where(mask, logps, 0.0)
+  found = _token_scores(
+    static, hidden, head.kernel, head.bias, source_index, targets
+  )
+  return tuple(jnp.where(mask, x, 0.0) for x in found)
 
 
 def completion_logps(token_logps, target_slot, slots):
@@ -100,54 +130,6 @@ def completion_logps(token_logps, target_slot, slots):
   return jnp.sum(jnp.where(member, token_logps[..., None], 0.0), axis=1)
 
 
-def token_kl(hidden, head, ref_hidden, ref_head, source_index, mask, *, chunk):
-  """KL(π ‖ π_ref) of the next token at each scored position, in nats.
-
-      kl[r, s] = Σ_v π(v) [log π(v) − log π_ref(v)], given all before it
-
-  Args:
-    hidden, ref_hidden: [R, T, D] of policy and reference.
-    head, ref_head: their output layers.
-    source_index: i32[R, S] row positions that predict the scored tokens.
-    mask: bool[R, S]; 0 where False.
-    chunk: scored positions of a row per step; None does all at once.
-  Returns: f32[R, S].
-  """
-
-  def kl(source):
-    ours = logits(attention.take_rows(hidden, source), head)
-    theirs = logits(attention.take_rows(ref_hidden, source), ref_head)
-    logp, logq = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
-    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
-
-  return _by_chunk(kl, source_index, mask, chunk)
-
-
-def token_log_sum_sq(hidden, head, source_index, mask, *, chunk):
-  """log Σ_v π(v)² of the next token at each scored position.
-
-  Args: as `token_kl`, of one model.
-  Returns: f32[R, S], at most 0.
-  """
-
-  def log_sum_sq(source):
-    out = logits(attention.take_rows(hidden, source), head)
-    return jax.nn.logsumexp(2 * jax.nn.log_softmax(out), axis=-1)
-
-  return _by_chunk(log_sum_sq, source_index, mask, chunk)
-
-
-def _by_chunk(fn, source_index, mask, chunk):
-  """fn(positions [R, chunk]) at all scored positions; 0 where masked.
-
-  Each chunk is computed again in the backward pass, which stores no logits.
-  """
-  (sources,) = _chunks(chunk, jnp.where(mask, source_index, 0))
-  body = jax.checkpoint(lambda _, source: (None, fn(source)))
-  _, values = jax.lax.scan(body, None, sources)
-  return jnp.where(mask, _unchunk(values, source_index.shape[1]), 0.0)
-
-
 def select(values, index):
   """values[r, index[r, ...]] of f32[R, N] by compare-and-sum."""
   member = index[..., None] == jnp.arange(values.shape[1])
@@ -158,7 +140,7 @@ def select(values, index):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logps(static, hidden, kernel, bias, source, targets):
+def _token_scores(static, hidden, kernel, bias, source, targets):
   return _fwd(static, hidden, kernel, bias, source, targets)[0]
 
 
@@ -168,8 +150,8 @@ def _fwd(static, hidden, kernel, bias, source, targets):
     (_ROWS, _KERNEL, _COLUMNS, _ROWS, _ROWS),
     (_ROWS, _ROWS, _LOGITS),
   )
-  logps, lse, stored = forward(hidden, kernel, bias, source, targets)
-  return logps, (hidden, kernel, bias, source, targets, lse, stored)
+  found, lse, stored = forward(hidden, kernel, bias, source, targets)
+  return found, (hidden, kernel, bias, source, targets, lse, stored)
 
 
 def _bwd(static, residual, grad):
@@ -178,11 +160,11 @@ def _bwd(static, residual, grad):
     (_ROWS, _KERNEL, _COLUMNS, _ROWS, _ROWS, _ROWS, _LOGITS, _ROWS),
     (_ROWS, _KERNEL, _COLUMNS),
   )
-  hidden, kernel, bias = backward(*residual, grad)
+  hidden, kernel, bias = backward(*residual, grad[0])
   return hidden, kernel, bias, None, None
 
 
-_token_logps.defvjp(_fwd, _bwd)
+_token_scores.defvjp(_fwd, _bwd)
 
 
 def _sharded(fn, in_specs, out_specs):
@@ -219,7 +201,7 @@ def _logits(static, columns, hidden, kernel, bias):
   return jnp.where(columns < static.vocab_size, out, _HIDDEN)
 
 
-def _chunks(chunk, *arrays, fill=0):
+def chunks(chunk, *arrays, fill=0):
   """[R, S] arrays as [n, R, chunk], padded; n = 1 without a chunk."""
   length = arrays[0].shape[1]
   chunk = length if chunk is None else min(chunk, length)
@@ -233,14 +215,14 @@ def _chunks(chunk, *arrays, fill=0):
   )
 
 
-def _unchunk(x, length):
+def unchunk(x, length):
   """[n, R, chunk, ...] back to [R, S, ...]."""
   x = jnp.moveaxis(x, 0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _forward(static, on_mesh, hidden, kernel, bias, source, targets):
-  """Local rows and columns: (logps [R, S], log Σ exp [R, S], logits | None)."""
+  """Local rows and columns: (of Scores, log Σ exp, logits | None)."""
   columns = _columns(on_mesh, kernel.shape[1])
 
   def body(_, xs):
@@ -251,22 +233,31 @@ def _forward(static, on_mesh, hidden, kernel, bias, source, targets):
     total = jnp.sum(jnp.exp(out - top[..., None]), axis=-1)
     hit = columns == targets[..., None]
     target = jnp.sum(jnp.where(hit, out, 0.0), axis=-1)
+    mean = None  # Σ exp(out − top) · (out − top)
+    if static.more:
+      below = out - top[..., None]
+      mean = jnp.sum(jnp.exp(below) * below, axis=-1)
     stored = out if static.chunk is None else None
-    return None, (top, total, target, stored)
+    return None, (top, total, target, mean, stored)
 
-  chunks = _chunks(static.chunk, source, targets)
-  _, (top, total, target, stored) = jax.lax.scan(body, None, chunks)
-  length = source.shape[1]
-  top, total, target = (_unchunk(x, length) for x in (top, total, target))
+  _, found = jax.lax.scan(body, None, chunks(static.chunk, source, targets))
+  top, total, target, mean, stored = jax.tree.map(
+    lambda x: unchunk(x, source.shape[1]), found
+  )
   if on_mesh:
     highest = jax.lax.pmax(top, reduce.TENSOR)
-    total *= jnp.exp(top - highest)
-    total, target = jax.lax.psum((total, target), reduce.TENSOR)
+    factor = jnp.exp(top - highest)
+    if static.more:
+      mean = factor * (mean + total * (top - highest))
+    total, target, mean = jax.lax.psum(
+      (factor * total, target, mean), reduce.TENSOR
+    )
     top = highest
   lse = top + jnp.log(total)
-  if stored is not None:
-    stored = _unchunk(stored, length)
-  return target - lse, lse, stored
+  found = (target - lse,)
+  if static.more:
+    found += jnp.log(total) - mean / total, (target >= top).astype(jnp.float32)
+  return found, lse, stored
 
 
 def _backward(
@@ -303,11 +294,11 @@ def _backward(
     None if bias is None else jnp.zeros(bias.shape, jnp.float32),
   )
   # exp(logit − ∞) = 0 at padding; with 0 it would overflow for large logits.
-  (lse,) = _chunks(static.chunk, lse, fill=jnp.inf)
-  source_chunks, targets, grad = _chunks(static.chunk, source, targets, grad)
-  chunks = source_chunks, targets, lse, grad
-  (d_kernel, d_bias), d_h = jax.lax.scan(body, carry, chunks)
-  d_h = _unchunk(d_h, source.shape[1])
+  (lse,) = chunks(static.chunk, lse, fill=jnp.inf)
+  sources, targets, grad = chunks(static.chunk, source, targets, grad)
+  xs = sources, targets, lse, grad
+  (d_kernel, d_bias), d_h = jax.lax.scan(body, carry, xs)
+  d_h = unchunk(d_h, source.shape[1])
   d_hidden = jax.vmap(lambda i, d: jnp.zeros(hidden.shape[1:]).at[i].add(d))(
     source, d_h
   )

@@ -6,11 +6,12 @@ from etils import epath
 from ml_collections import config_dict
 
 # A resumed run may differ from the saved one in these fields only: how long,
-# what is reported, and on which devices.
+# what is reported, how it is computed, and on which devices.
 FREE_FIELDS = (
   "workdir",
   "ref_store",
   "sample.",
+  "sweep.",
   "train.steps",
   "train.epochs",
   "train.max_noise",
@@ -18,9 +19,14 @@ FREE_FIELDS = (
   "audit.",
   "export.",
   "data.eval",
+  "data.token_cache",
   "eval.",
   "log.",
   "mesh.",
+  "model.attention",
+  "model.remat",
+  "model.head_chunk",
+  "model.unroll",
 )
 
 
@@ -52,6 +58,12 @@ def upgraded(config):
     return config
   config = {"ref_mix": None, "ref_every": None, **config}
   config["train"] = {"max_noise": 0.1, **config["train"]}
+  config["data"] = {"token_cache": None, **config["data"]}
+  config["log"] = {"tokens": False, "profile": False, **config["log"]}
+  if "head_chunk" in config:
+    chunk, remat = config.pop("head_chunk"), config["model"]["remat"]
+    remat = "full" if remat else "none"
+    config["model"] = {**config["model"], "head_chunk": chunk, "remat": remat}
   if config.get("lora") is not None and config.get("ref") == "frozen":
     config["ref"] = "base"  # as an adapter's reference is called now
   return config

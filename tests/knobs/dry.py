@@ -22,6 +22,7 @@ from dpo_jax import (
   assembly,
   cli,
   loop,
+  points,
   publish,
   scoring,
   sweeps,
@@ -207,18 +208,26 @@ def sampling(plan):
 
 
 def sweeping(plan):
-  """What `sweep` writes beside the folders of its points."""
+  """What `sweep` trains at once, and writes beside the points' folders."""
+  made, at_once = [{}, {"optim.learning_rate": 0.5}], []
+
+  def train(runs, folders):
+    at_once.append(len(folders))
+    return 0, []
+
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(_folder())
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
     _patched(
       stack,
       (sweeps, "_reference", lambda *_: None),
-      (sweeps, "_point", lambda *_: 0),
-      (assembly, "prepare_point", lambda *_: None),
+      (sweeps, "_parts", lambda *parts: [parts[:2]]),
+      (sweeps, "_train", train),
+      (points, "prepare_point", lambda *_: None),
+      (points, "beside", lambda *_: None),
     )
-    sweeps.sweep(plan.config, [{}], folder)
-    return _files(folder)
+    sweeps.sweep(plan.config, made, folder)
+    return at_once, _files(folder)
 
 
 def auditing(plan):

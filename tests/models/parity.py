@@ -298,7 +298,7 @@ def _forward(model):
 
   def forward(params, batch):
     hidden, head = model.apply(params, batch)
-    logps = base.token_logps(lambda *_: (hidden, head), params, batch, 7)
+    logps = base.token_logps(lambda *_: (hidden, head), params, batch)
     return logprobs.logits(hidden, head), logps
 
   return jax.jit(forward, compiler_options=FAST)

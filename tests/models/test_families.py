@@ -226,7 +226,7 @@ def _our_gradient(model, params, ref_logps):
       ref[row, at] = ref_logps[int(batch["example_id"][row, p]), c] / count
   batch["ref_token_logps"] = ref
   config = base_config.get_config()
-  config.ref, config.head_chunk = "cached", 7
+  config.ref = "cached"
   algorithm = preference.make(config, model.apply)
   hparams = {"beta": BETA, "label_smoothing": 0.0}
 

@@ -106,8 +106,8 @@ def test_decoding_with_a_cache_sees_the_adapter():
   ("kind", "changes"),
   [
     ("float32", {}),
-    ("float32", {"remat": True}),
-    ("float32", {"remat": True, "layer_pattern": ("window", "full")}),
+    ("float32", {"remat": "full"}),
+    ("float32", {"remat": "full", "layer_pattern": ("window", "full")}),
     ("int8", {}),
     ("nf4", {}),
     ("float32", {"dtype": "bfloat16"}),

@@ -17,8 +17,8 @@ from tests import worlds
 NAMES = list(worlds.MODELS)
 
 
-def token_logps(model, params, batch, chunk=None):
-  return base.token_logps(model.apply, params, batch, chunk)
+def token_logps(model, params, batch):
+  return base.token_logps(model.apply, params, batch)
 
 
 def by_example(logps, batch):
@@ -125,7 +125,7 @@ def test_probabilities_of_all_sequences_sum_to_one(name):
     for sequence in itertools.product(range(vocab), repeat=length)
   ]
   batch = worlds.batch(items, row_multiple=4)
-  logps = token_logps(model, params, batch, chunk=16)
+  logps = token_logps(model, params, batch)
   sums = base.completion_sums(logps, batch)
   weights = batch["completion_weights"].reshape(sums.shape)
   total = jnp.sum(jnp.where(weights > 0, jnp.exp(sums), 0.0))
@@ -133,24 +133,54 @@ def test_probabilities_of_all_sequences_sum_to_one(name):
   assert abs(float(total) - 1) < 1e-5
 
 
-def test_remat_and_bf16_compute_the_same_function():
+@pytest.mark.parametrize("remat", ["full", "dots", "names", "offload"])
+def test_what_is_computed_again_changes_no_gradient(remat):
+  model, params = worlds.model("llama")
+  batch = worlds.batch(worlds.examples(4))
+
+  def loss(model):
+    return lambda params: jnp.sum(token_logps(model, params, batch))
+
+  again, _ = worlds.model("llama", remat=remat)
+  traced = str(jax.make_jaxpr(jax.grad(loss(again)))(params))
+  assert "remat" in traced
+  assert ("<host>" in traced) == (remat == "offload")
+  got, want = (
+    jax.jit(jax.value_and_grad(loss(m)))(params) for m in (again, model)
+  )
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_for_the_backward_pass_shrinks_with_remat():
+  """From all, over some products, to the input of each block."""
+  batch = worlds.batch(worlds.examples(12))
+  config = {"layers": 6, "head_chunk": 8}
+
+  def temporary(remat):
+    model, _ = worlds.model("gpt2", remat=remat, **config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    loss = jax.grad(lambda p: jnp.sum(token_logps(model, p, batch)))
+    compiled = jax.jit(loss).lower(params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  none, dots, names, full = map(temporary, ("none", "dots", "names", "full"))
+  assert full < names < dots < none
+
+
+def test_bf16_computes_the_same_function():
   model, params = worlds.model("llama")
   batch = worlds.batch(worlds.examples(4))
 
   def loss(model, params):
     return jnp.sum(token_logps(model, params, batch))
 
-  want = jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
-  remat, _ = worlds.model("llama", remat=True)
-  assert "remat" in str(jax.make_jaxpr(lambda p: loss(remat, p))(params))
-  got = jax.jit(jax.value_and_grad(lambda p: loss(remat, p)))(params)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  want = loss(model, params)
   half, _ = worlds.model("llama", dtype="bfloat16")
   hidden, _ = half.apply(params, batch)
   assert hidden.dtype == jnp.bfloat16
   # bf16 keeps 8 bits: 2% of a sum of some 40 log-probs.
-  np.testing.assert_allclose(loss(half, params), want[0], rtol=0.02)
+  np.testing.assert_allclose(loss(half, params), want, rtol=0.02)
 
 
 @pytest.mark.parametrize("preset", sorted(model_config.PRESETS))

@@ -1,5 +1,6 @@
 """The log-prob op against log_softmax, in every form it takes."""
 
+import contextlib
 import functools
 
 import jax
@@ -39,11 +40,10 @@ def plain(hidden, kernel, bias, source, targets, mask, *, softcap, scale):
 def ours(hidden, kernel, bias, source, targets, mask, *, chunk, **head):
   return logprobs.token_logps(
     hidden,
-    logprobs.Head(kernel, bias, REAL, **head),
+    logprobs.Head(kernel, bias, REAL, chunk=chunk, **head),
     source,
     targets,
     mask,
-    chunk=chunk,
   )
 
 
@@ -134,11 +134,9 @@ def test_chunked_memory_does_not_grow_with_scored_positions_times_vocabulary():
     )
 
     def total(hidden, kernel, source, targets):
-      head = logprobs.Head(kernel, None, vocab)
+      head = logprobs.Head(kernel, None, vocab, chunk=chunk)
       mask = source >= 0
-      return jnp.sum(
-        logprobs.token_logps(hidden, head, source, targets, mask, chunk=chunk)
-      )
+      return jnp.sum(logprobs.token_logps(hidden, head, source, targets, mask))
 
     compiled = jax.jit(jax.grad(total, (0, 1))).lower(
       hidden, kernel, source, targets
@@ -149,6 +147,39 @@ def test_chunked_memory_does_not_grow_with_scored_positions_times_vocabulary():
   growth = temporary_bytes(4096, 64) - temporary_bytes(1024, 64)
   assert growth < 0.05 * logits
   assert temporary_bytes(4096, None) > logits  # the test can see such an array
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("sizes", [None, (2, 1, 4, 1)])
+def test_entropy_and_top_1_hits_equal_their_definitions(sizes, chunk):
+  hidden, kernel, bias, source, targets, mask = problem()
+  rows = jnp.arange(R)[:, None]
+  out = (hidden @ kernel + bias)[rows, source, :REAL]
+  targets = targets.at[:, ::2].set(jnp.argmax(out, axis=-1)[:, ::2])
+  logps = jax.nn.log_softmax(out)
+  want = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+  hits = jnp.argmax(out, axis=-1) == targets
+  head = logprobs.Head(kernel, bias, REAL, chunk=chunk)
+
+  @jax.jit
+  def fn(hidden):
+    return logprobs.token_scores(hidden, head, source, targets, mask)
+
+  with contextlib.ExitStack() as stack:
+    if sizes is not None:
+      mesh = compat.make_mesh(jax.devices(), sizes, mesh_lib.AXES)
+      stack.enter_context(jax.set_mesh(mesh))
+    got = fn(hidden)
+    slopes = jax.grad(lambda h: jnp.sum(fn(h).logps))(hidden)
+    none = jax.grad(lambda h: jnp.sum(fn(h).entropy + fn(h).top1))(hidden)
+  np.testing.assert_allclose(got.entropy, jnp.where(mask, want, 0), atol=1e-5)
+  np.testing.assert_array_equal(got.top1, jnp.where(mask, hits, 0))
+  assert 0 < int(jnp.sum(hits & mask)) < int(jnp.sum(mask))
+  args = hidden, kernel, bias, source, targets, mask
+  np.testing.assert_allclose(got.logps, ours(*args, chunk=chunk), rtol=1e-6)
+  alone = jax.grad(lambda h: jnp.sum(ours(h, *args[1:], chunk=chunk)))(hidden)
+  np.testing.assert_allclose(slopes, alone, rtol=1e-5, atol=1e-6)
+  assert not np.any(none)
 
 
 def test_completion_sums_and_selection_equal_a_loop():

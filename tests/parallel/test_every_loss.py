@@ -9,7 +9,6 @@ import pytest
 
 from configs import losses as fields
 from dpo_jax.algos import base, parts, preference
-from dpo_jax.data import comparisons, sources
 from dpo_jax.ops import losses, reduce
 from dpo_jax.train import step as step_lib
 from tests import worlds
@@ -25,8 +24,8 @@ ITEMS = worlds.examples(16, seed=1, completions=4)
 
 
 @functools.cache
-def config_of(loss, chunk=None):
-  return topology.config_of(loss=loss, chunk=chunk)
+def config_of(loss):
+  return topology.config_of(loss=loss)
 
 
 def items_of(loss):
@@ -37,13 +36,12 @@ def items_of(loss):
     scores = tuple(float(len(ranks) - k) for k in ranks)
     items.append(e._replace(ranking=ranks, scores=scores))
   kind = parts.kind_of(config_of(loss).loss)
-  policy = sources.Policy("error")
-  return comparisons.arrange(items, kind, loss == "odpo", policy)
+  return worlds.arranged(items, kind, loss == "odpo")
 
 
-def compute(loss, chunk=None, **topology_of):
+def compute(loss, **topology_of):
   """(gradient, metrics, parameters after a step) of a loss."""
-  config = config_of(loss, chunk)
+  config = config_of(loss)
   hparams = base.numeric_fields(config.loss)
   if "beta" in hparams:
     hparams["beta"] = max(hparams["beta"], 0.05)  # or rounding is all there is

@@ -25,8 +25,8 @@ _COLLECTIVE = re.compile(
 @functools.cache
 def compiled(name, accumulation=1):
   """(compiled step, batch, params) with a chunked head on the mesh."""
-  model, params = worlds.model(name)
-  algorithm = preference.make(topology.config_of(chunk=7), model.apply)
+  model, params = worlds.model(name, head_chunk=7)
+  algorithm = preference.make(topology.config_of(), model.apply)
   options = config_dict.ConfigDict({**topology.MESH, "context": 1})
   mesh = mesh_lib.make(options)
   state = topology.make_state(params)

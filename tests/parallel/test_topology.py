@@ -37,11 +37,10 @@ HPARAMS = {
 }
 
 
-def config_of(algo="preference", loss="dpo", chunk=None):
+def config_of(algo="preference", loss="dpo"):
   config = base_config.get_config()
   config.algo, config.loss = algo, losses.loss(loss)
   config.ref = "frozen" if losses.needs_reference(loss) else "none"
-  config.head_chunk = chunk
   return config
 
 
@@ -77,6 +76,7 @@ def compute(
   config=None,
   algo=preference,
   attention="tiled",
+  chunk=None,
   accumulation=1,
   mesh=None,
   mode="jit",
@@ -85,7 +85,7 @@ def compute(
   **layout,
 ):
   """Runs gradient_and_step in one topology and layout."""
-  model, params = worlds.model(name, attention=attention)
+  model, params = worlds.model(name, attention=attention, head_chunk=chunk)
   algorithm = algo.make(config or config_of(), model.apply)
   state = make_state(params, algorithm.extra(params))
   batch = worlds.batch(items, **layout)
@@ -137,7 +137,7 @@ def assert_equal_up_to_rounding(got, want):
 
 LAYOUTS = {
   "packed, shared": {"extra": 3},
-  "packed, shared, chunked head": {"config": config_of(chunk=7)},
+  "packed, shared, chunked head": {"chunk": 7},
   "packed, shared, dense": {"attention": "xla"},
   "packed, repeated": {"shared": False},
   "unpacked, shared": {"packed": False},
@@ -152,7 +152,7 @@ DEVICES = {
   "mesh 2x2x2, chunked head": {
     "mesh": MESH,
     "row_multiple": 4,
-    "config": config_of(chunk=7),
+    "chunk": 7,
   },
   "mesh 2x2x2, accumulation": {
     "mesh": MESH,
@@ -215,8 +215,8 @@ def test_vmap_over_beta_equals_one_run_for_each():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_vmap_over_whole_states_equals_one_step_for_each(dtype):
   """Three small models in one program, one batch, the head chunked."""
-  model, params = worlds.model("llama", dtype=dtype)
-  algorithm = preference.make(config_of(chunk=7), model.apply)
+  model, params = worlds.model("llama", dtype=dtype, head_chunk=7)
+  algorithm = preference.make(config_of(), model.apply)
   fn, batch = gradient_and_step(algorithm, 1, None), worlds.batch(ITEMS)
   states = [make_state(worlds.noisy(params, 20 + i, 0.02)) for i in range(3)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
@@ -253,16 +253,16 @@ def test_four_completions_serving_six_pairs_equal_six_separate_pairs():
 
 def test_a_planted_window_by_row_index_fails(monkeypatch):
   """The same comparison, with the bug it is there to catch."""
-  from dpo_jax.ops import attention
+  from dpo_jax.ops.attention import rule
 
-  right = attention.visible
+  right = rule.visible
 
   def wrong(positions, segment_ids, branch_ids, window):
     rows = jnp.broadcast_to(jnp.arange(positions.shape[-1]), positions.shape)
     return right(rows, segment_ids, branch_ids, window)
 
   want = truth("window")
-  monkeypatch.setattr(attention, "visible", wrong)
+  monkeypatch.setattr(rule, "visible", wrong)
   with pytest.raises(AssertionError):
     assert_equal_up_to_rounding(compute("window"), want)
 
