@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import algos, checks, lookup, weights
+from dpo_jax import algos, checks, lookup, memory, weights
 from dpo_jax.algos import base
-from dpo_jax.data import comparisons, order, rows, sources, tokenize
+from dpo_jax.data import corpus, order, rows, sources, tokenize
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.train import optim, settings
+from dpo_jax.train import optim
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 
@@ -89,6 +89,8 @@ def prepare_model(config):
   if mode == "pmap" and jax.process_count() > 1:
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
   model, tokenizer = weights.build_model(config)
+  device = mesh.devices.flat[0]
+  model = transformer.with_kernel(model, device, config.data.shared)
   return Setup(config, mesh, mode, model, tokenizer, {})
 
 
@@ -98,7 +100,7 @@ def prepare(config):
   Raises: ValueError for what the user can mend.
   """
   setup = prepare_model(config)
-  algorithm = trained_algorithm(setup)
+  trained_algorithm(setup)  # refuses what it cannot do before data are read
   rows_at_once = (
     mesh_lib.row_parallelism(setup.mesh) * config.train.accumulation
   )
@@ -110,51 +112,28 @@ def prepare(config):
     training=True,
     row_multiple=rows_at_once,
   )
+  about += "; " + transformer.attention_line(
+    *(config.model.attention, setup.model, setup.mesh.devices.flat[0]),
+    *(config.data.shared, loader.shapes, (rows_at_once, config.mesh.tensor)),
+  )
   total = total_steps(config, loader.size)
   optimizer = optim.make(config.optim, total)
   shapes = weights.trained_shapes(setup)
   checks.freeze(config.optim.freeze, shapes, optimizer)
+  largest = max(loader.shapes, key=lambda shape: shape.length)
+  setup, choice = memory.fitted(
+    setup, optimizer, largest, config.train.accumulation
+  )
+  about += f"; {choice}"
   return Run(
     setup=setup,
     loader=loader,
     about=about,
     total=total,
-    algorithm=algorithm,
+    algorithm=trained_algorithm(setup),
     optimizer=optimizer,
     hparams=hyper_params(config),
     identity=config.to_dict() | {"data_fingerprint": loader.fingerprint},
-  )
-
-
-def prepare_point(config, run):
-  """The Run of one point of a sweep.
-
-  Args:
-    config: of this point.
-    run: the point before it, or None. Where the two differ in traced fields
-      only (β, label smoothing, learning rate), data and compiled functions are
-      shared.
-  """
-  if run is None or _untraced(config) != _untraced(run.setup.config):
-    return prepare(config)
-  checks.values(config)
-  setup = run.setup._replace(config=config)
-  data = {"data_fingerprint": run.loader.fingerprint}
-  return run._replace(
-    setup=setup,
-    algorithm=trained_algorithm(setup),
-    hparams=hyper_params(config),
-    identity=config.to_dict() | data,
-  )
-
-
-def _untraced(config):
-  """The fields of a config that are compiled in, flat."""
-  flat = settings.flatten(config.to_dict())
-  numeric = base.numeric_fields(config.loss)
-  traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
-  return {k: v for k, v in flat.items() if k not in traced} | dict.fromkeys(
-    traced
   )
 
 
@@ -184,18 +163,19 @@ def build_loader(config, tokenizer, shape, spec, *, training, row_multiple):
   policy = sources.Policy(config.data.bad_records)
   field = "data.train" if training else "data.eval"
   kind = algos.kind_of(config)
-  records = sources.load(spec, comparisons.FORMS[kind], policy, field)
   weights = tuple(weight for weight, _ in sources.parse(spec, field))
-  examples, changed = tokenize.encode(records, tokenizer, config.data, policy)
   scored = "scores" in algos.needs_of(config)
-  examples = comparisons.arrange(examples, kind, scored, policy)
+  examples, changed, cached = corpus.load(
+    *(spec, field, kind, scored, tokenizer, config.data, policy),
+    loud=jax.process_index() == 0,
+  )
   layout = rows.Layout(
     config.data.packed,
     config.data.shared,
     row_multiple,
     config.data.max_row_length,
   )
-  size = order.epoch_size(order.mixture(examples, weights))
+  size = order.epoch_size(order.mixture(examples.source, weights))
   loader = loader_lib.Loader(
     examples,
     layout,
@@ -223,6 +203,8 @@ def build_loader(config, tokenizer, shape, spec, *, training, row_multiple):
   if len(weights) > 1:
     named = enumerate(part for _, part in sources.parse(spec, field))
     about += "; " + ", ".join(f"source{k} is {part}" for k, part in named)
+  if cached is not None:
+    about += f"; tokens in {cached}"
   return loader, about
 
 
@@ -285,15 +267,19 @@ def train_step(run, state):
   setup = run.setup
 
   def build():
-    step = step_lib.make(
-      run.algorithm,
-      run.optimizer,
-      accumulation=setup.config.train.accumulation,
-      axis_name=run_lib.axis_name(setup.mode),
-    )
-    return run_lib.parallelize(step, setup.mesh, setup.mode, state)
+    return run_lib.parallelize(step_body(run), setup.mesh, setup.mode, state)
 
   return setup.once("step", build)
+
+
+def step_body(run):
+  """The step of one run, not yet compiled."""
+  return step_lib.make(
+    run.algorithm,
+    run.optimizer,
+    accumulation=run.setup.config.train.accumulation,
+    axis_name=run_lib.axis_name(run.setup.mode),
+  )
 
 
 def held_out_sums(setup, algorithm, of):

@@ -15,7 +15,7 @@ from dpo_jax.train import state as state_lib
 # Fields that change neither the policy nor what is measured of it.
 _NO_MATTER = (
   *("workdir", "ref_store", "audit."),
-  *("checkpoint.", "export.", "eval.", "log.", "mesh."),
+  *("checkpoint.", "export.", "eval.", "log.", "mesh.", "sweep."),
 )
 
 

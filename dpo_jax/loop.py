@@ -3,24 +3,14 @@
 import contextlib
 import functools
 import itertools
-import json
 from typing import NamedTuple
 
 import jax
 from etils import epath
 
-from dpo_jax import assembly, scoring, tree, weights
+from dpo_jax import assembly, points, recorder, scoring, weights
 from dpo_jax.data import loader as loader_lib
-from dpo_jax.eval import preference
-from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.train import (
-  checkpoint,
-  health,
-  invariants,
-  log,
-  settings,
-  trackers,
-)
+from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
 
 
@@ -31,11 +21,13 @@ class Result(NamedTuple):
     state: the last TrainState.
     evaluation: metrics of the last evaluation, or None.
     exit_code: 0, or the code of the signal that stopped it.
+    failure: FloatingPointError that ended it, or None.
   """
 
   state: state_lib.TrainState
   evaluation: dict | None
   exit_code: int
+  failure: FloatingPointError | None
 
 
 def fit(config, workdir, run=None):
@@ -51,16 +43,78 @@ def fit(config, workdir, run=None):
     finite.
   """
   assembly.check(config)
-  first = jax.process_index() == 0
-  lock = health.lock(workdir) if first else contextlib.nullcontext()
-  with lock, health.stop_on_signal() as stop:
+  with _held([workdir]) as stop:
     run = assembly.prepare(config) if run is None else run
-    run, state = _start(run, workdir, stop)
-    keep = config.checkpoint.keep
-    with checkpoint.Checkpointer(workdir, keep=keep) as checkpoints:
-      restored = checkpoints.restore(state, run.identity)
-      state = state if restored is None else restored
-      return _train(run, state, checkpoints, workdir, stop)
+    (result,) = _fit([run], [workdir], stop)
+  if result.failure is not None:
+    raise result.failure
+  return result
+
+
+def fit_together(runs, workdirs):
+  """Trains the points of a group in one program, each into its own folder.
+
+  Args:
+    runs: list of Run, of points.beside.
+    workdirs: a run folder for each, as `fit` leaves it; all at the same step.
+  Returns: list of Result. A run whose updates are not finite fails alone.
+  Raises: ValueError as `fit`, and if the folders are at different steps.
+  """
+  with _held(workdirs) as stop:
+    return _fit(runs, workdirs, stop)
+
+
+@contextlib.contextmanager
+def _held(workdirs):
+  """Holds run folders for this process; yields the health.Stop."""
+  with contextlib.ExitStack() as held:
+    if jax.process_index() == 0:
+      for workdir in workdirs:
+        held.enter_context(health.lock(workdir))
+    yield held.enter_context(health.stop_on_signal())
+
+
+def _fit(runs, workdirs, stop):
+  """Results of one run, or of several in one program."""
+  with contextlib.ExitStack() as opened:
+    started, states, folders = [], [], []
+    for run, workdir in zip(runs, workdirs, strict=True):
+      run, state = _start(run, workdir, stop)
+      keep = run.setup.config.checkpoint.keep
+      folder = checkpoint.Checkpointer(workdir, keep=keep)
+      restored = opened.enter_context(folder).restore(state, run.identity)
+      started.append(run)
+      states.append(state if restored is None else restored)
+      folders.append(folder)
+    start = _common_step(states, workdirs, runs[0].total)
+    names = [f"{epath.Path(w).name}: " for w in workdirs]
+    recorders = [
+      recorder.Recorder(*each, start, name=name if len(runs) > 1 else "")
+      for *each, name in zip(started, workdirs, folders, names, strict=True)
+    ]
+    del state, restored
+    return _train(recorders, points.program(started, states), start, stop)
+
+
+def _common_step(states, workdirs, total):
+  """The step that all runs are at.
+
+  Raises: ValueError if they are at different ones, or beyond the last.
+  """
+  steps = [int(state.step) for state in states]
+  if len(set(steps)) > 1:
+    at = zip(workdirs, steps, strict=True)
+    raise ValueError(
+      "runs that train together must be at the same step, but "
+      + ", ".join(f"{workdir} is at {step}" for workdir, step in at)
+      + "; train them one by one: --config.sweep.together=1"
+    )
+  if steps[0] > total:
+    raise ValueError(
+      f"{workdirs[0]} is at step {steps[0]} already, and the config asks for "
+      f"{total}; raise train.steps or train.epochs, or use a new --workdir"
+    )
+  return steps[0]
 
 
 def _start(run, workdir, stop):
@@ -78,93 +132,65 @@ def _start(run, workdir, stop):
   return run, assembly.initial_state(run, params)
 
 
-def _train(run, state, checkpoints, workdir, stop):
-  setup, config = run.setup, run.setup.config
-  start, total = int(state.step), run.total
-  if start > total:
-    raise ValueError(
-      f"{workdir} is at step {start} already, and the config asks for {total}; "
-      "raise train.steps or train.epochs, or use a new --workdir"
-    )
-  first = jax.process_index() == 0
-  logger = log.Logger(
-    workdir,
-    every=config.log.every,
-    total=total,
-    start=start,
-    loud=first,
-    trackers=trackers.make(config, workdir, start) if first else (),
-  )
-  if first:
-    resolved = json.dumps(config.to_dict(), indent=2) + "\n"
-    (epath.Path(workdir) / "config.json").write_text(resolved)
-  fields = settings.flatten(config.loss.to_dict())
-  named = "".join(f", {k} {v}" for k, v in fields.items() if k != "name")
-  logger.say(f"loss {config.loss.name}{named}; reference {config.ref}")
-  logger.say(run.about)
-  sizes = mesh_lib.sizes(setup.mesh)
-  of = f" on {tree.size(state.frozen):,} frozen" if config.lora else ""
-  logger.say(
-    f"{tree.size(state.params):,} parameters{of} on {setup.mesh.devices.size} "
-    f"{jax.devices()[0].platform} device(s), mesh {sizes}, {setup.mode}; "
-    f"steps {start} to {total}"
-  )
-  logger.status("compiling the first step …")
-  step = assembly.train_step(run, state)
-  evaluate = _evaluator(run, logger)
-  evaluation, number = None, start
-
-  def check(logged):
-    if logged and logged["skipped"] >= config.train.max_skipped:
-      raise FloatingPointError(
-        f"{logged['skipped']:.0f} updates in a row were not finite; the last "
-        f"checkpoint is kept in {workdir}"
-      )
-
+def _train(recorders, program, start, stop):
+  """Steps all runs at once; what each step brings goes to each run's folder."""
+  lead, state, number = recorders[0].run, program.state, start
+  config, total = lead.setup.config, lead.total
+  recorders[0].describe(state, start, len(recorders))
   batches = loader_lib.prefetch(
-    functools.partial(assembly.place_batch, setup, run.loader),
+    functools.partial(assembly.place_batch, lead.setup, lead.loader),
     range(start, total),
   )
-  with contextlib.closing(batches), contextlib.closing(logger):
+  with contextlib.ExitStack() as closing:
+    closing.enter_context(contextlib.closing(batches))
+    for each in recorders:
+      closing.enter_context(contextlib.closing(each.logger))
     for number, (batch, stats) in zip(itertools.count(start + 1), batches):
-      state, metrics = step(state, batch, run.hparams)
-      check(
-        logger.step(number, metrics, stats, assembly.step_flops(run, stats))
-      )
-      if number == 1 and "rewards/largest" in metrics:
-        bounds = functools.partial(run.algorithm.at_reference, run.hparams)
-        limit = config.train.max_noise
-        logger.say(invariants.first_step(metrics, bounds, limit))
+      state, metrics = program.step(state, batch, program.hparams)
+      for each, found in zip(recorders, metrics, strict=True):
+        each.step(number, found, stats)
       last = number == total or bool(stop)
-      if evaluate and (number % config.eval.every == 0 or number == total):
-        check(logger.flush())
-        with logger.paused():
-          evaluation = evaluate(state)
-        logger.evaluation(number, evaluation)
-      if number % config.checkpoint.every == 0 or last:
-        check(logger.flush())
-        with logger.paused():
-          for params in state.frozen.values():
-            invariants.reference_is(params, run.identity["reference"])
-          checkpoints.save(state, run.identity, wait=last)
-      if last:
+      evaluates = number % config.eval.every == 0 or number == total
+      evaluates = evaluates and config.data.eval is not None
+      saves = number % config.checkpoint.every == 0 or last
+      if evaluates or saves:
+        with _paused(recorders):
+          for each, part in zip(recorders, program.parts(state), strict=True):
+            if evaluates:
+              each.evaluate(number, part)
+            if saves:
+              each.save(part, wait=last)
+      if last or all(each.failure for each in recorders):
         break
-  if number < total:
-    logger.say(
-      f"stopped at step {number} of {total}, saved; the same command resumes"
-    )
-    return Result(state, evaluation, stop.exit_code)
-  logger.say(f"done: {total} steps in {workdir}")
-  return Result(state, evaluation, 0)
+  stopped = bool(stop) and number < total
+  code = stop.exit_code if stopped else 0
+  results = []
+  for each, part in zip(recorders, program.parts(state), strict=True):
+    each.end(number, stopped)
+    results.append(Result(part, each.evaluation, code, each.failure))
+  return results
 
 
-def _evaluator(run, logger):
-  """Function state -> metrics on data.eval, or None without it."""
-  setup = run.setup
-  if setup.config.data.eval is None:
-    return None
-  logger.say(f"eval {assembly.held_out_loader(setup)[1]}")
-  of = "policy" if setup.config.lora is None else "adapter"
-  return lambda state: preference.evaluate(
-    setup, run.algorithm, state, run.hparams, of
-  )
+@contextlib.contextmanager
+def _paused(recorders):
+  """What happens inside does not count as training time of any."""
+  for each in recorders:
+    each.flush()
+  with contextlib.ExitStack() as paused:
+    for each in recorders:
+      paused.enter_context(each.logger.paused())
+    yield
+
+
+def program(runs, workdir):
+  """The points.Program of runs at step 0; nothing is trained or saved.
+
+  Args:
+    runs: of points.beside.
+    workdir: gets the reference's log-probs, if they are cached.
+  Returns: (Run of the first, Program).
+  """
+  started = [_start(run, workdir, stop=None) for run in runs]
+  runs, states = map(list, zip(*started, strict=True))
+  del started
+  return runs[0], points.program(runs, states)

@@ -6,9 +6,9 @@ import json
 
 from etils import epath
 
-from dpo_jax import assembly, evaluation, lookup, loop, weights
+from dpo_jax import assembly, evaluation, lookup, loop, points, weights
 from dpo_jax.eval import rewards
-from dpo_jax.train import settings
+from dpo_jax.train import checkpoint, settings
 
 
 def point_name(overrides):
@@ -43,47 +43,48 @@ def at(config, overrides):
   return config
 
 
-def sweep(config, points, workdir):
+def sweep(config, overrides, workdir):
   """Trains and evaluates every point; what is finished is skipped.
 
   Data, compiled functions and the reference's log-probs are shared by points
-  that differ only in traced fields, such as β or the learning rate.
+  that differ only in traced fields, such as β or the learning rate. Up to
+  config.sweep.together of them are trained in one program, init_seed too being
+  what may differ; each leaves the same folder as when it is trained alone.
 
   Args:
     config: locked ConfigDict.
-    points: list of overrides, {"loss.beta": 0.1}.
+    overrides: list of the points, {"loss.beta": 0.1}.
     workdir: gets a folder a point, `reference` (the policy all start from,
       where there are prompts to sample) and sweep.json.
   Returns: exit code: 0; that of the signal that stopped it; or 1 if a point's
     training failed because nothing was finite (the others are still made).
   Raises: ValueError if a folder holds a point of another config.
   """
-  workdir, points = epath.Path(workdir), list(points)
-  if not points:
+  workdir, overrides = epath.Path(workdir), list(overrides)
+  if not overrides:
     raise ValueError("the sweep has no points")
-  configs = [_sharing(at(config, point), workdir) for point in points]
+  configs = [_sharing(at(config, point), workdir) for point in overrides]
   for here in configs:
     assembly.check(here)
-  names = [point_name(point) for point in points]
+  groups = points.groups(configs, config.sweep.together)
+  names = [point_name(point) for point in overrides]
   if len(set(names)) < len(names):
     raise ValueError(f"the sweep names a point twice: {sorted(names)}")
   samples = config.sample.prompts is not None
-  _describe(config, points, names, workdir, "reference" if samples else None)
+  _describe(config, overrides, names, workdir, "reference" if samples else None)
   run, failed = None, []
   if samples:
     print("── reference", flush=True)
     run = _reference(_sharing(config, workdir), workdir / "reference")
-  for name, here in zip(names, configs, strict=True):
-    print(f"── {name}", flush=True)
-    run = assembly.prepare_point(here, run)
-    try:
-      code = _point(run, workdir / name)
-    except FloatingPointError as error:
-      print(f"{name}: {error}", flush=True)
-      failed.append(name)
-      continue
-    if code:
-      return code
+  for group in groups:
+    run = points.prepare_point(configs[group[0]], run)
+    runs = points.beside([configs[index] for index in group], run)
+    folders = [workdir / names[index] for index in group]
+    for part in _parts(runs, folders, config.sweep.together):
+      code, more = _train(*part)
+      failed += more
+      if code:
+        return code
   if failed:
     print(f"failed: {', '.join(failed)}; the other points are done")
   return 1 if failed else 0
@@ -106,20 +107,69 @@ def _reference(config, folder):
   return run
 
 
-def _point(run, folder):
-  """Trains and evaluates a point, unless it is done; returns its exit code."""
-  config = run.setup.config
+def _parts(runs, folders, together):
+  """Yields (runs, folders) to train at once: what is not done, at one step."""
+  steps = {}
+  for run, folder in zip(runs, folders, strict=True):
+    made = _made(run)
+    if evaluation.done(run.setup.config, folder, made):
+      print(f"── {folder.name}\ndone before, skipped", flush=True)
+    else:
+      step = checkpoint.latest_step(folder)
+      steps.setdefault(step, []).append((run, folder))
+  for there in steps.values():
+    for first in range(0, len(there), together):
+      yield zip(*there[first : first + together], strict=True)
+
+
+def _made(run):
+  """How the policy of a point is made, see evaluation.made_of."""
   ref = _initial(run.setup)
-  made = evaluation.made_of(run.total, run.loader.fingerprint, ref)
-  if evaluation.done(config, folder, made):
-    print("done before, skipped")
-    return 0
-  result = loop.fit(config, folder, run)
-  held_out = config.data.eval is not None
-  if not result.exit_code and (held_out or config.sample.prompts is not None):
-    policy = weights.policy(run.setup, ref, result.state.params)
-    evaluation.evaluate(run.setup, policy, ref, folder, made)
-  return result.exit_code
+  return evaluation.made_of(run.total, run.loader.fingerprint, ref)
+
+
+def _train(runs, folders):
+  """Trains points at once, then evaluates each.
+
+  Returns: (exit code, names of the points that failed).
+  """
+  failed = []
+  print(f"── {' + '.join(folder.name for folder in folders)}", flush=True)
+  results = loop.fit_together(runs, folders)
+  for run, folder, result in zip(runs, folders, results, strict=True):
+    if result.failure is not None:
+      print(f"{folder.name}: {result.failure}", flush=True)
+      failed.append(folder.name)
+    elif not result.exit_code:
+      _evaluate(run, folder, result.state)
+  return max(result.exit_code for result in results), failed
+
+
+def _evaluate(run, folder, state):
+  """Evaluates a trained point, if there is something to evaluate it on."""
+  config, ref = run.setup.config, _initial(run.setup)
+  if config.data.eval is not None or config.sample.prompts is not None:
+    policy = weights.policy(run.setup, ref, state.params)
+    evaluation.evaluate(run.setup, policy, ref, folder, _made(run))
+
+
+def program(config, overrides, workdir):
+  """Points in one compiled step, ready to be called: to measure it, say.
+
+  Args: as for `sweep`, of points that can be trained in one program; workdir
+    gets the reference's log-probs, if they are cached.
+  Returns: (Run of the first point, points.Program); assembly.place_batch places
+    a batch of the Run's loader.
+  Raises: ValueError if they cannot.
+  """
+  workdir = epath.Path(workdir)
+  configs = [_sharing(at(config, point), workdir) for point in overrides]
+  for here in configs:
+    assembly.check(here)
+  if len(points.groups(configs, len(configs))) > 1:
+    raise ValueError(f"these points are not of one program: {overrides}")
+  run = assembly.prepare(configs[0])
+  return loop.program(points.beside(configs, run), workdir)
 
 
 def _sharing(config, workdir):
@@ -129,7 +179,7 @@ def _sharing(config, workdir):
   return at(config, {"ref_store": str(workdir / "ref_logps")})
 
 
-def _describe(config, points, names, workdir, reference):
+def _describe(config, overrides, names, workdir, reference):
   workdir.mkdir(parents=True, exist_ok=True)
   notes = []
   if reference is not None and config.sample.labelled is not None:
@@ -138,10 +188,10 @@ def _describe(config, points, names, workdir, reference):
     print("\n".join(notes))
   about = {
     "title": f"{config.loss.name} over "
-    + ", ".join(dict.fromkeys(key for point in points for key in point)),
+    + ", ".join(dict.fromkeys(key for point in overrides for key in point)),
     "points": [
       {"name": name, "overrides": point, "folder": name}
-      for name, point in zip(names, points, strict=True)
+      for name, point in zip(names, overrides, strict=True)
     ],
     "reference": reference,
     "notes": notes,

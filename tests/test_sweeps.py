@@ -4,12 +4,23 @@ import contextlib
 import functools
 import json
 import pathlib
+import shutil
+import signal
 
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli, evaluation, loop, sweeps
+from dpo_jax import (
+  assembly,
+  cli,
+  evaluation,
+  loop,
+  points,
+  report,
+  sweeps,
+)
 from dpo_jax.ops import losses
+from dpo_jax.train import checkpoint, log
 from tests import conftest
 
 POINTS = ({"loss.beta": 0.1}, {"loss.beta": 5.0})
@@ -105,7 +116,9 @@ def test_the_reference_itself_is_at_kl_zero_and_even_odds(swept):
 def test_a_finished_sweep_is_left_alone(swept, monkeypatch):
   workdir, _ = swept
   before = files(workdir)
-  monkeypatch.setattr(loop, "fit", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(
+    loop, "fit_together", lambda *_: pytest.fail("trained again")
+  )
   monkeypatch.setattr(
     evaluation, "evaluate", lambda *_: pytest.fail("evaluated again")
   )
@@ -141,12 +154,16 @@ def test_another_policy_in_the_folder_is_refused_and_loses_nothing(swept):
 def test_a_stopped_point_ends_the_sweep_with_its_exit_code(
   tmp_path, monkeypatch
 ):
-  fit = loop.fit
-  monkeypatch.setattr(loop, "fit", lambda *a: fit(*a)._replace(exit_code=130))
+  fit = loop.fit_together
+
+  def stopped(*args):
+    return [result._replace(exit_code=130) for result in fit(*args)]
+
+  monkeypatch.setattr(loop, "fit_together", stopped)
   assert sweeps.sweep(load(), POINTS, tmp_path) == 130
   assert not (tmp_path / "beta=0.1/evaluation.json").exists()
   assert not (tmp_path / "beta=5.0").exists()
-  monkeypatch.setattr(loop, "fit", fit)
+  monkeypatch.setattr(loop, "fit_together", fit)
   assert sweeps.sweep(load(), POINTS, tmp_path) == 0
   assert (tmp_path / "beta=5.0/evaluation.json").exists()
 
@@ -154,14 +171,16 @@ def test_a_stopped_point_ends_the_sweep_with_its_exit_code(
 def test_a_point_where_nothing_is_finite_does_not_stop_the_others(
   tmp_path, monkeypatch, capsys
 ):
-  fit = loop.fit
+  fit = loop.fit_together
+  error = FloatingPointError("10 updates in a row were not finite")
 
-  def diverging(config, *rest):
-    if config.loss.beta == 0.1:
-      raise FloatingPointError("10 updates in a row were not finite")
-    return fit(config, *rest)
+  def diverging(runs, folders):
+    (result,) = fit(runs, folders)
+    if runs[0].setup.config.loss.beta == 0.1:
+      result = result._replace(failure=error)
+    return [result]
 
-  monkeypatch.setattr(loop, "fit", diverging)
+  monkeypatch.setattr(loop, "fit_together", diverging)
   assert sweeps.sweep(load(), POINTS, tmp_path) == 1
   assert (tmp_path / "beta=5.0/evaluation.json").exists()
   assert not (tmp_path / "beta=0.1/evaluation.json").exists()
@@ -222,6 +241,150 @@ def test_names_of_points_are_short_where_that_is_clear():
 
 def test_assembly_tells_traced_fields_from_compiled_ones():
   run = assembly.prepare(load())
-  assert assembly.prepare_point(load("loss.beta=2.0"), run).loader is run.loader
-  other = assembly.prepare_point(load("data.batch_size=4"), run)
+  assert points.prepare_point(load("loss.beta=2.0"), run).loader is run.loader
+  other = points.prepare_point(load("data.batch_size=4"), run)
   assert other.loader is not run.loader
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+  """The folder of the same sweep as `swept`, its points in one program."""
+  workdir = tmp_path_factory.mktemp("together")
+  config = load(*SAMPLED, "sweep.together=2")
+  assert sweeps.sweep(config, POINTS, workdir) == 0
+  return workdir
+
+
+def kinds(workdir):
+  """Paths of a run folder, without the names that Orbax makes up."""
+  found = {str(p.relative_to(workdir)) for p in workdir.rglob("*")}
+  return {path for path in found if "ocdbt" not in path and "/d/" not in path}
+
+
+def test_points_in_one_program_leave_the_folders_of_runs_alone(swept, together):
+  alone, _ = swept
+  assert kinds(together) == kinds(alone)
+  for name in ("beta=0.1", "beta=5.0"):
+    theirs, ours = metrics(alone, name), metrics(together, name)
+    assert [(r["kind"], r["step"]) for r in ours] == [
+      (r["kind"], r["step"]) for r in theirs
+    ]
+    assert [r.keys() for r in ours] == [r.keys() for r in theirs]
+    # Three updates of RMSprop, which enlarges the rounding of small gradients.
+    for a, b in zip(ours, theirs, strict=True):
+      assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-4)
+    a, b = (
+      json.loads((folder / name / "evaluation.json").read_text())
+      for folder in (together, alone)
+    )
+    assert a.keys() == b.keys()
+    assert a["config"]["loss"] == b["config"]["loss"]
+    assert a["comparisons"]["loss"] == pytest.approx(
+      b["comparisons"]["loss"], rel=1e-2
+    )
+
+
+def test_a_point_trained_with_others_goes_on_alone(together, tmp_path):
+  folder = tmp_path / "beta=5.0"
+  shutil.copytree(together / "beta=5.0", folder)
+  config = load("ref=cached", "loss.beta=5.0", "train.steps=4")
+  assert int(loop.fit(config, folder).state.step) == 4
+  assert [r["step"] for r in metrics(tmp_path, "beta=5.0")][-1] == 4
+
+
+def test_a_sweep_is_finished_whether_its_points_trained_together_or_not(
+  together, monkeypatch
+):
+  monkeypatch.setattr(
+    loop, "fit_together", lambda *_: pytest.fail("trained again")
+  )
+  config = load(*SAMPLED)
+  assert sweeps.sweep(config, POINTS, together) == 0
+  assert report.write(together).exists()
+
+
+def test_an_interrupted_program_saves_all_points_and_goes_on(
+  tmp_path, monkeypatch
+):
+  config = load("data.eval=None", "sweep.together=2", "log.every=1")
+  step = log.Logger.step
+
+  def interrupting(self, number, *args):
+    if number == 2:
+      signal.raise_signal(signal.SIGINT)
+    return step(self, number, *args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(log.Logger, "step", interrupting)
+    # Two points: the second signal would take its usual effect.
+    patch.setattr(signal, "raise_signal", once(signal.raise_signal))
+    assert sweeps.sweep(config, POINTS, tmp_path / "cut") == 130
+  for name in ("beta=0.1", "beta=5.0"):
+    assert checkpoint.latest_step(tmp_path / "cut" / name) == 2
+  for name in ("cut", "whole"):
+    assert sweeps.sweep(config, POINTS, tmp_path / name) == 0
+  clock = {"tokens_per_second", "mfu"}
+  for name in ("beta=0.1", "beta=5.0"):
+    cut, whole = (
+      [
+        {k: v for k, v in row.items() if k not in clock}
+        for row in metrics(tmp_path / folder, name)
+      ]
+      for folder in ("cut", "whole")
+    )
+    assert cut == whole
+
+
+def once(fn):
+  """A function that does something the first time alone."""
+  calls = []
+
+  def wrapper(*args):
+    if not calls:
+      calls.append(args)
+      fn(*args)
+
+  return wrapper
+
+
+def test_points_that_got_apart_go_on_apart(tmp_path, monkeypatch):
+  config = load("data.eval=None")
+  sweeps.sweep(config, POINTS[:1], tmp_path)
+  at_once = []
+
+  def fit(runs, folders):
+    at_once.append([folder.name for folder in folders])
+    return [loop.Result(None, None, 0, None) for _ in runs]
+
+  monkeypatch.setattr(loop, "fit_together", fit)
+  more = load("data.eval=None", "train.steps=4", "sweep.together=2")
+  points = [*POINTS, {"loss.beta": 1.0}, {"loss.beta": 2.0}]
+  assert sweeps.sweep(more, points, tmp_path) == 0
+  assert at_once == [["beta=0.1"], ["beta=5.0", "beta=1.0"], ["beta=2.0"]]
+
+
+def test_runs_at_different_steps_do_not_train_together(tmp_path):
+  config = load("data.eval=None", "train.steps=1")
+  runs = points.beside(
+    [sweeps.at(config, point) for point in POINTS], assembly.prepare(config)
+  )
+  folders = [tmp_path / "a", tmp_path / "b"]
+  loop.fit_together(runs[:1], folders[:1])
+  with pytest.raises(ValueError, match=r"a is at 1, .*b is at 0; train them"):
+    loop.fit_together(runs, folders)
+
+
+@pytest.mark.slow
+def test_a_point_that_is_not_finite_fails_alone_in_its_program(
+  tmp_path, capsys
+):
+  config = load("sweep.together=3", "train.max_skipped=2", "log.every=1")
+  points = [{"optim.learning_rate": rate} for rate in (1e-3, 1e38, 2e-3)]
+  assert sweeps.sweep(config, points, tmp_path) == 1
+  out = capsys.readouterr().out
+  assert "learning_rate=1e+38: 2 updates in a row were not finite" in out
+  assert "failed: learning_rate=1e+38; the other points are done" in out
+  for rate, done in ((1e-3, True), (1e38, False), (2e-3, True)):
+    folder = tmp_path / f"learning_rate={rate}"
+    assert (folder / "evaluation.json").exists() == done
+    assert (checkpoint.latest_step(folder) == 3) == done

@@ -109,17 +109,20 @@ class Logger:
   never waits for the step that was just dispatched.
   """
 
-  def __init__(self, workdir, *, every, total, start, loud=True, trackers=()):
+  def __init__(
+    self, workdir, *, every, total, start, loud=True, name="", trackers=()
+  ):
     """Args:
     workdir: run folder; metrics.jsonl is appended to.
     every: steps between log lines.
     total, start: last step and the step to start from.
     loud: whether to print; one process does.
+    name: before every line of metrics, where several runs share the console.
     trackers: of train.trackers; get what metrics.jsonl gets.
     """
     self._path = epath.Path(workdir) / "metrics.jsonl"
     self._every, self._total, self._start = every, total, start
-    self._loud, self._trackers = loud, trackers
+    self._loud, self._name, self._trackers = loud, name, trackers
     self._live = loud and sys.stdout.isatty()
     self._peak, self._peak_is = peak_flops() if loud else (1.0, "")
     self._paused = 0.0  # seconds that training did not run
@@ -196,21 +199,21 @@ class Logger:
     before, tokens, flops = self._clock
     now = self._now()
     if counts[0] > tokens:
-      if self._peak_is:
+      if self._peak_is and not self._name:
         self.say(f"mfu: needed FLOP/s as a share {self._peak_is}")
         self._peak_is = ""
       values["tokens_per_second"] = (counts[0] - tokens) / (now - before)
       values["mfu"] = (counts[1] - flops) / (now - before) / self._peak
     self._clock = (now, *counts)
     self.write("train", number, values)
-    self.say(self._line(number, values))
+    self.say(f"{self._name}{self._line(number, values)}")
     return values
 
   def evaluation(self, number, values):
     """Logs metrics of held-out data after step `number`."""
     self.write("eval", number, values)
     shown = "  ".join(_shown(values, _EVALUATION))
-    self.say(f"eval at {number}: {shown}")
+    self.say(f"{self._name}eval at {number}: {shown}")
 
   def write(self, kind, number, values):
     """Appends one JSON line."""
