@@ -108,6 +108,7 @@ def get_config():
   c.log = config_dict.ConfigDict()
   c.log.every = 10  # steps
   c.log.tokens = False  # entropy and top-1 accuracy of the scored tokens too
+  c.log.profile = False  # trace of steps 3 to 5, in the run folder
   c.log.tensorboard = False  # event files in the run folder
   c.log.wandb = optional(str)  # project of Weights & Biases
   return c

@@ -11,13 +11,19 @@ from dpo_jax.models import config as model_config
 
 # The constants of the DPO paper's appendix B, and of AdamW.
 OPTIMIZERS = {
-  "rmsprop": {"learning_rate": 1e-6, "decay": 0.99, "eps": 1e-8},
+  "rmsprop": {
+    "learning_rate": 1e-6,
+    "decay": 0.99,
+    "eps": 1e-8,
+    "moments": "float32",
+  },
   "adamw": {
     "learning_rate": 1e-6,
     "b1": 0.9,
     "b2": 0.999,
     "eps": 1e-8,
     "weight_decay": 0.0,
+    "moments": "float32",  # how they are kept: float32 or bfloat16
   },
   "sgd": {"learning_rate": 1e-2},
 }

@@ -2,9 +2,11 @@
 
 train    --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
          trains; resumes what DIR holds
+         --profile traces a few steps for TensorBoard or Perfetto
 sweep    --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
          trains and evaluates each point of the file's sweep(), skips finished
          ones, prints a table and writes a report
+         --config.sweep.together=4 trains up to four at a time, in one program
 eval     --workdir DIR --config.data.eval=held_out.jsonl
          evaluates a trained policy: held-out comparisons, reward, KL
 sample   --workdir DIR --config.sample.prompts=my.jsonl
@@ -34,7 +36,7 @@ import time
 
 from etils import epath
 
-from dpo_jax import allocator, lookup, verbs
+from dpo_jax import allocator, lookup, programs, verbs
 
 _USAGE = __doc__
 
@@ -147,6 +149,9 @@ def _parse(argv):
     if not word.startswith("--"):
       raise ValueError(f"unexpected argument {word!r}")
     name, given, value = word[2:].partition("=")
+    if word == "--profile":
+      overrides.append("log.profile=true")
+      continue
     if not given:
       value = next(words, None)
       if value is None:
@@ -182,6 +187,7 @@ def run(name, options, overrides):
   if workdir is None and verb.folder:
     raise ValueError(f"{name} needs --workdir")
   allocator.keep_pages()
+  programs.keep()
   begin = time.perf_counter()
   code = verb.run(config, workdir, module)
   minutes, seconds = divmod(round(time.perf_counter() - begin), 60)

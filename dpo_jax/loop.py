@@ -145,10 +145,13 @@ def _train(recorders, program, start, stop):
     closing.enter_context(contextlib.closing(batches))
     for each in recorders:
       closing.enter_context(contextlib.closing(each.logger))
+    traced = closing.enter_context(contextlib.closing(recorders[0].profile()))
     for number, (batch, stats) in zip(itertools.count(start + 1), batches):
+      traced.before(number)
       state, metrics = program.step(state, batch, program.hparams)
       for each, found in zip(recorders, metrics, strict=True):
         each.step(number, found, stats)
+      traced.after(number, state)
       last = number == total or bool(stop)
       evaluates = number % config.eval.every == 0 or number == total
       evaluates = evaluates and config.data.eval is not None

@@ -9,7 +9,7 @@ from etils import epath
 from dpo_jax import assembly, tree
 from dpo_jax.eval import preference
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.train import invariants, log, settings, trackers
+from dpo_jax.train import invariants, log, profile, settings, trackers
 
 
 class Recorder:
@@ -34,7 +34,7 @@ class Recorder:
     config, first = run.setup.config, jax.process_index() == 0
     self.run, self.workdir, self._checkpoints = run, workdir, checkpoints
     self.evaluation = self.failure = None
-    self._name = name
+    self._name, self._start = name, start
     self.logger = log.Logger(
       workdir,
       every=config.log.every,
@@ -69,6 +69,15 @@ class Recorder:
     if config.data.eval is not None:
       say(f"eval {assembly.held_out_loader(setup)[1]}")
     self.logger.status("compiling the first step …")
+
+  def profile(self):
+    """The profile.Profile of this run."""
+    return profile.Profile(
+      self.workdir,
+      self._start,
+      self.logger.say,
+      wanted=self.run.setup.config.log.profile,
+    )
 
   def step(self, number, metrics, stats):
     """Takes the metrics of step `number`, counted from 1."""

@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / "dpo_jax"
 
 LAYERS = (
-  ("allocator", "compat", "tree", "lookup", "origin", "ops"),
+  ("allocator", "programs", "compat", "tree", "lookup", "origin", "ops"),
   ("models", "data", "parallel"),
   ("algos", "train"),
   ("assembly", "checks", "memory", "weights"),

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -28,9 +29,62 @@ class Optimizer(NamedTuple):
   trains: Callable
 
 
+class _Rounded(NamedTuple):
+  """State of `_in_bfloat16`: updates done, and the moments."""
+
+  count: jax.Array
+  moments: optax.OptState
+
+
+def _in_bfloat16(tx):
+  """A transform whose f32 moments are kept in bf16, rounded at random.
+
+      P(up) = (x − below) / (above − below), so that E[kept] = x
+
+  Rounded to the nearest, a moment would lose every change below 1/512 of it:
+  all of the decay with b2 = 0.999. The bits depend on the number of the update
+  alone, so a resumed run makes the same ones.
+  """
+
+  def lowered(state, round_off):
+    leaves, treedef = jax.tree.flatten(state)
+    return treedef.unflatten(
+      round_off(i, x) if x.dtype == jnp.float32 else x
+      for i, x in enumerate(leaves)
+    )
+
+  def init(params):
+    zeros = lowered(tx.init(params), lambda _, x: x.astype(jnp.bfloat16))
+    return _Rounded(jnp.zeros((), jnp.int32), zeros)
+
+  def update(updates, state, params=None):
+    key = jax.random.fold_in(jax.random.key(0), state.count)
+
+    def round_off(i, x):
+      bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+      noise = jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16)
+      bits = (bits + noise) & jnp.uint32(0xFFFF0000)
+      return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(
+        jnp.bfloat16
+      )
+
+    moments = jax.tree.map(
+      lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
+      state.moments,
+    )
+    updates, moments = tx.update(updates, moments, params)
+    return updates, _Rounded(state.count + 1, lowered(moments, round_off))
+
+  return optax.GradientTransformation(init, update)
+
+
+MOMENTS = {"float32": lambda tx: tx, "bfloat16": _in_bfloat16}
+
+
 def _rmsprop(o):
   """torch's RMSprop: v ← decay·v + (1−decay)·g², update g / (√v + eps)."""
-  return optax.scale_by_rms(decay=o.decay, eps=o.eps, eps_in_sqrt=False)
+  tx = optax.scale_by_rms(decay=o.decay, eps=o.eps, eps_in_sqrt=False)
+  return _kept(o, tx)
 
 
 def _adamw(o):
@@ -41,9 +95,13 @@ def _adamw(o):
     return tree.map_named(lambda path, _: path.endswith(matrices), params)
 
   return optax.chain(
-    optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps),
+    _kept(o, optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)),
     optax.add_decayed_weights(o.weight_decay, mask=decayed),
   )
+
+
+def _kept(o, tx):
+  return lookup.lookup(MOMENTS, o.moments, "optim.moments")(tx)
 
 
 def _sgd(o):
@@ -57,8 +115,8 @@ class _Kind(NamedTuple):
 
 
 OPTIMIZERS = {
-  "rmsprop": _Kind(_rmsprop, ("decay", "eps")),
-  "adamw": _Kind(_adamw, ("b1", "b2", "eps", "weight_decay")),
+  "rmsprop": _Kind(_rmsprop, ("decay", "eps", "moments")),
+  "adamw": _Kind(_adamw, ("b1", "b2", "eps", "weight_decay", "moments")),
   "sgd": _Kind(_sgd, ()),
 }
 COMMON = ("name", "learning_rate", "warmup", "schedule", "clip_norm", "freeze")

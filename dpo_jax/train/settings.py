@@ -60,6 +60,8 @@ def upgraded(config):
   config["train"] = {"max_noise": 0.1, **config["train"]}
   config["data"] = {"token_cache": None, **config["data"]}
   config["log"] = {"tokens": False, "profile": False, **config["log"]}
+  if config["optim"]["name"] != "sgd":
+    config["optim"] = {"moments": "float32", **config["optim"]}
   if "head_chunk" in config:
     chunk, remat = config.pop("head_chunk"), config["model"]["remat"]
     remat = "full" if remat else "none"

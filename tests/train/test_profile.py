@@ -1,0 +1,27 @@
+"""A run that is traced."""
+
+import gzip
+import json
+
+from dpo_jax import cli
+from tests import conftest
+
+
+def test_the_trace_opens_and_holds_steps_of_the_run(tmp_path, capsys):
+  config = str(conftest.ROOT / "configs/dpo.py:smoke")
+  argv = ["train", "--config", config, "--workdir", str(tmp_path)]
+  assert cli.main([*argv, "--profile", "--config.train.steps=6"]) == 0
+  assert "ui.perfetto.dev" in capsys.readouterr().out
+  (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+  with gzip.open(trace) as file:
+    events = json.load(file)["traceEvents"]
+  steps = [e for e in events if "moving_step" in e.get("name", "")]
+  assert len({e["ts"] for e in steps}) >= 3
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_that_ends_before_its_trace_leaves_none(tmp_path):
+  config = str(conftest.ROOT / "configs/dpo.py:smoke")
+  argv = ["train", "--config", config, "--workdir", str(tmp_path)]
+  assert cli.main([*argv, "--profile"]) == 0  # two steps
+  assert not (tmp_path / "profile").exists()
