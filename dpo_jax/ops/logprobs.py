@@ -74,7 +74,8 @@ class _Static(NamedTuple):
 def logits(hidden, head):
   """f32[..., V] logits of hidden [..., D]; padded columns are −1e30."""
   static = _Static(None, head.vocab_size, head.softcap, head.scale)
-  return _logits(static, None, hidden, head.kernel, head.bias)
+  out = _logits(static, hidden, head.kernel, head.bias)
+  return jnp.where(jnp.arange(out.shape[-1]) < head.vocab_size, out, _HIDDEN)
 
 
 def token_logps(hidden, head, source_index, targets, mask):
@@ -183,7 +184,12 @@ def _columns(on_mesh, width):
   return start + jnp.arange(width)
 
 
-def _logits(static, columns, hidden, kernel, bias):
+def _logits(static, hidden, kernel, bias):
+  """Logits of all columns, those that only pad the vocabulary among them.
+
+  They are left out where columns are summed: to hide them here would be one
+  more pass over all.
+  """
   out = jnp.einsum(
     "...d,dv->...v",
     hidden,
@@ -196,9 +202,7 @@ def _logits(static, columns, hidden, kernel, bias):
     out *= static.scale
   if static.softcap is not None:
     out = static.softcap * jnp.tanh(out / static.softcap)
-  if columns is None:
-    columns = jnp.arange(kernel.shape[1])
-  return jnp.where(columns < static.vocab_size, out, _HIDDEN)
+  return out
 
 
 def chunks(chunk, *arrays, fill=0):
@@ -224,19 +228,24 @@ def unchunk(x, length):
 def _forward(static, on_mesh, hidden, kernel, bias, source, targets):
   """Local rows and columns: (of Scores, log Σ exp, logits | None)."""
   columns = _columns(on_mesh, kernel.shape[1])
+  real = columns < static.vocab_size
 
   def body(_, xs):
     source, targets = xs
     h = attention.take_rows(hidden, source)
-    out = _logits(static, columns, h, kernel, bias)
-    top = jnp.max(out, axis=-1)
-    total = jnp.sum(jnp.exp(out - top[..., None]), axis=-1)
-    hit = columns == targets[..., None]
-    target = jnp.sum(jnp.where(hit, out, 0.0), axis=-1)
+    out = _logits(static, h, kernel, bias)
+    top = jnp.max(out, axis=-1, where=real, initial=_HIDDEN)
+    total = jnp.sum(jnp.exp(out - top[..., None]), axis=-1, where=real)
+    # A gather: to compare every column would be one more pass over them all.
+    at = targets - columns[0]
+    here = (at >= 0) & (at < columns.shape[0])
+    at = jnp.where(here, at, 0)[..., None]
+    target = jnp.take_along_axis(out, at, axis=-1)[..., 0]
+    target = jnp.where(here, target, 0.0)
     mean = None  # Σ exp(out − top) · (out − top)
     if static.more:
       below = out - top[..., None]
-      mean = jnp.sum(jnp.exp(below) * below, axis=-1)
+      mean = jnp.sum(jnp.exp(below) * below, axis=-1, where=real)
     stored = out if static.chunk is None else None
     return None, (top, total, target, mean, stored)
 
@@ -265,6 +274,7 @@ def _backward(
 ):
   """Gradients of Σ grad · logps for hidden, kernel and bias."""
   columns = _columns(on_mesh, kernel.shape[1])
+  real = columns < static.vocab_size
   weights = kernel.astype(hidden.dtype)
 
   def body(carry, xs):
@@ -272,14 +282,14 @@ def _backward(
     source, targets, lse, grad = xs
     h = attention.take_rows(hidden, source)
     if stored is None:
-      out = _logits(static, columns, h, kernel, bias)
+      out = _logits(static, h, kernel, bias)
     else:
       out = stored
     hit = columns == targets[..., None]
-    d_out = grad[..., None] * (hit - jnp.exp(out - lse[..., None]))
+    probs = jnp.where(real, jnp.exp(out - lse[..., None]), 0.0)
+    d_out = grad[..., None] * (hit - probs)
     if static.softcap is not None:
-      inside = jnp.where(columns < static.vocab_size, out / static.softcap, 1.0)
-      d_out *= 1 - jnp.square(inside)
+      d_out *= 1 - jnp.square(out / static.softcap)
     if static.scale is not None:
       d_out *= static.scale
     if bias is not None:

@@ -37,6 +37,8 @@ VALUES = {
   "model.logit_softcap": (2.0,),
   "model.dtype": ("bfloat16",),
   "model.attention": ("xla",),
+  "model.remat": ("full",),
+  "optim.moments": ("bfloat16",),
   "loss.dialect": ("trl_1",),
   "loss.bco.dialect": ("trl_1",),
   "lora.targets": ((r"attn/\w+/kernel$",),),

@@ -197,3 +197,14 @@ def test_completion_sums_and_selection_equal_a_loop():
   chosen = logprobs.select(jnp.asarray(sums), jnp.asarray(index))
   want = np.stack([sums[r][index[r]] for r in range(3)])
   np.testing.assert_array_equal(chosen, want)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_what_pads_the_vocabulary_may_hold_anything(chunk):
+  hidden, kernel, bias, *rest = problem()
+  fn = functools.partial(ours, chunk=chunk, softcap=None)
+  want = value_and_grads(fn, hidden, kernel, bias, *rest)
+  bias = bias.at[REAL:].set(1e4)
+  got = value_and_grads(fn, hidden, kernel, bias, *rest)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert not np.any(got[1][1][:, REAL:])
