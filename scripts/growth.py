@@ -3,11 +3,13 @@
 
   python scripts/growth.py data                     1,000 … 1,000,000 of them
   python scripts/growth.py data --sizes 1000 10000  others
+  python scripts/growth.py step                     length, rows, layers …
 
 `data`: of a generated .jsonl, how fast it is tokenised by one core and by all,
 and what a later start costs, from opening the file to the first batch, when the
 tokens are in the cache. A million take 0.2 GB in --folder, their tokens 0.4 GB,
-and four minutes on two cores. Every number is of a process of its own.
+and four minutes on two cores. `step`: of one train step, see growth_step.py.
+Every number is of a process of its own.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+
+import growth_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -168,7 +172,18 @@ def data(args):
   print("\n" + table(rows))
 
 
-MEASURED = {"start": start}
+def step(args):
+  """Time and memory of a train step against its sizes."""
+  for what in args.of:
+    rows = []
+    for size, changed in growth_step.points(what):
+      found = in_process("step", *changed.values())
+      rows.append(growth_step.row(what, size, found))
+      print(f"{what} {size}: {found['how']}", flush=True)
+    print("\n" + table(rows) + "\n", flush=True)
+
+
+MEASURED = {"start": start, "step": growth_step.measure}
 
 
 def main():
@@ -180,6 +195,11 @@ def main():
   )
   one.add_argument("--folder", default=tempfile.gettempdir())
   one.set_defaults(run=data)
+  one = verbs.add_parser("step", help=step.__doc__)
+  one.add_argument(
+    "--of", nargs="+", choices=growth_step.GROW, default=list(growth_step.GROW)
+  )
+  one.set_defaults(run=step)
   one = verbs.add_parser("measured", help="one number, in this process")
   one.add_argument("name", choices=MEASURED)
   one.add_argument("args", nargs="*")
