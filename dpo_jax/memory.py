@@ -84,6 +84,7 @@ def fitted(setup, optimizer, shape, accumulation):
     setup.model,
     shape,
     fixed=_fixed(setup, optimizer),
+    points=setup.config.sweep.together,
     rows=shape.rows // (mesh_lib.row_parallelism(mesh) * accumulation),
     tensor=sizes["tensor"],
     available=of_device(mesh.devices.flat[0], jax.local_device_count()),
@@ -100,14 +101,14 @@ def _fixed(setup, optimizer):
   config, trained = setup.config, weights.trained_shapes(setup)
   moments = jax.eval_shape(optimizer.tx.init, trained)
   slots = tree.nbytes(moments) / tree.nbytes(trained)
-  total = (3 + slots) * _of_shards(trained)
+  total = (3 + slots) * _of_shards(trained) * config.sweep.together
   if config.lora is not None:
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "nf4": 4}
     total += _of_shards(weights.whole(setup)) * bits[config.lora.base] / 32
   if config.ref == "frozen":
     total += _of_shards(weights.whole(setup))
   if config.ref == "ema":
-    total += _of_shards(trained)
+    total += _of_shards(trained) * config.sweep.together
   return total
 
 
@@ -119,7 +120,7 @@ def _of_shards(shapes):
   )
 
 
-def choose(model, shape, *, fixed, rows, tensor, available):
+def choose(model, shape, *, fixed, rows, tensor, available, points):
   """The cheapest way to compute a step that fits.
 
   What the config says stays; "auto" and None are chosen. First the logits are
@@ -132,6 +133,7 @@ def choose(model, shape, *, fixed, rows, tensor, available):
     rows: of a device in a microbatch.
     tensor: how many ways heads, mlp and vocabulary are split.
     available: of `of_device`.
+    points: of a sweep that train together.
   """
   config = model.config
   remats = ("none", "names", "full")
@@ -146,7 +148,9 @@ def choose(model, shape, *, fixed, rows, tensor, available):
   budget = None if available is None else _SHARE * available
   for remat in remats:
     for chunk in chunks:
-      needed = fixed + _moving(model, shape, rows, tensor, remat, chunk)
+      needed = fixed + points * _moving(
+        model, shape, rows, tensor, remat, chunk
+      )
       found = Choice(remat, chunk, round(needed), available)
       if budget is None or needed <= budget:
         return found

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from dpo_jax.data import loader
@@ -46,6 +47,27 @@ def test_throughput_is_tokens_over_the_seconds_that_training_took(
   assert rows[2]["tokens_per_second"] == 200 / 2
   assert rows[3]["tokens_per_second"] == 200 / 4
   assert rows[3]["mfu"] == 800 / 4 / 1000
+
+
+class Metric:
+  """A value of the device that remembers when the host waited for it."""
+
+  def __init__(self, number, waits):
+    self.number, self.waits, self.dispatched = number, waits, 0
+
+  def __array__(self, dtype=None, copy=None):
+    self.waits.append((self.number, self.dispatched))
+    return np.array(0.5, np.float32)
+
+
+def test_no_step_is_waited_for_before_the_next_is_dispatched(tmp_path, clock):
+  logger, waits = log.Logger(tmp_path, every=1, total=9, start=0), []
+  metrics = [Metric(number, waits) for number in range(1, 6)]
+  for number, metric in enumerate(metrics, 1):
+    for each in metrics:
+      each.dispatched = number
+    logger.step(number, {"loss": metric}, STATS, 400)
+  assert waits == [(1, 2), (2, 3), (3, 4), (4, 5)]
 
 
 def test_a_resumed_log_drops_what_will_be_written_again(tmp_path, clock):
