@@ -64,6 +64,7 @@ def test_no_step_is_waited_for_before_the_next_is_dispatched(tmp_path, clock):
   logger, waits = log.Logger(tmp_path, every=1, total=9, start=0), []
   metrics = [Metric(number, waits) for number in range(1, 6)]
   for number, metric in enumerate(metrics, 1):
+    clock[0] += 1
     for each in metrics:
       each.dispatched = number
     logger.step(number, {"loss": metric}, STATS, 400)
