@@ -35,7 +35,6 @@ MODELS = {
     mlp=64,
     rotary_dim=4,
     head_bias=True,
-    unroll=1,
   ),
   "window": dataclasses.replace(
     _MICRO,

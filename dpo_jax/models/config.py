@@ -270,7 +270,7 @@ PRESETS = {
   "tiny": _llama(4, 128, 4, 4, 384, True, 1e4),
   "gpt2": _gpt2(12, 768, 12),
   "gpt2-large": _gpt2(36, 1280, 20),
-  "pythia-70m": dataclasses.replace(_neox(6, 512, 8), unroll=6),
+  "pythia-70m": _neox(6, 512, 8),
   "pythia-1.4b": _neox(24, 2048, 16),
   "pythia-2.8b": _neox(32, 2560, 32),
   "llama-7b": _llama(32, 4096, 32, 32, 11008, False, 1e4),

@@ -19,7 +19,7 @@ def scored(batch=BATCH, values=None, step=0):
   if values is None:
     values = RNG.normal(size=batch["target_slot"].shape).astype(np.float32)
   values = jnp.where(base.scored_mask(batch), values, 0.0)
-  return needs.Scored(batch, values, 2 * values, None, step, None)
+  return needs.Scored(batch, values, 2 * values, None, step)
 
 
 def comparisons(batch=BATCH):
@@ -114,7 +114,7 @@ def test_draws_follow_the_example_wherever_it_lies():
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_sums_of_squares_and_kls_are_those_of_the_whole_distributions(chunk):
-  model, params = worlds.model("llama")
+  model, params = worlds.model("llama", head_chunk=chunk)
   ref = worlds.noisy(params, 4)
   outputs, ref_outputs = model.apply(params, BATCH), model.apply(ref, BATCH)
 
@@ -125,7 +125,7 @@ def test_sums_of_squares_and_kls_are_those_of_the_whole_distributions(chunk):
 
   p, q = log_probs(outputs), log_probs(ref_outputs)
   batch = {**BATCH, "ref_outputs": ref_outputs}
-  s = needs.Scored(batch, jnp.zeros(SHAPE), jnp.zeros(SHAPE), outputs, 0, chunk)
+  s = needs.Scored(batch, jnp.zeros(SHAPE), jnp.zeros(SHAPE), outputs, 0)
   mask = np.asarray(base.scored_mask(BATCH))
   for name, per_token in (
     ("sum_sq_probs", np.log(np.sum(np.exp(2 * p), axis=-1))),

@@ -27,7 +27,7 @@ def world(name):
 
 def logps(model, params):
   batch = worlds.batch(worlds.examples(4, seed=3))
-  run = jax.jit(lambda p: base_lib.token_logps(model.apply, p, batch, None))
+  run = jax.jit(lambda p: base_lib.token_logps(model.apply, p, batch))
   return run(params)
 
 
@@ -63,7 +63,7 @@ def test_gradients_reach_the_adapter_as_through_the_merged_kernel(name):
   batch = worlds.batch(worlds.examples(4, seed=3))
 
   def total(params):
-    values = base_lib.token_logps(model.apply, params, batch, None)
+    values = base_lib.token_logps(model.apply, params, batch)
     return jnp.sum(jnp.sin(values))
 
   @jax.jit
@@ -136,7 +136,7 @@ def test_a_gradient_keeps_no_second_copy_of_the_layers(kind, changes):
 
   def total(adapter, base):
     params = lora.graft(base, adapter, SCALE)
-    return jnp.sum(base_lib.token_logps(model.apply, params, batch, None))
+    return jnp.sum(base_lib.token_logps(model.apply, params, batch))
 
   program = jax.jit(jax.grad(total)).lower(adapter, held).compile()
   temporary = program.memory_analysis().temp_size_in_bytes
