@@ -90,7 +90,11 @@ def prepare_model(config):
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
   model, tokenizer = weights.build_model(config)
   device = mesh.devices.flat[0]
-  model = transformer.with_kernel(model, device, config.data.shared)
+  model = transformer.with_kernel(
+    model, device, config.data.shared, config.sweep.together
+  )
+  rows_at_most = -(-config.data.batch_size // mesh_lib.row_parallelism(mesh))
+  model = memory.forward_only(model, config, rows_at_most)
   return Setup(config, mesh, mode, model, tokenizer, {})
 
 

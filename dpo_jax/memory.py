@@ -11,15 +11,23 @@ compiled and is the same whenever the same run starts on the same machine.
 import dataclasses
 import math
 import os
+import pathlib
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from dpo_jax import tree, weights
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.parallel import mesh as mesh_lib
 
+# Of a container: control groups of version 2 and 1.
+_LIMITS = (
+  pathlib.Path("/sys/fs/cgroup/memory.max"),
+  pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _SHARE = 0.8  # of the memory may be planned for; the rest is for what is not
 _SMALLEST, _LARGEST = 64, 1024  # positions of a row per step of the head
 
@@ -67,6 +75,9 @@ def of_device(device, sharing):
   if device.platform != "cpu" or not hasattr(os, "sysconf"):
     return None
   total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  for path in _LIMITS:
+    text = path.read_text().strip() if path.exists() else "max"
+    total = min(total, int(text) if text.isdigit() else total)
   return total // sharing
 
 
@@ -87,18 +98,53 @@ def fitted(setup, optimizer, shape, accumulation):
     points=setup.config.sweep.together,
     rows=shape.rows // (mesh_lib.row_parallelism(mesh) * accumulation),
     tensor=sizes["tensor"],
-    available=of_device(mesh.devices.flat[0], jax.local_device_count()),
+    accumulation=accumulation,
+    available=_available(mesh),
+    asked=setup.config.model,
   )
-  config = dataclasses.replace(
-    setup.model.config, remat=found.remat, head_chunk=found.head_chunk
-  )
-  model = transformer.build(config, setup.model.vocab_size)
-  return setup._replace(model=model), found
+  changes = {"remat": found.remat, "head_chunk": found.head_chunk}
+  if setup.config.model.remat == "auto" and found.remat != "none":
+    changes["unroll"] = 1  # XLA computes nothing again without a loop
+  return setup._replace(model=_with(setup.model, **changes)), found
+
+
+def forward_only(model, config, rows):
+  """The Model for passes without gradient, where a chunked head costs nothing.
+
+  Args:
+    model: Model.
+    config: of the run; its model.head_chunk stays.
+    rows: of a batch, at most.
+  """
+  if config.model.head_chunk is not None:
+    return model
+  vocab = model_config.padded_vocab(model.vocab_size)
+  return _with(model, head_chunk=_chunk(vocab, rows))
+
+
+def _with(model, **changes):
+  config = dataclasses.replace(model.config, **changes)
+  return transformer.build(config, model.vocab_size)
+
+
+def _available(mesh):
+  """Bytes of the smallest device of all processes, or None.
+
+  They must choose alike, or they would compile different programs.
+  """
+  mine = of_device(mesh.local_mesh.devices.flat[0], jax.local_device_count())
+  if jax.process_count() == 1:
+    return mine
+  # In MiB: f32 is what a gather keeps for certain.
+  found = np.float32(0 if mine is None else mine // 2**20)
+  least = int(multihost_utils.process_allgather(found).min())
+  return least * 2**20 or None
 
 
 def _fixed(setup, optimizer):
   """Bytes of a device for the state, the gradient and a copy of that."""
-  config, trained = setup.config, weights.trained_shapes(setup)
+  config = setup.config
+  trained, _ = tree.split(weights.trained_shapes(setup), optimizer.trains)
   moments = jax.eval_shape(optimizer.tx.init, trained)
   slots = tree.nbytes(moments) / tree.nbytes(trained)
   total = (3 + slots) * _of_shards(trained) * config.sweep.together
@@ -120,7 +166,9 @@ def _of_shards(shapes):
   )
 
 
-def choose(model, shape, *, fixed, rows, tensor, available, points):
+def choose(
+  model, shape, *, fixed, rows, tensor, accumulation, available, points, asked
+):
   """The cheapest way to compute a step that fits.
 
   What the config says stays; "auto" and None are chosen. First the logits are
@@ -132,24 +180,23 @@ def choose(model, shape, *, fixed, rows, tensor, available, points):
     fixed: bytes of a device that the state and its gradient take.
     rows: of a device in a microbatch.
     tensor: how many ways heads, mlp and vocabulary are split.
+    accumulation: microbatches of a step; passes without gradient have one.
     available: of `of_device`.
     points: of a sweep that train together.
+    asked: config.model.
   """
-  config = model.config
   remats = ("none", "names", "full")
-  if config.remat != "auto":
-    remats = (config.remat,)
-  chunks = (config.head_chunk,)
-  if config.head_chunk is None:
-    chunks = (
-      None,
-      _chunk(model_config.padded_vocab(model.vocab_size), rows, shape),
-    )
+  if asked.remat != "auto":
+    remats = (asked.remat,)
+  chunks = (asked.head_chunk,)
+  if asked.head_chunk is None:
+    vocab = model_config.padded_vocab(model.vocab_size)
+    chunks = None, min(_chunk(vocab, rows * accumulation), shape.scored)
   budget = None if available is None else _SHARE * available
   for remat in remats:
     for chunk in chunks:
       needed = fixed + points * _moving(
-        model, shape, rows, tensor, remat, chunk
+        model, shape, rows, tensor, accumulation, remat, chunk
       )
       found = Choice(remat, chunk, round(needed), available)
       if budget is None or needed <= budget:
@@ -157,7 +204,7 @@ def choose(model, shape, *, fixed, rows, tensor, available, points):
   return found
 
 
-def _moving(model, shape, rows, tensor, remat, chunk):
+def _moving(model, shape, rows, tensor, accumulation, remat, chunk):
   """Bytes of activations and logits at the end of the forward pass."""
   c = model.config
   width = 2 if c.dtype == "bfloat16" else 4
@@ -179,14 +226,15 @@ def _moving(model, shape, rows, tensor, remat, chunk):
   scores = 3 * 4 * tiles * shape.tile / 4 * c.heads / tensor
   vocab = model_config.padded_vocab(model.vocab_size) / tensor
   scored = shape.scored if chunk is None else min(chunk, shape.scored)
-  logits = 2 * 4 * rows * scored * vocab
+  # Those that are kept and their gradient; or those of a whole batch.
+  logits = max(2, accumulation) * 4 * rows * scored * vocab
   return width * (c.layers * kept + once) + max(scores, logits)
 
 
-def _chunk(vocab, rows, shape):
+def _chunk(vocab, rows):
   """Scored positions of a row whose logits take about 256 MiB, a power of 2."""
   fitting = 2**28 // (4 * rows * vocab)
   chunk = _SMALLEST
   while 2 * chunk <= min(fitting, _LARGEST):
     chunk *= 2
-  return min(chunk, shape.scored)
+  return chunk

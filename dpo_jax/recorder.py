@@ -75,6 +75,7 @@ class Recorder:
     return profile.Profile(
       self.workdir,
       self._start,
+      self.run.total,
       self.logger.say,
       wanted=self.run.setup.config.log.profile,
     )

@@ -11,6 +11,7 @@ from dpo_jax import assembly
 from dpo_jax.algos import base
 from dpo_jax.data import loader as loader_lib
 from dpo_jax.data import reference, rows
+from dpo_jax.models import config as model_config
 from dpo_jax.ops import distributions
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
@@ -139,10 +140,17 @@ def _made_of(setup, params, loader):
   return {
     "data": loader.token_fingerprint,
     "params": state_lib.fingerprint(params),
-    "model": dataclasses.asdict(setup.model.config),
+    "model": _function(setup.model.config),
     "vocab_size": setup.model.vocab_size,
     "precision": setup.config.precision,
   }
+
+
+def _function(config):
+  """A ModelConfig without what only says how it is computed."""
+  fields = dataclasses.asdict(config)
+  how = set(model_config.RUNTIME) - {"dtype"}
+  return {name: fields[name] for name in fields if name not in how}
 
 
 def _compute(setup, params, loader, entry, found, stop):

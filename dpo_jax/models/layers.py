@@ -22,7 +22,7 @@ _ACTIVATIONS = {
 
 
 # What remat = "names" keeps of a block, and "offload" moves to the host.
-KEPT = ("q", "k", "v", "attended")
+KEPT = ("q", "k", "v", attention.KEPT)
 
 
 class Context(NamedTuple):
@@ -144,7 +144,6 @@ class Attention(nn.Module):
         for buffer, new in zip(cache, (k, v), strict=True)
       )
       out = attention.cached(q, *cache, context.positions, **kwargs)
-    out = ad_checkpoint.checkpoint_name(out, KEPT[3])
     out = axes.constrain(out, "rows", None, "heads", None)
     std = 0.02 * (2 * c.layers) ** -0.5
     shape = (c.heads, c.head_dim), (c.embed,)

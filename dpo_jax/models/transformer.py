@@ -4,6 +4,7 @@ Linen stays inside this file: `build` returns pure functions of a nested dict.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from dpo_jax import lookup
 from dpo_jax.models import axes, layers, rope
 from dpo_jax.models import config as config_lib
 from dpo_jax.ops import attention, logprobs
-from dpo_jax.ops.attention import choice
+from dpo_jax.ops.attention import choice, cudnn
 
 _policies = jax.checkpoint_policies
 _POLICIES = {  # of config.REMAT
@@ -185,20 +186,29 @@ def _run(config, kinds, params, x, context, cache):
   return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cache)
 
 
-def with_kernel(model, device, shared):
+def with_kernel(model, device, shared, points):
   """The Model with the attention kernel of a device, where it has one.
 
   Args:
     model: Model.
     device: one of those that it runs on.
     shared: whether completions share one copy of the prompt.
+    points: of a sweep that train in one program.
   Raises: ValueError if model.config.attention does not fit.
   """
+  asked = model.config.attention
   name, _ = choice.resolve(
-    model.config.attention,
-    choice.platform(device),
-    **_attention_facts(model.config, shared),
+    asked, choice.platform(device), **_attention_facts(model.config, shared)
   )
+  if name == "cudnn":
+    problem = cudnn.broken(model.config.head_dim)
+    if points > 1:
+      problem = "it takes no points of a sweep together"
+    if problem is not None and asked != "auto":
+      raise ValueError(f"model.attention = 'cudnn': {problem}; set 'auto'")
+    if problem is not None:
+      warnings.warn(f"attention tiled, not cudnn: {problem}", stacklevel=2)
+      name = "tiled"
   config = dataclasses.replace(model.config, attention=name)
   return build(config, model.vocab_size)
 
@@ -212,6 +222,8 @@ def attention_line(asked, model, device, shared, shapes, splits):
     shapes: the data.rows.Shape of the batches.
     splits: how many ways devices and microbatches split rows, and heads.
   """
+  if asked == "auto" and model.config.attention == "tiled":
+    asked = "tiled"  # a kernel that did not work here, see `with_kernel`
   return choice.describe(
     asked,
     choice.platform(device),

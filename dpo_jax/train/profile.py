@@ -7,17 +7,21 @@ _FIRST, _LAST = 3, 5  # steps of the run from its start; the first compiles
 
 
 class Profile:
-  """Traces steps 3 to 5 after the start of a run, into its folder."""
+  """Traces steps 3 to 5 after the start of a run, into its folder.
 
-  def __init__(self, workdir, start, say, *, wanted):
+  Where fewer are left, the last.
+  """
+
+  def __init__(self, workdir, start, total, say, *, wanted):
     """Args:
     workdir: run folder; the trace goes to its "profile".
-    start: the step that the run starts from.
+    start, total: the step that the run starts from, and the last.
     say: takes a line for the console.
     wanted: whether to trace at all.
     """
     self._folder = epath.Path(workdir) / "profile"
-    self._first, self._last = start + _FIRST, start + _LAST
+    self._first = min(start + _FIRST, total)
+    self._last = min(start + _LAST, total)
     self._say, self._wanted, self._running = say, wanted, False
 
   def before(self, number):

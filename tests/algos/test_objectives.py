@@ -102,7 +102,7 @@ def test_optimizers_take_their_config_fields_and_no_others():
 
 
 def test_registries_take_a_notebooks_own_entries(monkeypatch):
-  monkeypatch.setitem(attention.ATTENTION, "mine", attention.xla)
+  monkeypatch.setitem(attention.ATTENTION, "mine", attention.ATTENTION["xla"])
   config = dataclasses.replace(worlds.MODELS["llama"], attention="mine")
   assert transformer.build(config, 11)
   with pytest.raises(ValueError, match=r"model.attention.*did you mean 'mine'"):

@@ -10,6 +10,7 @@ from configs import base as base_config
 from configs import common
 from dpo_jax import assembly
 from dpo_jax.data import rows
+from dpo_jax.models import transformer
 from dpo_jax.ops import attention
 from dpo_jax.ops.attention import choice, cudnn
 from tests import worlds
@@ -147,3 +148,30 @@ def test_a_run_says_it_and_refuses_what_cannot_be():
   assert "; attention tiled (no kernel for cpu; examples of" in run.about
   with pytest.raises(ValueError, match="is for tpu, and this is cpu"):
     assembly.prepare_model(config("splash"))
+
+
+def test_a_kernel_is_tried_before_it_is_chosen(monkeypatch):
+  assert cudnn.broken(16, "xla") is None
+  found = cudnn.broken(24)  # there is no cuDNN on a CPU
+  assert found is not None
+  right = jax.nn.dot_product_attention
+  monkeypatch.setattr(
+    jax.nn, "dot_product_attention", lambda *a, **k: 1.1 * right(*a, **k)
+  )
+  assert "differ" in cudnn.broken(32, "xla")
+
+
+def test_a_kernel_that_does_not_work_is_not_chosen(monkeypatch):
+  monkeypatch.setattr(choice, "platform", lambda device: "cuda")
+  model, _ = worlds.model("llama", dtype="bfloat16")
+  cudnn.broken.cache_clear()
+  with pytest.warns(UserWarning, match="not cudnn"):
+    got = transformer.with_kernel(model, None, True, 1)
+  assert got.config.attention == "tiled"
+  asked, _ = worlds.model("llama", dtype="bfloat16", attention="cudnn")
+  with pytest.raises(ValueError, match="model.attention = 'cudnn'"):
+    transformer.with_kernel(asked, None, True, 1)
+  monkeypatch.setattr(transformer.cudnn, "broken", lambda head_dim: None)
+  assert transformer.with_kernel(asked, None, True, 1).config == asked.config
+  with pytest.raises(ValueError, match="points of a sweep"):
+    transformer.with_kernel(asked, None, True, 4)

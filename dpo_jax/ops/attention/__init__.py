@@ -7,6 +7,7 @@ visible = rule.visible
 masked = rule.masked
 take_rows = rule.take_rows
 cached = rule.cached
+KEPT = rule.KEPT
 
 # Each is fn(q, k, v, layout, *, window, scale, softcap), see rule.xla.
 ATTENTION = {

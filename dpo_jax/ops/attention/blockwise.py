@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 
 from dpo_jax import compat
 from dpo_jax.ops.attention import rule
@@ -170,7 +171,10 @@ def _fwd(static, q, k, v, *ids):
 
   out, lse = jax.lax.map(queries, jnp.arange(count))
   out, lse = (jnp.moveaxis(x, 0, 1) for x in (out, lse))
-  out, lse = out.reshape(q.shape), lse.reshape(q.shape[:-1])
+  out, lse = (
+    ad_checkpoint.checkpoint_name(x, rule.KEPT)
+    for x in (out.reshape(q.shape), lse.reshape(q.shape[:-1]))
+  )
   return out, (q, k, v, ids, out, lse)
 
 

@@ -22,6 +22,10 @@ from dpo_jax.ops import reduce
 
 # Large and finite: a row that sees nothing (padding) gets a uniform softmax,
 # not 0/0.
+# What a checkpoint policy may keep of an implementation: its result and the
+# log-sum-exp, with which the backward pass needs no forward pass.
+KEPT = "attended"
+
 HIDDEN = -1e30
 
 

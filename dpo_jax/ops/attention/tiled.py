@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 
 from dpo_jax import compat
 from dpo_jax.ops.attention import rule
@@ -127,7 +128,10 @@ def _attend_fwd(scale, softcap, q, k, v, mask):
     )
     outs.append((out / total).astype(v.dtype))
     lses.append(top + jnp.log(total))
-  out, lse = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+  out, lse = (
+    ad_checkpoint.checkpoint_name(jnp.concatenate(x, axis=3), rule.KEPT)
+    for x in (outs, lses)
+  )
   residual = q, k, v, mask, out, lse
   out = jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
   return out, residual
