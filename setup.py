@@ -38,6 +38,15 @@ setuptools.setup(
     "plan": ["libtpu"],
     "log": ["tensorboard", "tensorboardX", "wandb"],
     "launch": ["submitit"],
+    # The peers of scripts/bench.py, each in a virtual environment of its own.
+    "bench-torch": [
+      "torch==2.13.0",
+      "trl==1.16.0",
+      "peft==0.21.2",
+      "accelerate==1.15.0",
+      "datasets",
+    ],
+    "bench-jax": ["google-tunix==0.1.7"],
     "examples": ["scikit-learn", "vaderSentiment"],
   },
 )

@@ -169,7 +169,7 @@ def test_a_kernel_that_does_not_work_is_not_chosen(monkeypatch):
     got = transformer.with_kernel(model, None, True, 1)
   assert got.config.attention == "tiled"
   asked, _ = worlds.model("llama", dtype="bfloat16", attention="cudnn")
-  with pytest.raises(ValueError, match="model.attention = 'cudnn'"):
+  with pytest.raises(ValueError, match=r"model.attention = 'cudnn'"):
     transformer.with_kernel(asked, None, True, 1)
   monkeypatch.setattr(transformer.cudnn, "broken", lambda head_dim: None)
   assert transformer.with_kernel(asked, None, True, 1).config == asked.config

@@ -1,0 +1,1 @@
+"""The benchmark: what `scripts/bench.py` runs, and its workers."""

@@ -1,0 +1,228 @@
+"""The accelerator set: dpo_jax alone, random weights, bf16 computation.
+
+Each shape runs in a process of its own, so that its peak memory is its own and
+a shape that does not fit takes nothing with it.
+"""
+
+import os
+import pathlib
+import tempfile
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from scripts.bench import cases, client, inputs
+
+
+class Shape(NamedTuple):
+  """A model to train on an accelerator.
+
+  Attributes:
+    name: for the table.
+    preset: of models/config.py.
+    fields: of config.model that differ from it.
+    vocab_size: tokens.
+    lora: an adapter on a base in bfloat16, or all parameters in f32.
+    pairs: a step, on each device.
+    mix: of cases.MIXES.
+  """
+
+  name: str
+  preset: str
+  fields: dict
+  vocab_size: int
+  lora: bool
+  pairs: int
+  mix: str = "balanced"
+
+
+_410M = {"embed": 1024, "head_dim": 64, "mlp": 4096, "rotary_dim": 16}
+_8B = {"kv_heads": 8, "mlp": 14336, "rope_theta": 500000.0}
+SHAPES = (
+  Shape("Pythia-410m", "pythia-1.4b", _410M, 50304, False, 64),
+  Shape("Pythia-1.4b", "pythia-1.4b", {}, 50304, False, 32),
+  Shape("Pythia-2.8b", "pythia-2.8b", {}, 50304, False, 16),
+  Shape("8B LoRA", "llama-7b", _8B, 128256, True, 16),
+)
+SMOKE = Shape("micro", "micro", {}, 256, False, 4, "smoke")
+# Without recomputing first; with it what does not fit then.
+_REMAT = (False, True)
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+_GOALS = {"Pythia-1.4b": 0.35, "Pythia-2.8b": 0.35}  # of the MFU, on an H100
+
+
+def job(shape, folder, steps, remat, overrides):
+  """What the worker of a shape is told."""
+  mix = cases.MIXES[shape.mix]
+  case = cases.Case(shape.preset, shape.mix, shape.lora, batch=shape.pairs)
+  out = inputs.job(folder, case, steps, overrides)
+  fields = {
+    **{f"model.{name}": value for name, value in shape.fields.items()},
+    "model.dtype": "bfloat16",
+    "model.remat": remat,
+    "model.max_positions": max(2048, mix.max_length),
+    "tokenizer": folder / "tokenizer",
+  }
+  if shape.lora:
+    fields["lora.base"] = "bfloat16"
+  lora = ",lora" * shape.lora
+  return {
+    **out,
+    "device": True,
+    "config": f"configs/dpo.py:model={shape.preset}{lora}",
+    "fields": out["fields"] + [f"{k}={v}" for k, v in fields.items()],
+  }
+
+
+def measure(shape, folder, *, rounds, steps, seconds, overrides):
+  """Runs a shape.
+
+  Args:
+    shape: Shape.
+    folder: pathlib.Path for inputs and logs.
+    rounds, steps: how often, and steps of each.
+    seconds: after which it is killed.
+    overrides: of the config.
+  Returns: plain values; without "seconds" if it does not fit.
+  Raises: client.Failed for another reason.
+  """
+  total = 1 + rounds * steps
+  mix, end = cases.MIXES[shape.mix], time.perf_counter() + seconds
+  tokens = inputs.write_examples(
+    folder, mix, shape.vocab_size, total, shape.pairs
+  )
+  inputs.tokenizer(folder / "tokenizer", shape.vocab_size)
+  there = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+  out = {"shape": shape._asdict(), "mix": mix._asdict(), "steps": steps}
+  for remat in _REMAT:
+    told = job(shape, folder, total, remat, overrides)
+    left = end - time.perf_counter()
+    try:
+      found = _run(told, folder, there, left, rounds, steps)
+    except client.Failed as error:
+      if not any(word in str(error) for word in _NO_MEMORY):
+        raise
+      continue
+    flops = found["facts"].pop("flops")
+    return {
+      **out,
+      **found,
+      "remat": remat,
+      "tokens": np.reshape(tokens[1:], (rounds, steps)).sum(1).tolist(),
+      "flops": np.reshape(flops[1:], (rounds, steps)).sum(1).tolist(),
+    }
+  return out
+
+
+def _run(told, folder, cpus, seconds, rounds, steps):
+  """Results of a worker, which has ended."""
+  worker = client.Worker("ours", told, folder, cpus, seconds)
+  try:
+    losses, times = worker.steps(1)["losses"], []
+    for _ in range(rounds):
+      answer = worker.steps(steps)
+      times.append(answer["seconds"])
+      losses += answer["losses"]
+    if not np.isfinite(losses).all():
+      raise client.Failed(f"losses are not finite: {losses}")
+    return {
+      "seconds": times,
+      "losses": losses,
+      "peak_bytes": answer["peak_bytes"],
+      "facts": worker.ready["facts"],
+      "versions": worker.ready["versions"],
+    }
+  finally:
+    worker.stop()
+
+
+_HEAD = (
+  *("shape", "pairs a step", "pairs/s", "tokens/s", "MFU"),
+  *("peak GiB", "remat", "compile"),
+)
+
+
+def rows(results):
+  """The cells of each shape."""
+  for name, found in results["shapes"].items():
+    pairs = found["shape"]["pairs"]
+    if "seconds" not in found:
+      yield [name, str(pairs), found["why"], *[""] * 5]
+      continue
+    seconds, facts = np.asarray(found["seconds"]), found["facts"]
+    low, mfu, high = np.quantile(share(found), (0.25, 0.5, 0.75))
+    yield [
+      name,
+      str(pairs),
+      f"{np.median(pairs * found['steps'] / seconds):.2f}",
+      f"{np.median(np.asarray(found['tokens']) / seconds):,.0f}",
+      f"{mfu:.1%} ({low:.1%}–{high:.1%})",
+      f"{found['peak_bytes'] / 2**30:.1f}" if found["peak_bytes"] else "",
+      "yes" if found["remat"] else "no",
+      f"{facts['compile_seconds']:.0f} s, {facts['compilations']}",
+    ]
+
+
+def share(found):
+  """f64[rounds]: needed FLOP/s as a share of the peak."""
+  rate = np.asarray(found["flops"]) / np.asarray(found["seconds"])
+  return rate / found["facts"]["peak"][0]
+
+
+def table(results):
+  """The results in Markdown."""
+  measured = [r for r in results["shapes"].values() if "seconds" in r]
+  of = sorted({r["facts"]["peak"][1] for r in measured})
+  lines = [
+    f"{results['machine']}, bf16 computation, medians (quartiles); MFU: needed "
+    f"FLOP/s as a share {', '.join(of)}",
+    "",
+  ]
+  cells = [_HEAD, ["---", *["---:"] * (len(_HEAD) - 1)], *rows(results)]
+  lines += [f"| {' | '.join(row)} |" for row in cells]
+  lines += [
+    f"{'met   ' if np.median(share(found)) >= bound else 'MISSED'}  {name}: "
+    f"MFU {np.median(share(found)):.1%} (≥ {bound:.0%})"
+    for name, bound in _GOALS.items()
+    if "seconds" in (found := results["shapes"].get(name, {}))
+  ]
+  return "\n".join(lines)
+
+
+def run(options, overrides, say):
+  """Measures what fits into the time.
+
+  Args:
+    options: of the command: rounds, steps, minutes, smoke, cases.
+    overrides: of the config.
+    say: function of a line of text.
+  Returns: results, as plain values.
+  """
+  begin, limit = time.perf_counter(), 60 * (options.minutes or 30)
+  shapes = (SMOKE,) if options.smoke else SHAPES
+  results = {"machine": "CPU", "shapes": {}}
+  for shape in shapes:
+    left = limit - (time.perf_counter() - begin)
+    say(f"{shape.name} … {left / 60:.0f} minutes left")
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+      try:
+        found = measure(
+          shape,
+          pathlib.Path(folder),
+          rounds=options.rounds or 3,
+          steps=options.steps or (1 if options.smoke else 5),
+          seconds=max(1, left),
+          overrides=overrides,
+        )
+      except client.Failed as error:
+        if time.perf_counter() - begin < limit:
+          raise
+        say(str(error).splitlines()[0])
+        found = {"shape": shape._asdict(), "why": "no time left"}
+    found.setdefault("why", "does not fit")
+    results["shapes"][shape.name] = found
+    results["machine"] = found.get("facts", {}).get(
+      "device", results["machine"]
+    )
+  return results

@@ -1,0 +1,268 @@
+"""The command: what to measure, where the results go, what is printed."""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import time
+
+from dpo_jax import lookup
+from scripts.bench import cases, client
+
+_USAGE = """\
+Benchmarks of dpo_jax and its peers, by turns on the same weights and batches.
+
+  python scripts/bench.py              every case, about half an hour on 2 cores
+  python scripts/bench.py --quick      the headline case, with all peers
+  python scripts/bench.py --cases gpt2 --systems ours,trl
+  python scripts/bench.py --device     the accelerator set, dpo_jax alone
+  python scripts/bench.py --table      the table of the results there are
+
+`bash scripts/bench.sh` makes the peers' virtual environments first and takes
+the same options. --config.FIELD=VALUE sets a field of dpo_jax's config.
+"""
+
+
+def parser():
+  """The options."""
+  p = argparse.ArgumentParser(
+    "bench",
+    description=_USAGE,
+    formatter_class=argparse.RawTextHelpFormatter,
+    allow_abbrev=False,
+  )
+  what = p.add_mutually_exclusive_group()
+  what.add_argument(
+    "--quick", action="store_true", help="the headline, all peers"
+  )
+  what.add_argument("--cases", metavar="TEXT", help="cases with it in the name")
+  what.add_argument("--device", action="store_true", help="accelerator set")
+  what.add_argument("--table", action="store_true", help="print the results")
+  p.add_argument("--smoke", action="store_true", help="a micro shape, 1 round")
+  p.add_argument("--systems", metavar="A,B", help=", ".join(cases.SYSTEMS))
+  p.add_argument("--rounds", type=_positive, help="repeats (3)")
+  p.add_argument("--steps", type=_positive, help="of a round (1 or 2)")
+  p.add_argument("--threads", type=_positive, default=2, help="of a worker (2)")
+  p.add_argument(
+    "--minutes", type=_positive, help="begin no case after so many"
+  )
+  p.add_argument("--out", type=pathlib.Path, help="file of the results")
+  return p
+
+
+def _positive(text):
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"{text} is not above 0")
+  return value
+
+
+def parse(argv):
+  """(options, config overrides); ends the process for what it cannot read."""
+  p = parser()
+  options, rest = p.parse_known_args(argv)
+  overrides = []
+  for word in rest:
+    if not re.match(r"--config\.[\w.]+=", word):
+      known = [o for a in p._actions for o in a.option_strings]
+      p.error(f"{word}: no such option{lookup.nearest(word, known)}")
+    overrides.append(word.removeprefix("--config."))
+  if options.device and options.systems:
+    p.error("--systems has no effect with --device: dpo_jax runs alone")
+  if options.smoke and (options.quick or options.cases or options.table):
+    p.error("--smoke goes with --device or alone")
+  if options.table and overrides:
+    p.error("--config. has no effect with --table")
+  return options, overrides
+
+
+def chosen(options):
+  """The cases to measure, with the systems that were asked for."""
+  found = list(cases.CASES)
+  if options.smoke:
+    found = [cases.SMOKE]
+  elif options.quick:
+    found = list(cases.QUICK)
+  elif options.cases:
+    found = cases.choose(options.cases)
+  if options.systems:
+    wanted = options.systems.split(",")
+    for name in wanted:
+      lookup.lookup(cases.SYSTEMS, name, "--systems")
+    # The needed FLOPs are those of ours, and the rate that of the matmul.
+    needed = {"ours", "matmul", *wanted}
+    names = tuple(n for n in cases.SYSTEMS if n in needed)
+    found = [case._replace(systems=names) for case in found]
+  if options.steps:
+    found = [case._replace(steps=options.steps) for case in found]
+  for case in found:
+    for name in case.systems:
+      client.python(cases.SYSTEMS[name])
+  return found
+
+
+class Progress:
+  """A line that passes on a terminal, elsewhere a line each ten seconds."""
+
+  def __init__(self, total):
+    """Args:
+    total: pieces of work.
+    """
+    self._total, self._done = total, 0
+    self._begin = self._shown = time.perf_counter()
+    self._live = sys.stdout.isatty()
+
+  def tick(self, text):
+    """Another piece is done."""
+    self._done += 1
+    now = time.perf_counter()
+    if not self._live and now - self._shown < 10:
+      return
+    self._shown = now
+    spent = now - self._begin
+    left = spent / self._done * (self._total - self._done)
+    line = (
+      f"{self._done}/{self._total}  {text}  {_clock(spent)}  ETA {_clock(left)}"
+    )
+    print(f"\r\x1b[K{line}" if self._live else line, end="", flush=True)
+    if not self._live:
+      print(flush=True)
+
+  def say(self, text):
+    """Lines that stay."""
+    print(f"\r\x1b[K{text}" if self._live else text, flush=True)
+
+
+def _clock(seconds):
+  minutes, seconds = divmod(round(seconds), 60)
+  return f"{minutes}:{seconds:02}"
+
+
+def cpus(threads):
+  """The CPUs of the workers."""
+  if not hasattr(os, "sched_getaffinity"):
+    return set(range(threads))
+  there = sorted(os.sched_getaffinity(0))
+  if len(there) < threads:
+    raise ValueError(f"--threads {threads}: there are {len(there)} cores")
+  return set(there[:threads])
+
+
+def path_of(machine):
+  """Where the results of a machine are kept."""
+  slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+  return client.ROOT / "scripts" / "results" / f"{slug}.json"
+
+
+def read(path, machine):
+  """The results there are."""
+  if path.exists():
+    return json.loads(path.read_text())
+  return {"machine": machine, "cases": {}}
+
+
+def write(path, results):
+  """Replaces the results."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  new = path.with_suffix(".new")
+  new.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+  new.replace(path)
+
+
+def run_cases(options, overrides):
+  """Measures cases on CPUs; the exit code."""
+  from scripts.bench import rounds, summary
+
+  count = options.rounds or (1 if options.smoke else 3)
+  machine = f"{options.threads}-core CPU"
+  path = options.out or path_of(machine)
+  if options.smoke and options.out is None:
+    path = None
+  found, where = chosen(options), cpus(options.threads)
+  progress = Progress(sum(len(c.systems) for c in found) * (1 + count))
+  begin, fresh = time.perf_counter(), {"machine": machine, "cases": {}}
+  with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+    for case in found:
+      spent = (time.perf_counter() - begin) / 60
+      if options.minutes and spent > options.minutes:
+        progress.say(f"{case.name}: left out, --minutes are over")
+        continue
+      result = rounds.measure(
+        case,
+        pathlib.Path(folder),
+        rounds=count,
+        cpus=where,
+        overrides=overrides,
+        tick=lambda text, case=case: progress.tick(f"{case.name}  {text}"),
+      )
+      fresh["cases"][case.name] = result
+      one = {**fresh, "cases": {case.name: result}}
+      progress.say(summary.table(one).split("\n\n", 1)[1] + "\n")
+      if path is not None:
+        kept = read(path, machine)
+        kept["cases"][case.name] = result
+        write(path, kept)
+  return report(fresh, path)
+
+
+def report(results, path):
+  """Prints goals and agreement; exit code 1 if losses differ."""
+  from scripts.bench import summary
+
+  lines, good = summary.agreement(results)
+  print("\n".join([*summary.goals(results), *lines]))
+  if path is not None:
+    print(f"written to {os.path.relpath(path)}")
+  return 0 if good else 1
+
+
+def run_device(options, overrides):
+  """Measures the accelerator set; the exit code."""
+  from scripts.bench import device
+
+  results = device.run(options, overrides, lambda text: print(text, flush=True))
+  print(device.table(results))
+  path = options.out or path_of(results["machine"])
+  if options.smoke and options.out is None:
+    return 0
+  if path.exists():  # shapes that were measured before stay
+    before = json.loads(path.read_text()).get("shapes", {})
+    measured = {k: v for k, v in results["shapes"].items() if "seconds" in v}
+    results["shapes"] = {**results["shapes"], **before, **measured}
+  write(path, results)
+  print(f"written to {os.path.relpath(path)}")
+  return 0
+
+
+def show(options):
+  """Prints the table of the results there are; the exit code."""
+  from scripts.bench import device, summary
+
+  path = options.out or path_of(f"{options.threads}-core CPU")
+  if not path.exists():
+    raise ValueError(f"--table: {os.path.relpath(path)} is not there")
+  results = json.loads(path.read_text())
+  if "shapes" in results:
+    print(device.table(results))
+    return 0
+  print(summary.table(results))
+  print()
+  return report(results, None)
+
+
+def main(argv=None):
+  """Runs the command; mistakes of the user end in a line and exit code 2."""
+  options, overrides = parse(argv)
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  try:
+    if options.table:
+      return show(options)
+    if options.device:
+      return run_device(options, overrides)
+    return run_cases(options, overrides)
+  except (ValueError, client.Failed) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,136 @@
+"""dpo_jax: its own step, loader and prefetching, as `loop.fit` runs them."""
+
+import functools
+from typing import Any, NamedTuple
+
+from dpo_jax import allocator
+from scripts.bench import protocol
+
+BETAS = (0.05, 1.0, 5.0)  # of the points beside the first
+
+
+def compile_all(run, program, total):
+  """Runs the step once for each shape of `total` batches.
+
+  The program's state is used up. Returns: how many shapes.
+  """
+  from dpo_jax import assembly
+
+  shapes = {}
+  for number in range(total):
+    batch, _ = run.loader.batch(number)
+    shapes.setdefault(tuple(x.shape for x in batch.values()), number)
+  state = program.state
+  for number in shapes.values():
+    batch, _ = assembly.place_batch(run.setup, run.loader, number)
+    state, metrics = program.step(state, batch, program.hparams)
+    float(metrics[0]["loss"])
+  return len(shapes)
+
+
+def device_peak():
+  """The most memory in use on the first accelerator, in bytes."""
+  import jax
+
+  return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+class Trainer(NamedTuple):
+  """A run that is compiled and at its first step.
+
+  Attributes:
+    run: assembly.Run.
+    program: points.Program; a step gives the metrics of each point.
+    compilations: jax_side.Compilations.
+    facts: for the results.
+  """
+
+  run: Any
+  program: Any
+  compilations: Any
+  facts: dict
+
+
+def build(job):
+  """The Trainer of a job, as `loop.fit` builds its own."""
+  from dpo_jax import assembly, cli, points, scoring, weights
+  from scripts.bench import jax_side
+
+  fields = [*job["fields"], *job["overrides"]]
+  betas = BETAS[: job["points"] - 1]
+  config, *others = [
+    cli.load_config(job["config"], [*fields, *more])
+    for more in ([], *([f"loss.beta={beta}"] for beta in betas))
+  ]
+  run = assembly.prepare(config)
+  params = weights.initial(run.setup)
+  if config.ref == "cached":
+    scoring.attach_reference(run.setup, params, run.loader, job["workdir"])
+  runs = points.beside([config, *others], run) if others else [run]
+
+  def program():
+    states = [assembly.initial_state(run, params) for run in runs]
+    return points.program(runs, states)
+
+  peaks = {"built": protocol.peak_bytes()}
+  compilations = jax_side.Compilations()
+  shapes = compile_all(run, program(), job["steps"])
+  seconds = compilations.seconds
+  peaks["compiled"] = protocol.peak_bytes()
+  facts = {
+    "compile_seconds": seconds,
+    "compilations": shapes,
+    "fill": run.loader.fill,
+    "about": run.about.partition(": ")[2],  # without the path
+    "peaks": peaks,
+    "flops": [
+      assembly.step_flops(run, run.loader.batch(number)[1])
+      for number in range(job["steps"])
+    ],
+  }
+  return Trainer(run, program(), compilations, facts)
+
+
+def main():
+  channel = protocol.Channel()
+  job = channel.job
+  allocator.keep_pages()  # as the command line does
+  import jax
+
+  from dpo_jax import assembly
+  from dpo_jax.data import loader as loader_lib
+  from dpo_jax.train import log
+
+  run, (step, state, hparams, _), compilations, facts = build(job)
+  batches = loader_lib.prefetch(
+    functools.partial(assembly.place_batch, run.setup, run.loader),
+    range(job["steps"]),
+  )
+  device = jax.devices()[0]
+  if device.memory_stats():
+    channel.peak = device_peak
+  if job.get("device"):
+    facts |= {"device": device.device_kind, "peak": log.peak_flops()}
+  jax.block_until_ready(state)
+  channel.ready(("jax", "jaxlib", "flax", "optax"), **facts)
+  before = compilations.count
+
+  def run_steps(count):
+    nonlocal state
+    losses = []
+    for _ in range(count):
+      batch, _ = next(batches)
+      state, metrics = step(state, batch, hparams)
+      losses.append(metrics[0]["loss"])
+    jax.block_until_ready((state, losses))
+    assert compilations.count == before, "a shape was compiled while timed"
+    return lambda: [float(loss) for loss in losses]
+
+  try:
+    channel.serve(run_steps)
+  finally:
+    batches.close()
+
+
+if __name__ == "__main__":
+  main()

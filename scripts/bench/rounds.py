@@ -1,0 +1,101 @@
+"""One case: all its workers, by turns, on the same inputs."""
+
+import contextlib
+
+import numpy as np
+
+from scripts.bench import cases, client, inputs
+
+TOLERANCE = 1e-4  # relative, of a step's loss
+WARM_UP = 1  # steps of every system that no time is taken of
+
+
+def measure(case, folder, *, rounds, cpus, overrides, tick):
+  """Runs a case.
+
+  Round by round each worker does the same batches while the others wait; who
+  comes first changes with the round.
+
+  Args:
+    case: cases.Case.
+    folder: pathlib.Path for inputs and logs.
+    rounds: how often.
+    cpus: set of CPUs that a worker may use.
+    overrides: of the config of `ours`.
+    tick: called with a line of text after each piece of work.
+  Returns: plain values, for the results.
+  Raises: client.Failed.
+  """
+  steps = case.steps
+  total = WARM_UP + rounds * steps
+  tokens = inputs.make(folder, case, total)
+  job = inputs.job(folder, case, total, overrides)
+  with contextlib.ExitStack() as stack:
+    workers, out = [], {}
+    for name in case.systems:
+      job["points"] = 4 if name == "ours4" else 1
+      worker = client.Worker(name, job, folder, cpus)
+      stack.callback(worker.stop)
+      first = worker.steps(WARM_UP)
+      workers.append(worker)
+      out[name] = _start(worker.ready, first)
+      tick(f"{name} ready")
+    for number in range(rounds):
+      shift = number % len(workers)
+      for worker in workers[shift:] + workers[:shift]:
+        answer = worker.steps(steps)
+        found = out[worker.name]
+        found["seconds"].append(answer["seconds"])
+        found["losses"] += answer["losses"]
+        found["peak_bytes"] = answer["peak_bytes"]
+        tick(f"round {number + 1}/{rounds} {worker.name}")
+  return {
+    "case": case._asdict(),
+    "mix": cases.MIXES[case.mix]._asdict(),
+    "rounds": rounds,
+    "steps": steps,
+    "pairs": case.batch * steps,
+    "tokens": _by_round(tokens, rounds, steps),
+    "flops": _by_round(out["ours"]["facts"].pop("flops"), rounds, steps),
+    "malloc": client.MALLOC,
+    "systems": out,
+    "disagreement": disagreement(case, out),
+  }
+
+
+def _start(ready, first):
+  """The results of a worker that has warmed up."""
+  # Tunix compiles in its first step.
+  late = ("compile_seconds", "compilations")
+  facts = {**ready["facts"], **{k: first[k] for k in late if k in first}}
+  return {
+    "start_seconds": ready["start_seconds"],
+    "versions": ready["versions"],
+    "facts": facts,
+    "seconds": [],
+    "losses": first["losses"],
+    "peak_bytes": first["peak_bytes"],
+  }
+
+
+def _by_round(values, rounds, steps):
+  """Sums of what each step has, for each round."""
+  return np.reshape(values[WARM_UP:], (rounds, steps)).sum(1).tolist()
+
+
+def disagreement(case, systems):
+  """{system: largest relative difference of a step's loss to ours}.
+
+  Every system starts from the same weights and sees the same batches. Adapters
+  start from other random numbers, so there it is of the first step only, where
+  the policy is the reference.
+  """
+  out = {}
+  for name, found in systems.items():
+    count = 1 if case.lora and name != "ours4" else None
+    mine = np.asarray(systems["ours"]["losses"][:count])
+    losses = np.asarray(found["losses"][:count])
+    if name == "ours" or not losses.size:
+      continue
+    out[name] = float(np.max(np.abs(losses - mine) / np.abs(mine)))
+  return out

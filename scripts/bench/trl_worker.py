@@ -1,0 +1,113 @@
+"""TRL's own `DPOTrainer.train()`, held between steps by a callback.
+
+Its defaults, but for f32, no gradient checkpointing (which would only cost it
+time), the optimiser of all systems, the order of the file, and no saving or
+logging.
+"""
+
+import os
+import time
+
+import datasets
+import peft
+import torch
+import transformers
+import trl
+
+from scripts.bench import protocol
+
+
+class Gate(transformers.TrainerCallback):
+  """Lets n steps pass for each command, and times them."""
+
+  def __init__(self, channel, losses):
+    self._channel, self._losses = channel, losses
+    self._left = 0
+
+  def on_step_begin(self, args, state, control, **kwargs):
+    if self._left == 0:
+      self._left = self._channel.steps()
+      self._begin = time.perf_counter()
+
+  def on_step_end(self, args, state, control, **kwargs):
+    self._left -= 1
+    if self._left == 0:
+      seconds = time.perf_counter() - self._begin
+      losses = [float(loss) for loss in self._losses]
+      self._losses.clear()
+      self._channel.reply(seconds=seconds, losses=losses)
+
+
+class Trainer(trl.DPOTrainer):
+  """Keeps the loss of each step, unrounded."""
+
+  losses = ()
+
+  def compute_loss(self, *args, **kwargs):
+    loss = super().compute_loss(*args, **kwargs)
+    self.losses.append(loss.detach())
+    return loss
+
+
+def config_of(job):
+  """TRL's config of a job."""
+  return trl.DPOConfig(
+    output_dir=job["workdir"],
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    per_device_train_batch_size=job["batch"],
+    max_steps=job["steps"],
+    max_length=job["max_length"],
+    beta=job["beta"],
+    precompute_ref_log_probs=job["ref"] == "cached",
+    optim="rmsprop",
+    optim_args=f"alpha={job['decay']},eps={job['eps']}",
+    learning_rate=job["learning_rate"],
+    lr_scheduler_type="constant",
+    max_grad_norm=job["clip_norm"],
+    train_sampling_strategy="sequential",
+    dataloader_pin_memory=False,
+    save_strategy="no",
+    logging_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+  )
+
+
+def main():
+  channel = protocol.Channel()
+  job = channel.job
+  threads = int(os.environ["OMP_NUM_THREADS"])
+  torch.set_num_threads(threads)
+  lora = job["lora"] and peft.LoraConfig(
+    task_type="CAUSAL_LM",
+    target_modules="all-linear",
+    r=job["lora"]["rank"],
+    lora_alpha=job["lora"]["alpha"],
+    lora_dropout=0.0,
+  )
+  losses = []
+  trainer = Trainer(
+    model=job["model"],
+    args=config_of(job),
+    train_dataset=datasets.load_dataset(
+      "json", data_files=job["in_order"], split="train"
+    ),
+    peft_config=lora,
+    callbacks=[Gate(channel, losses)],
+  )
+  trainer.losses = losses
+  channel.ready(
+    ("torch", "trl", "transformers", "peft", "accelerate"),
+    threads=torch.get_num_threads(),
+    trained=sum(
+      p.numel() for p in trainer.model.parameters() if p.requires_grad
+    ),
+  )
+  trainer.train()
+  channel.steps()
+
+
+if __name__ == "__main__":
+  main()

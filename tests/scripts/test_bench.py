@@ -1,0 +1,168 @@
+"""The benchmark's command and its arithmetic."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from scripts.bench import cases, driver, inputs, protocol, rounds, summary
+from tests import conftest
+
+
+def worker(seconds, losses=(), **facts):
+  return {
+    "start_seconds": 1.0,
+    "versions": {},
+    "facts": facts,
+    "seconds": list(seconds),
+    "losses": list(losses),
+    "peak_bytes": 2**30,
+  }
+
+
+def results(**systems):
+  """Results of two rounds of one step of four pairs."""
+  case = cases.HEADLINE._replace(systems=tuple(systems))
+  result = {
+    "case": case._asdict(),
+    "mix": cases.MIXES[case.mix]._asdict(),
+    "rounds": 2,
+    "steps": 1,
+    "pairs": 4,
+    "tokens": [1000, 2000],
+    "flops": [1e9, 2e9],
+    "malloc": "any",
+    "systems": systems,
+    "disagreement": rounds.disagreement(case, systems),
+  }
+  return {"machine": "2-core CPU", "cases": {case.name: result}}
+
+
+def test_ratios_are_of_the_same_round():
+  found = results(ours=worker([1, 4]), trl=worker([5, 12]))
+  (result,) = found["cases"].values()
+  np.testing.assert_allclose(summary.ratio(result, "ours", "trl"), [5, 3])
+  np.testing.assert_allclose(summary.per_round(result, "ours", "pairs"), [4, 1])
+
+
+def test_the_share_is_of_the_matmul_in_the_same_round():
+  matmul = worker([1, 2], flops=4e9)
+  found = results(ours=worker([1, 4]), matmul=matmul)
+  (result,) = found["cases"].values()
+  np.testing.assert_allclose(summary.share(result, "ours"), [0.25, 0.25])
+
+
+def test_losses_that_differ_fail_the_run(capsys):
+  ours, trl = worker([1], [0.7, 0.6]), worker([1], [0.7, 0.6 * 1.001])
+  found = results(ours=ours, trl=trl)
+  assert driver.report(found, None) == 1
+  assert "LOSSES DIFFER" in capsys.readouterr().out
+  found = results(ours=ours, trl=worker([1], [0.7, 0.6 * 1.00001]))
+  assert driver.report(found, None) == 0
+
+
+def test_losses_that_are_not_numbers_fail_the_run():
+  found = results(ours=worker([1], [0.7]), trl=worker([1], [float("nan")]))
+  assert driver.report(found, None) == 1
+
+
+def test_a_table_has_a_row_for_each_system_that_trains():
+  matmul = worker([1, 2], flops=4e9)
+  found = results(ours=worker([1, 4]), trl=worker([5, 12]), matmul=matmul)
+  lines = summary.table(found).splitlines()
+  assert sum(line.startswith("| dpo_jax") for line in lines) == 1
+  assert sum(line.startswith("| TRL") for line in lines) == 1
+  assert not any(line.startswith("| f32 matmul") for line in lines)
+  assert "MISSED" in "\n".join(summary.goals(found))  # 4 is less than 5
+
+
+def test_every_goal_is_of_a_case_and_of_its_systems():
+  by_name = {case.name: case for case in cases.CASES}
+  assert len(by_name) == len(cases.CASES)
+  for goal in cases.GOALS:
+    assert {goal.system, goal.to} <= set(by_name[goal.case].systems)
+
+
+def test_the_peers_read_the_examples_in_the_order_of_ours(tmp_path):
+  from dpo_jax.data import order
+
+  mix = cases.MIXES["smoke"]
+  counts = inputs.write_examples(tmp_path, mix, 256, steps=3, batch=4)
+  planned = 4 * inputs.PLANNED
+  in_file = protocol.read_examples(tmp_path / "examples.jsonl")
+  in_order = protocol.read_examples(tmp_path / "in_order.jsonl")
+  turns = order.stream(0, 12, planned, seed=0)
+  assert in_order == [in_file[index] for index in turns]
+  first = sum(len(ids) for pair in in_order[:4] for ids in pair)
+  assert counts[0] == first
+  assert len(in_file) == planned
+  for prompt, chosen, rejected in in_file:
+    assert 2 <= len(prompt) <= mix.max_prompt
+    assert chosen[-1] == rejected[-1] == inputs.EOS
+    assert max(len(chosen), len(rejected)) <= mix.max_completion
+
+
+def test_lengths_have_the_mean_they_are_asked_for():
+  found = inputs.lengths(np.random.default_rng(0), 150, 10_000, 20_000)
+  assert abs(found.mean() - 150) < 1  # standard error 0.4
+
+
+@pytest.mark.parametrize(
+  ("argv", "says"),
+  [
+    (["--quik"], "--quik: no such option; did you mean '--quick'?"),
+    (["--systems", "trll", "--quick"], "trl"),
+    (["--cases", "gpt9"], "no case has this in its name"),
+    (["--rounds", "0"], "0 is not above 0"),
+    (["--device", "--systems", "ours"], "dpo_jax runs alone"),
+    (["--table", "--out", "nowhere.json"], "nowhere.json is not there"),
+  ],
+)
+def test_a_wrong_option_is_told(argv, says, capsys):
+  try:
+    code = driver.main(argv)
+  except SystemExit as stop:
+    code = stop.code
+  assert code == 2
+  assert says in capsys.readouterr().err
+
+
+def run(out, *options):
+  """What the command printed; it ran on one fake device, not on eight."""
+  flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  done = subprocess.run(
+    [sys.executable, "scripts/bench.py", *options, "--out", out],
+    cwd=conftest.ROOT,
+    env={**os.environ, **flags},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.mark.slow
+def test_ours_and_the_padded_step_run_by_turns_and_agree(tmp_path):
+  out = tmp_path / "results.json"
+  assert "agree with ours" in run(out, "--smoke")
+  (result,) = json.loads(out.read_text())["cases"].values()
+  assert set(result["systems"]) == {"ours", "padded", "matmul"}
+  for name in ("ours", "padded"):
+    found = result["systems"][name]
+    assert len(found["losses"]) == 2  # the warm-up's and the round's
+    assert len(found["seconds"]) == 1
+    assert found["facts"]["compilations"] >= 1
+  assert result["disagreement"]["padded"] < 1e-5
+  assert str(conftest.ROOT) not in out.read_text()
+
+
+@pytest.mark.slow
+def test_the_accelerator_set_runs_on_a_cpu(tmp_path):
+  out = tmp_path / "results.json"
+  run(out, "--device", "--smoke", "--rounds", "1")
+  (found,) = json.loads(out.read_text())["shapes"].values()
+  assert found["facts"]["device"] == "cpu"
+  assert len(found["losses"]) == 2
