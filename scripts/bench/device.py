@@ -46,22 +46,20 @@ SHAPES = (
   Shape("8B LoRA", "llama-7b", _8B, 128256, True, 16),
 )
 SMOKE = Shape("micro", "micro", {}, 256, False, 4, "smoke")
-# Without recomputing first; with it what does not fit then.
-_REMAT = (False, True)
+# What dpo_jax chooses by its estimate of the memory; all of it if that fails.
+_REMAT = ("auto", "full")
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 _GOALS = {"Pythia-1.4b": 0.35, "Pythia-2.8b": 0.35}  # of the MFU, on an H100
 
 
 def job(shape, folder, steps, remat, overrides):
   """What the worker of a shape is told."""
-  mix = cases.MIXES[shape.mix]
   case = cases.Case(shape.preset, shape.mix, shape.lora, batch=shape.pairs)
   out = inputs.job(folder, case, steps, overrides)
   fields = {
     **{f"model.{name}": value for name, value in shape.fields.items()},
     "model.dtype": "bfloat16",
     "model.remat": remat,
-    "model.max_positions": max(2048, mix.max_length),
     "tokenizer": folder / "tokenizer",
   }
   if shape.lora:
@@ -108,7 +106,6 @@ def measure(shape, folder, *, rounds, steps, seconds, overrides):
     return {
       **out,
       **found,
-      "remat": remat,
       "tokens": np.reshape(tokens[1:], (rounds, steps)).sum(1).tolist(),
       "flops": np.reshape(flops[1:], (rounds, steps)).sum(1).tolist(),
     }
@@ -159,7 +156,7 @@ def rows(results):
       f"{np.median(np.asarray(found['tokens']) / seconds):,.0f}",
       f"{mfu:.1%} ({low:.1%}–{high:.1%})",
       f"{found['peak_bytes'] / 2**30:.1f}" if found["peak_bytes"] else "",
-      "yes" if found["remat"] else "no",
+      facts["remat"],
       f"{facts['compile_seconds']:.0f} s, {facts['compilations']}",
     ]
 

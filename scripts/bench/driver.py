@@ -92,16 +92,32 @@ def chosen(options):
     wanted = options.systems.split(",")
     for name in wanted:
       lookup.lookup(cases.SYSTEMS, name, "--systems")
-    # The needed FLOPs are those of ours, and the rate that of the matmul.
-    needed = {"ours", "matmul", *wanted}
-    names = tuple(n for n in cases.SYSTEMS if n in needed)
-    found = [case._replace(systems=names) for case in found]
+    found = [_with(case, wanted, options.smoke) for case in found]
+    # Cases for one peer alone are the headline otherwise.
+    peers = set(wanted) - {"ours", "matmul"} or {"ours"}
+    found = [
+      case
+      for case in found
+      if peers & set(case.systems) and ("ours" not in peers or not case.about)
+    ]
+    if not found:
+      raise ValueError(f"--systems {options.systems}: not in these cases")
   if options.steps:
     found = [case._replace(steps=options.steps) for case in found]
   for case in found:
     for name in case.systems:
       client.python(cases.SYSTEMS[name])
   return found
+
+
+def _with(case, wanted, any_case):
+  """The case with these systems of its own, or of all where `any_case`.
+
+  `ours` stays, since the needed FLOPs are its own, and the matmul, their rate.
+  """
+  allowed = cases.SYSTEMS if any_case else case.systems
+  needed = {"ours", "matmul"} | (set(wanted) & set(allowed))
+  return case._replace(systems=tuple(n for n in cases.SYSTEMS if n in needed))
 
 
 class Progress:

@@ -56,7 +56,8 @@ def build(job):
   from dpo_jax import assembly, cli, points, scoring, weights
   from scripts.bench import jax_side
 
-  fields = [*job["fields"], *job["overrides"]]
+  fields = [*job["fields"], f"sweep.together={job['points']}"]
+  fields += job["overrides"]
   betas = BETAS[: job["points"] - 1]
   config, *others = [
     cli.load_config(job["config"], [*fields, *more])
@@ -83,6 +84,9 @@ def build(job):
     "fill": run.loader.fill,
     "about": run.about.partition(": ")[2],  # without the path
     "peaks": peaks,
+    "attention": run.setup.model.config.attention,
+    "remat": run.setup.model.config.remat,
+    "head_chunk": run.setup.model.config.head_chunk,
     "flops": [
       assembly.step_flops(run, run.loader.batch(number)[1])
       for number in range(job["steps"])

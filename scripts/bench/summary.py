@@ -13,7 +13,7 @@ def per_round(result, name, what):
     assert what == "flops", "a matmul has no pairs"
     return found["facts"]["flops"] * result["steps"] / seconds
   work = np.asarray(result[what], float)
-  if name == "ours4" and what == "pairs":
+  if name == "ours4":  # what four runs would have done
     work = 4 * work
   return work / seconds
 
