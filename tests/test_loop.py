@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from configs import common
 from dpo_jax import assembly, cli, loop
 from dpo_jax.eval import preference
 from dpo_jax.train import checkpoint, health
@@ -114,24 +115,30 @@ def test_evaluation_does_not_depend_on_devices_or_on_the_last_batch(tmp_path):
 @slow
 def test_a_run_moves_between_meshes_and_pmap(tmp_path):
   """Both modes share one checkpoint layout; the data go on where they were."""
-  sgd = ("optim.learning_rate=1e-2", "log.every=1", "checkpoint.every=2")
+
+  def sgd(*overrides):
+    # RMSprop turns rounding into updates where gradients vanish.
+    config = load("configs/dpo.py:smoke", *often, *overrides)
+    with config.unlocked():
+      config.optim = common.optim("sgd")
+      config.optim.learning_rate, config.optim.warmup = 0.1, 0
+    return config.lock()
+
+  often = "log.every=1", "checkpoint.every=2"
   parts = [
     (2, ("mesh.fsdp=2", "mesh.tensor=2")),
     (4, ("mesh.mode=pmap",)),
     (6, ()),
   ]
   for steps, mesh in parts:
-    overrides = (*sgd, *mesh, f"train.steps={steps}")
-    loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path / "moved")
-  loop.fit(
-    load("configs/dpo.py:smoke", *sgd, "train.steps=6"), tmp_path / "stayed"
-  )
+    loop.fit(sgd(*mesh, f"train.steps={steps}"), tmp_path / "moved")
+  loop.fit(sgd("train.steps=6"), tmp_path / "stayed")
   moved, stayed = (
     [row["logps/chosen"] for row in rows_of(tmp_path / name)]
     for name in ("moved", "stayed")
   )
-  # RMSprop's first steps turn rounding into updates where gradients vanish.
-  np.testing.assert_allclose(moved, stayed, rtol=1e-3)
+  assert abs(stayed[-1] - stayed[0]) > 0.1
+  np.testing.assert_allclose(moved, stayed, rtol=1e-5)
 
 
 def test_dpo_starts_from_an_sft_run(tmp_path):
