@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import tree, weights
+from dpo_jax import lookup, tree, weights
 from dpo_jax.models import config as model_config
 from dpo_jax.models import transformer
 from dpo_jax.parallel import mesh as mesh_lib
@@ -150,7 +150,8 @@ def _fixed(setup, optimizer):
   total = (3 + slots) * _of_shards(trained) * config.sweep.together
   if config.lora is not None:
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "nf4": 4}
-    total += _of_shards(weights.whole(setup)) * bits[config.lora.base] / 32
+    held = lookup.lookup(bits, config.lora.base, "lora.base")
+    total += _of_shards(weights.whole(setup)) * held / 32
   if config.ref == "frozen":
     total += _of_shards(weights.whole(setup))
   if config.ref == "ema":
