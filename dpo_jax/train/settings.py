@@ -53,8 +53,8 @@ def differences(saved, current, free):
 
 
 def upgraded(config):
-  """A saved config, as a dict, with the fields that came later."""
-  if "loss" not in config or "train" not in config:
+  """A saved run's config, as a dict, with the fields that came later."""
+  if not {"loss", "train", "model", "data", "log", "optim"} <= config.keys():
     return config
   config = {"ref_mix": None, "ref_every": None, **config}
   config["train"] = {"max_noise": 0.1, **config["train"]}
