@@ -1,6 +1,7 @@
-"""How this process gives memory back to the system: on CPUs, not at all."""
+"""What memory this process takes, and gives back to the system."""
 
 import ctypes
+import os
 import sys
 
 # Options of glibc's mallopt (malloc.h).
@@ -29,3 +30,12 @@ def keep_pages():
     _ARENA_MAX: 1,
   }
   return all([mallopt(option, value) for option, value in settings.items()])
+
+
+def claim_devices():
+  """Has JAX take nine tenths of a GPU at the start, where its default is 3/4.
+
+  XLA_PYTHON_CLIENT_MEM_FRACTION sets another share. To be called before JAX is
+  imported.
+  """
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")

@@ -187,6 +187,7 @@ def run(name, options, overrides):
   if workdir is None and verb.folder:
     raise ValueError(f"{name} needs --workdir")
   allocator.keep_pages()
+  allocator.claim_devices()
   programs.keep()
   begin = time.perf_counter()
   code = verb.run(config, workdir, module)

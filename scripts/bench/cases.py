@@ -48,6 +48,8 @@ class System(NamedTuple):
   Attributes:
     module: of scripts/bench.
     venv: in the checkout, None is the driver's own.
+    package: what it runs, to be found in the driver's own where there is no
+      venv.
     compiles: whether it reports compilations.
     what: for the table.
   """
@@ -56,6 +58,7 @@ class System(NamedTuple):
   venv: str | None
   compiles: bool
   what: str
+  package: str | None = None
 
 
 _TORCH, _JAX = ".venv-bench-torch", ".venv-bench-jax"
@@ -63,7 +66,7 @@ SYSTEMS = {
   "ours": System("ours", None, True, "dpo_jax"),
   "ours4": System("ours", None, True, "dpo_jax, 4 stacked points"),
   "padded": System("padded", None, True, "padded JAX step"),
-  "trl": System("trl_worker", _TORCH, False, "TRL DPOTrainer"),
+  "trl": System("trl_worker", _TORCH, False, "TRL DPOTrainer", "trl"),
   "original": System("original", _TORCH, False, "original repository's step"),
   "tunix": System("tunix_worker", _JAX, True, "Tunix DPOTrainer"),
   "matmul": System("matmul", None, False, "f32 matmul, JAX"),

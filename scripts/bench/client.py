@@ -1,6 +1,7 @@
 """The driver's side of the talk with a worker process."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -33,12 +34,14 @@ class Failed(Exception):
 def python(system):
   """The interpreter of a system.
 
-  Raises: ValueError if its virtual environment is not there.
+  Raises: ValueError if neither its environment nor its package is there.
   """
   if system.venv is None:
     return sys.executable
   found = ROOT / system.venv / "bin" / "python"
   if not found.exists():
+    if system.package and importlib.util.find_spec(system.package):
+      return sys.executable
     raise ValueError(
       f"{system.what} needs {system.venv}, which `bash scripts/bench.sh` "
       "makes; or leave it out by --systems"
@@ -140,7 +143,7 @@ def _environment(system, folder, job):
   found = dict(os.environ)
   found.pop("JAX_PLATFORMS", None)
   if not job.get("device"):
-    found["JAX_PLATFORMS"] = "cpu"
+    found |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
   elif PLATFORMS is not None:
     found["JAX_PLATFORMS"] = PLATFORMS
   # Compilations are measured, so none may be found.

@@ -1,9 +1,11 @@
-"""The accelerator set: dpo_jax alone, random weights, bf16 computation.
+"""The accelerator set: random weights, bf16 computation, f32 parameters.
 
-Each shape runs in a process of its own, so that its peak memory is its own and
-a shape that does not fit takes nothing with it.
+Each system runs a shape in a process of its own, one after the other, so that
+its peak memory is its own and what does not fit takes nothing with it.
 """
 
+import dataclasses
+import json
 import os
 import pathlib
 import tempfile
@@ -12,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.models import config as model_config
+from dpo_jax.models import export
 from scripts.bench import cases, client, inputs
 
 
@@ -48,19 +52,21 @@ SHAPES = (
 SMOKE = Shape("micro", "micro", {}, 256, False, 4, "smoke")
 # What dpo_jax chooses by its estimate of the memory; all of it if that fails.
 _REMAT = ("auto", "full")
+# TRL's parts of a batch: none of these batches fits whole into 80 GB, and parts
+# are padded less.
+_PARTS = (4, 16)
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 _GOALS = {"Pythia-1.4b": 0.35, "Pythia-2.8b": 0.35}  # of the MFU, on an H100
 
 
-def job(shape, folder, steps, remat, overrides):
-  """What the worker of a shape is told."""
+def job(shape, folder, steps, overrides):
+  """What the workers of a shape are told."""
   case = cases.Case(shape.preset, shape.mix, shape.lora, batch=shape.pairs)
   out = inputs.job(folder, case, steps, overrides)
   fields = {
     **{f"model.{name}": value for name, value in shape.fields.items()},
     "model.dtype": "bfloat16",
-    "model.remat": remat,
-    "tokenizer": folder / "tokenizer",
+    "tokenizer": folder / case.model,
   }
   if shape.lora:
     fields["lora.base"] = "bfloat16"
@@ -73,48 +79,76 @@ def job(shape, folder, steps, remat, overrides):
   }
 
 
-def measure(shape, folder, *, rounds, steps, seconds, overrides):
+def _describe(shape, folder):
+  """Writes what TRL makes its model of, and a tokenizer for both."""
+  inputs.tokenizer(folder, shape.vocab_size)
+  config = dataclasses.replace(
+    model_config.PRESETS[shape.preset], **shape.fields
+  )
+  raw = export.describe(config, shape.vocab_size)
+  raw |= {"bos_token_id": inputs.EOS, "eos_token_id": inputs.EOS}
+  (folder / "config.json").write_text(json.dumps(raw))
+
+
+def measure(shape, folder, *, systems, rounds, steps, seconds, overrides, say):
   """Runs a shape.
 
   Args:
     shape: Shape.
     folder: pathlib.Path for inputs and logs.
+    systems: of cases.SYSTEMS: "ours", which is always run, and "trl".
     rounds, steps: how often, and steps of each.
     seconds: after which it is killed.
     overrides: of the config.
-  Returns: plain values; without "seconds" if it does not fit.
-  Raises: client.Failed for another reason.
+    say: function of a line of text.
+  Returns: plain values; without "seconds" if it does not fit, with those of
+    TRL as "trl".
+  Raises: client.Failed if ours fails for another reason.
   """
   total = 1 + rounds * steps
   mix, end = cases.MIXES[shape.mix], time.perf_counter() + seconds
   tokens = inputs.write_examples(
     folder, mix, shape.vocab_size, total, shape.pairs
   )
-  inputs.tokenizer(folder / "tokenizer", shape.vocab_size)
-  there = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+  _describe(shape, folder / shape.preset)
+  told = job(shape, folder, total, overrides)
+  forms = [{"fields": [*told["fields"], f"model.remat={r}"]} for r in _REMAT]
+  found = _first_that_fits("ours", told, forms, folder, (rounds, steps, end))
   out = {"shape": shape._asdict(), "mix": mix._asdict(), "steps": steps}
-  for remat in _REMAT:
-    told = job(shape, folder, total, remat, overrides)
-    left = end - time.perf_counter()
-    try:
-      found = _run(told, folder, there, left, rounds, steps)
-    except client.Failed as error:
-      if not any(word in str(error) for word in _NO_MEMORY):
-        raise
-      continue
+  out["tokens"] = np.reshape(tokens[1:], (rounds, steps)).sum(1).tolist()
+  if found is not None:
     flops = found["facts"].pop("flops")
-    return {
-      **out,
-      **found,
-      "tokens": np.reshape(tokens[1:], (rounds, steps)).sum(1).tolist(),
-      "flops": np.reshape(flops[1:], (rounds, steps)).sum(1).tolist(),
-    }
+    out |= found
+    out["flops"] = np.reshape(flops[1:], (rounds, steps)).sum(1).tolist()
+  if "trl" in systems:
+    parts = [{"parts": n} for n in _PARTS if shape.pairs % n == 0]
+    try:
+      out["trl"] = _first_that_fits(
+        "trl", told, parts, folder, (rounds, steps, end)
+      )
+    except client.Failed as error:  # what was measured stays
+      say(str(error))
   return out
 
 
-def _run(told, folder, cpus, seconds, rounds, steps):
+def _first_that_fits(name, told, forms, folder, times):
+  """Results of the first of `forms` of a job that the memory takes, or None."""
+  rounds, steps, end = times
+  there = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+  for form in forms:
+    left = max(1, end - time.perf_counter())
+    job_of_form = {**told, **form}
+    try:
+      return form | _run(name, job_of_form, folder, there, left, rounds, steps)
+    except client.Failed as error:
+      if not any(word in str(error) for word in _NO_MEMORY):
+        raise
+  return None
+
+
+def _run(name, told, folder, cpus, seconds, rounds, steps):
   """Results of a worker, which has ended."""
-  worker = client.Worker("ours", told, folder, cpus, seconds)
+  worker = client.Worker(name, told, folder, cpus, seconds)
   try:
     losses, times = worker.steps(1)["losses"], []
     for _ in range(rounds):
@@ -136,7 +170,7 @@ def _run(told, folder, cpus, seconds, rounds, steps):
 
 _HEAD = (
   *("shape", "pairs a step", "pairs/s", "tokens/s", "MFU"),
-  *("peak GiB", "remat", "compile"),
+  *("peak GiB", "remat", "compile", "TRL pairs/s", "dpo_jax is", "TRL GiB"),
 )
 
 
@@ -145,7 +179,7 @@ def rows(results):
   for name, found in results["shapes"].items():
     pairs = found["shape"]["pairs"]
     if "seconds" not in found:
-      yield [name, str(pairs), found["why"], *[""] * 5]
+      yield [name, str(pairs), found["why"], *[""] * 8]
       continue
     seconds, facts = np.asarray(found["seconds"]), found["facts"]
     low, mfu, high = np.quantile(share(found), (0.25, 0.5, 0.75))
@@ -158,7 +192,18 @@ def rows(results):
       f"{found['peak_bytes'] / 2**30:.1f}" if found["peak_bytes"] else "",
       facts["remat"],
       f"{facts['compile_seconds']:.0f} s, {facts['compilations']}",
+      *_beside(found, pairs),
     ]
+
+
+def _beside(found, pairs):
+  """The cells of TRL."""
+  other = found.get("trl")
+  if other is None:
+    return ["", "", ""]
+  rate = np.median(pairs * found["steps"] / np.asarray(other["seconds"]))
+  times = np.median(other["seconds"]) / np.median(found["seconds"])
+  return [f"{rate:.2f}", f"× {times:.2f}", f"{other['peak_bytes'] / 2**30:.1f}"]
 
 
 def share(found):
@@ -191,13 +236,23 @@ def run(options, overrides, say):
   """Measures what fits into the time.
 
   Args:
-    options: of the command: rounds, steps, minutes, smoke, cases.
+    options: of the command: rounds, steps, minutes, smoke, cases, systems.
     overrides: of the config.
     say: function of a line of text.
   Returns: results, as plain values.
   """
   begin, limit = time.perf_counter(), 60 * (options.minutes or 30)
   shapes = (SMOKE,) if options.smoke else SHAPES
+  if options.cases:
+    shapes = [shape for shape in shapes if options.cases in shape.name]
+  systems = (options.systems or "ours,trl").split(",")
+  try:
+    client.python(cases.SYSTEMS["trl"])
+  except ValueError as error:
+    if options.systems and "trl" in systems:
+      raise
+    say(f"dpo_jax alone: {error}")
+    systems = ["ours"]
   results = {"machine": "CPU", "shapes": {}}
   for shape in shapes:
     left = limit - (time.perf_counter() - begin)
@@ -207,16 +262,18 @@ def run(options, overrides, say):
         found = measure(
           shape,
           pathlib.Path(folder),
+          systems=systems,
           rounds=options.rounds or 3,
           steps=options.steps or (1 if options.smoke else 5),
           seconds=max(1, left),
           overrides=overrides,
+          say=say,
         )
       except client.Failed as error:
-        if time.perf_counter() - begin < limit:
-          raise
-        say(str(error).splitlines()[0])
-        found = {"shape": shape._asdict(), "why": "no time left"}
+        say(str(error))  # the other shapes may do
+        late = time.perf_counter() - begin > limit
+        why = "no time left" if late else "failed"
+        found = {"shape": shape._asdict(), "why": why}
     found.setdefault("why", "does not fit")
     results["shapes"][shape.name] = found
     results["machine"] = found.get("facts", {}).get(

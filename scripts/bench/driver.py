@@ -18,7 +18,7 @@ Benchmarks of dpo_jax and its peers, by turns on the same weights and batches.
   python scripts/bench.py              every case, about half an hour on 2 cores
   python scripts/bench.py --quick      the headline case, with all peers
   python scripts/bench.py --cases gpt2 --systems ours,trl
-  python scripts/bench.py --device     the accelerator set, dpo_jax alone
+  python scripts/bench.py --device     accelerators; TRL too if it is there
   python scripts/bench.py --table      the table of the results there are
 
 `bash scripts/bench.sh` makes the peers' virtual environments first and takes
@@ -38,7 +38,7 @@ def parser():
   what.add_argument(
     "--quick", action="store_true", help="the headline, all peers"
   )
-  what.add_argument("--cases", metavar="TEXT", help="cases with it in the name")
+  p.add_argument("--cases", metavar="TEXT", help="cases with it in the name")
   what.add_argument("--device", action="store_true", help="accelerator set")
   what.add_argument("--table", action="store_true", help="print the results")
   p.add_argument("--smoke", action="store_true", help="a micro shape, 1 round")
@@ -70,8 +70,13 @@ def parse(argv):
       known = [o for a in p._actions for o in a.option_strings]
       p.error(f"{word}: no such option{lookup.nearest(word, known)}")
     overrides.append(word.removeprefix("--config."))
-  if options.device and options.systems:
-    p.error("--systems has no effect with --device: dpo_jax runs alone")
+  if options.device and set((options.systems or "ours").split(",")) - {
+    "ours",
+    "trl",
+  }:
+    p.error("--device measures ours and trl alone")
+  if options.cases and (options.quick or options.table):
+    p.error("--cases goes with --device or alone")
   if options.smoke and (options.quick or options.cases or options.table):
     p.error("--smoke goes with --device or alone")
   if options.table and overrides:

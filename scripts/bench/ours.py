@@ -98,7 +98,8 @@ def build(job):
 def main():
   channel = protocol.Channel()
   job = channel.job
-  allocator.keep_pages()  # as the command line does
+  allocator.keep_pages()  # these two as the command line does
+  allocator.claim_devices()
   import jax
 
   from dpo_jax import assembly
