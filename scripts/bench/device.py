@@ -96,7 +96,7 @@ def measure(shape, folder, *, systems, rounds, steps, seconds, overrides, say):
   Args:
     shape: Shape.
     folder: pathlib.Path for inputs and logs.
-    systems: of cases.SYSTEMS: "ours", which is always run, and "trl".
+    systems: of cases.SYSTEMS: "ours" and "trl".
     rounds, steps: how often, and steps of each.
     seconds: after which it is killed.
     overrides: of the config.
@@ -112,20 +112,21 @@ def measure(shape, folder, *, systems, rounds, steps, seconds, overrides, say):
   )
   _describe(shape, folder / shape.preset)
   told = job(shape, folder, total, overrides)
-  forms = [{"fields": [*told["fields"], f"model.remat={r}"]} for r in _REMAT]
-  found = _first_that_fits("ours", told, forms, folder, (rounds, steps, end))
+  times = rounds, steps, end
   out = {"shape": shape._asdict(), "mix": mix._asdict(), "steps": steps}
   out["tokens"] = np.reshape(tokens[1:], (rounds, steps)).sum(1).tolist()
-  if found is not None:
+  if "ours" in systems:
+    forms = [{"fields": [*told["fields"], f"model.remat={r}"]} for r in _REMAT]
+    found = _first_that_fits("ours", told, forms, folder, times)
+    if found is None:
+      return out | {"why": "does not fit"}
     flops = found["facts"].pop("flops")
     out |= found
     out["flops"] = np.reshape(flops[1:], (rounds, steps)).sum(1).tolist()
   if "trl" in systems:
     parts = [{"parts": n} for n in _PARTS if shape.pairs % n == 0]
     try:
-      out["trl"] = _first_that_fits(
-        "trl", told, parts, folder, (rounds, steps, end)
-      )
+      out["trl"] = _first_that_fits("trl", told, parts, folder, times)
     except client.Failed as error:  # what was measured stays
       say(str(error))
   return out
@@ -137,9 +138,8 @@ def _first_that_fits(name, told, forms, folder, times):
   there = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
   for form in forms:
     left = max(1, end - time.perf_counter())
-    job_of_form = {**told, **form}
     try:
-      return form | _run(name, job_of_form, folder, there, left, rounds, steps)
+      return _run(name, told | form, folder, there, left, rounds, steps)
     except client.Failed as error:
       if not any(word in str(error) for word in _NO_MEMORY):
         raise
@@ -179,7 +179,8 @@ def rows(results):
   for name, found in results["shapes"].items():
     pairs = found["shape"]["pairs"]
     if "seconds" not in found:
-      yield [name, str(pairs), found["why"], *[""] * 8]
+      why = found.get("why", "not run")
+      yield [name, str(pairs), why, *[""] * 8]
       continue
     seconds, facts = np.asarray(found["seconds"]), found["facts"]
     low, mfu, high = np.quantile(share(found), (0.25, 0.5, 0.75))
@@ -239,7 +240,7 @@ def run(options, overrides, say):
     options: of the command: rounds, steps, minutes, smoke, cases, systems.
     overrides: of the config.
     say: function of a line of text.
-  Returns: results, as plain values.
+  Yields: (machine, name of a shape, results of `measure`).
   """
   begin, limit = time.perf_counter(), 60 * (options.minutes or 30)
   shapes = (SMOKE,) if options.smoke else SHAPES
@@ -253,7 +254,6 @@ def run(options, overrides, say):
       raise
     say(f"dpo_jax alone: {error}")
     systems = ["ours"]
-  results = {"machine": "CPU", "shapes": {}}
   for shape in shapes:
     left = limit - (time.perf_counter() - begin)
     say(f"{shape.name} … {left / 60:.0f} minutes left")
@@ -274,9 +274,6 @@ def run(options, overrides, say):
         late = time.perf_counter() - begin > limit
         why = "no time left" if late else "failed"
         found = {"shape": shape._asdict(), "why": why}
-    found.setdefault("why", "does not fit")
-    results["shapes"][shape.name] = found
-    results["machine"] = found.get("facts", {}).get(
-      "device", results["machine"]
-    )
-  return results
+    found["overrides"] = list(overrides)
+    machine = found.get("facts", found.get("trl", {})).get("device", "CPU")
+    yield machine, shape.name, found

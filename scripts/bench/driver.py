@@ -241,20 +241,34 @@ def report(results, path):
 
 
 def run_device(options, overrides):
-  """Measures the accelerator set; the exit code."""
+  """Measures the accelerator set; the exit code.
+
+  Each shape is written when it is done; what the file has of other shapes, and
+  of the other system on the same data, stays.
+  """
   from scripts.bench import device
 
-  results = device.run(options, overrides, lambda text: print(text, flush=True))
-  print(device.table(results))
-  path = options.out or path_of(results["machine"])
-  if options.smoke and options.out is None:
-    return 0
-  if path.exists():  # shapes that were measured before stay
-    before = json.loads(path.read_text()).get("shapes", {})
-    measured = {k: v for k, v in results["shapes"].items() if "seconds" in v}
-    results["shapes"] = {**results["shapes"], **before, **measured}
-  write(path, results)
-  print(f"written to {os.path.relpath(path)}")
+  def say(text):
+    print(text, flush=True)
+
+  path, shown = None, {"shapes": {}}
+  for machine, name, found in device.run(options, overrides, say):
+    shown["machine"] = machine
+    path = options.out or (None if options.smoke else path_of(machine))
+    kept = {"machine": machine, "shapes": {}}
+    if path is not None and path.exists():
+      kept = json.loads(path.read_text())
+    before = kept["shapes"].get(name, {})
+    if all(before.get(k) == found.get(k) for k in ("tokens", "overrides")):
+      found = {**before, **found}
+    elif "why" in found and "seconds" in before:
+      found = before
+    kept["shapes"][name] = shown["shapes"][name] = found
+    if path is not None:
+      write(path, kept)
+  print(device.table(shown))
+  if path is not None:
+    print(f"written to {os.path.relpath(path)}")
   return 0
 
 

@@ -24,7 +24,7 @@ def compile_all(run, program, total):
   for number in shapes.values():
     batch, _ = assembly.place_batch(run.setup, run.loader, number)
     state, metrics = program.step(state, batch, program.hparams)
-    float(metrics[0]["loss"])
+    protocol.note(f"batch {number}: loss {float(metrics[0]['loss']):.4f}")
   return len(shapes)
 
 
@@ -64,7 +64,9 @@ def build(job):
     for more in ([], *([f"loss.beta={beta}"] for beta in betas))
   ]
   run = assembly.prepare(config)
+  protocol.note(run.about)
   params = weights.initial(run.setup)
+  protocol.note("parameters are there")
   if config.ref == "cached":
     scoring.attach_reference(run.setup, params, run.loader, job["workdir"])
   runs = points.beside([config, *others], run) if others else [run]
@@ -77,6 +79,7 @@ def build(job):
   compilations = jax_side.Compilations()
   shapes = compile_all(run, program(), job["steps"])
   seconds = compilations.seconds
+  protocol.note(f"compiled, {seconds:.1f} s")
   peaks["compiled"] = protocol.peak_bytes()
   facts = {
     "compile_seconds": seconds,

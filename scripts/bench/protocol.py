@@ -14,6 +14,8 @@ import os
 import sys
 import time
 
+_BEGIN = time.perf_counter()
+
 
 class Channel:
   """The talk, from the worker.
@@ -75,6 +77,11 @@ class Channel:
       losses = run(count)
       seconds = time.perf_counter() - begin
       self.reply(seconds=seconds, losses=losses())
+
+
+def note(text):
+  """A line in the worker's log, which is shown if it fails."""
+  print(f"{time.perf_counter() - _BEGIN:6.1f} s  {text}", file=sys.stderr)
 
 
 def peak_bytes():

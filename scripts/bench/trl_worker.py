@@ -124,6 +124,8 @@ def main():
   trainer.losses = losses
   channel.ready(
     ("torch", "trl", "transformers", "peft", "accelerate"),
+    device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    parts=job.get("parts", 1),
     threads=torch.get_num_threads(),
     trained=sum(
       p.numel() for p in trainer.model.parameters() if p.requires_grad

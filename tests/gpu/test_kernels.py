@@ -54,8 +54,8 @@ def test_cudnn_is_as_near_to_the_rule_as_plain_bf16(
   layout, qkv, weight = problem(packed, shared, head_dim)
   exact = tuple(x.astype(jnp.float32) for x in qkv)
   with jax.default_matmul_precision("highest"):
-    want = value_and_grad(attention.xla, layout, exact, weight, window)
-  plain = value_and_grad(attention.xla, layout, qkv, weight, window)
+    want = value_and_grad(rule.xla, layout, exact, weight, window)
+  plain = value_and_grad(rule.xla, layout, qkv, weight, window)
   got = value_and_grad(cudnn.cudnn, layout, qkv, weight, window)
   for ours, theirs in zip(
     distance(got, want), distance(plain, want), strict=True
