@@ -88,8 +88,13 @@ class Worker:
     self._timer = None
     if seconds is not None:
       self._timer = threading.Timer(seconds, self._process.kill)
+      self._timer.daemon = True
       self._timer.start()
-    self.ready = self._read()
+    try:
+      self.ready = self._read()
+    except BaseException:  # it would go on without anybody to hear it
+      self._process.kill()
+      raise
     self.ready["start_seconds"] = time.perf_counter() - begin
 
   def steps(self, count):

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -291,6 +292,7 @@ def show(options):
 def main(argv=None):
   """Runs the command; mistakes of the user end in a line and exit code 2."""
   options, overrides = parse(argv)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends workers too
   os.environ["JAX_PLATFORMS"] = "cpu"
   try:
     if options.table:
