@@ -4,6 +4,7 @@ The only file that names jit or pmap of a step. Both take and return global
 arrays without a device axis, so both share one checkpoint layout.
 """
 
+import collections
 import functools
 
 import jax
@@ -46,9 +47,12 @@ def parallelize(step, mesh, mode, state):
   else:
     compiled = _pmap(moving_step, mesh, (None, None, 0, None), donate=0)
 
+  started = _Started(mesh)
+
   def call(state, batch, hparams):
     moving, frozen = state.replace(frozen={}), state.frozen
     state, metrics = compiled(moving, frozen, batch, hparams)
+    started.add(metrics)
     return state.replace(frozen=frozen), metrics
 
   if mode == "jit":
@@ -56,11 +60,38 @@ def parallelize(step, mesh, mode, state):
   return call
 
 
+class _Started:
+  """Keeps the host from starting many steps before the first of them is done.
+
+  A step takes its memory when it is started. An accelerator has work while two
+  wait; on a CPU, which is the host itself, they would only hold memory.
+  """
+
+  def __init__(self, mesh):
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    self._ahead, self._results = 0 if cpu else 2, collections.deque()
+
+  def add(self, results):
+    """Waits until at most so many steps are under way, the new one too."""
+    self._results.append(results)
+    while len(self._results) > self._ahead:
+      jax.block_until_ready(self._results.popleft())
+
+
 def evaluator(fn, mesh, mode):
   """Compiles `fn(state, batch, hparams) -> sums` without donating."""
   if mode == "jit":
-    return _jit(fn, mesh, NamedSharding(mesh, P()), donate=())
-  return _pmap(fn, mesh, (None, 0, None), donate=())
+    compiled = _jit(fn, mesh, NamedSharding(mesh, P()), donate=())
+  else:
+    compiled = _pmap(fn, mesh, (None, 0, None), donate=())
+  started = _Started(mesh)
+
+  def call(state, batch, hparams):
+    sums = compiled(state, batch, hparams)
+    started.add(sums)
+    return sums
+
+  return call
 
 
 def forward(fn, mesh):

@@ -1,0 +1,56 @@
+"""How far the host runs ahead of its devices."""
+
+import types
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import run
+
+
+@flax.struct.dataclass
+class State:
+  """A TrainState as `parallelize` sees it."""
+
+  x: jax.Array
+  frozen: Any
+
+
+def started(platform):
+  devices = np.array([types.SimpleNamespace(platform=platform)])
+  return run._Started(types.SimpleNamespace(devices=devices))
+
+
+@pytest.mark.parametrize(("platform", "ahead"), [("cpu", 0), ("tpu", 2)])
+def test_the_oldest_step_is_waited_for(platform, ahead, monkeypatch):
+  done = []
+  monkeypatch.setattr(jax, "block_until_ready", done.append)
+  under_way = started(platform)
+  for number in range(5):
+    under_way.add(number)
+    assert done == list(range(number + 1 - ahead))
+
+
+def test_on_a_cpu_a_step_is_done_when_it_returns():
+  """Else each step under way would hold its own activations."""
+
+  def step(state, batch, hparams):
+    x = jax.lax.fori_loop(0, 50, lambda i, x: x @ x * 1e-3, batch)
+    return state, {"loss": x.sum() * hparams}
+
+  def sums(state, batch, hparams):
+    return step(state, batch, hparams)[1]
+
+  mesh = mesh_lib.of_devices(jax.devices()[:1])
+  batch, state = jnp.ones((700, 700)), State(jnp.zeros(1), {})
+  state = run.place(state, mesh_lib.shardings(mesh, state, lambda *_: P()))
+  _, metrics = run.parallelize(step, mesh, "jit", state)(state, batch, 1.0)
+  assert metrics["loss"].is_ready()
+  state = State(jnp.zeros(1), {})
+  assert run.evaluator(sums, mesh, "jit")(state, batch, 1.0)["loss"].is_ready()
