@@ -188,6 +188,7 @@ def run(name, options, overrides):
     raise ValueError(f"{name} needs --workdir")
   allocator.keep_pages()
   allocator.claim_devices()
+  programs.leave_triton_out()
   programs.keep()
   begin = time.perf_counter()
   code = verb.run(config, workdir, module)

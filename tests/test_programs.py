@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from dpo_jax import programs
 from tests import conftest
 
@@ -13,6 +15,22 @@ def test_what_the_user_set_stays(monkeypatch, tmp_path):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
   programs.keep()
   assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("there", "before", "after"),
+  [
+    (False, "", ""),
+    (True, "", "--xla_gpu_enable_triton_gemm=false"),
+    (True, "--a=1", "--a=1 --xla_gpu_enable_triton_gemm=false"),
+    (True, *["--xla_gpu_enable_triton_gemm=true"] * 2),
+  ],
+)
+def test_cublas_multiplies_on_nvidia_gpus(there, before, after, monkeypatch):
+  monkeypatch.setattr(programs.importlib.util, "find_spec", lambda _: there)
+  monkeypatch.setenv("XLA_FLAGS", before)
+  programs.leave_triton_out()
+  assert os.environ["XLA_FLAGS"] == after
 
 
 def test_a_second_run_finds_the_programs_of_the_first(tmp_path):

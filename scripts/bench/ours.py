@@ -3,7 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
-from dpo_jax import allocator
+from dpo_jax import allocator, programs
 from scripts.bench import protocol
 
 BETAS = (0.05, 1.0, 5.0)  # of the points beside the first
@@ -101,8 +101,9 @@ def build(job):
 def main():
   channel = protocol.Channel()
   job = channel.job
-  allocator.keep_pages()  # these two as the command line does
+  allocator.keep_pages()  # these three as the command line does
   allocator.claim_devices()
+  programs.leave_triton_out()
   import jax
 
   from dpo_jax import assembly
