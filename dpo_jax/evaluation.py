@@ -16,6 +16,8 @@ from dpo_jax.train import state as state_lib
 _NO_MATTER = (
   *("workdir", "ref_store", "audit."),
   *("checkpoint.", "export.", "eval.", "log.", "mesh.", "sweep."),
+  *("data.token_cache", "train.max_noise", "model.unroll"),
+  *("model.attention", "model.remat", "model.head_chunk"),
 )
 
 
@@ -89,7 +91,7 @@ def done(config, workdir, made):
   there = json.loads(path.read_text())
   if any(there.get(name) != value for name, value in made.items()):
     return False
-  saved, now = there["config"], config.to_dict()
+  saved, now = settings.upgraded(there["config"]), config.to_dict()
   settings.check_config(saved, now, workdir)
   return not settings.differences(saved, now, _NO_MATTER)
 

@@ -44,7 +44,8 @@ def fit(config, workdir, run=None):
   """
   assembly.check(config)
   with _held([workdir]) as stop:
-    run = assembly.prepare(config) if run is None else run
+    with stop.at_once():
+      run = assembly.prepare(config) if run is None else run
     (result,) = _fit([run], [workdir], stop)
   if result.failure is not None:
     raise result.failure
@@ -166,7 +167,7 @@ def _train(recorders, program, start, stop):
       if last or all(each.failure for each in recorders):
         break
   stopped = bool(stop) and number < total
-  code = stop.exit_code if stopped else 0
+  code = stop.exit_code if stop else 0  # a sweep must not go on to others
   results = []
   for each, part in zip(recorders, program.parts(state), strict=True):
     each.end(number, stopped)

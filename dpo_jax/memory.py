@@ -150,15 +150,20 @@ def _fixed(setup, optimizer):
   trained, _ = tree.split(weights.trained_shapes(setup), optimizer.trains)
   moments = jax.eval_shape(optimizer.tx.init, trained)
   slots = tree.nbytes(moments) / tree.nbytes(trained)
-  total = (3 + slots) * _of_shards(trained) * config.sweep.together
+  points = config.sweep.together
+  # Parameters, also those that are frozen; then what there is of the trained.
+  total = _of_shards(weights.trained_shapes(setup)) * points
+  total += (2 + slots) * _of_shards(trained) * points
+  # Points of other seeds start from other weights.
+  starts = points if config.init_from is None else 1
   if config.lora is not None:
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "nf4": 4}
     held = lookup.lookup(bits, config.lora.base, "lora.base")
-    total += _of_shards(weights.whole(setup)) * held / 32
+    total += _of_shards(weights.whole(setup)) * held / 32 * starts
   if config.ref == "frozen":
-    total += _of_shards(weights.whole(setup))
+    total += _of_shards(weights.whole(setup)) * starts
   if config.ref == "ema":
-    total += _of_shards(trained) * config.sweep.together
+    total += _of_shards(trained) * points
   return total
 
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax import assembly, checks, weights
 from dpo_jax.algos import base
+from dpo_jax.algos import parts as loss_parts
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import settings, stacked
 
@@ -46,9 +47,10 @@ def _untraced(config):
   flat = settings.flatten(config.to_dict())
   numeric = base.numeric_fields(config.loss)
   traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
-  return {k: v for k, v in flat.items() if k not in traced} | dict.fromkeys(
-    traced
-  )
+  out = {k: v for k, v in flat.items() if k not in traced}
+  # Of a mixture the heaviest term's metrics are reported.
+  order = [part.name for part in loss_parts.of(config.loss)]
+  return {**out, **dict.fromkeys(traced), "loss order": order}
 
 
 def _compiled(config):

@@ -85,12 +85,12 @@ class Recorder:
     if self.failure:
       return
     run, flops = self.run, assembly.step_flops(self.run, stats)
-    self._check(self.logger.step(number, metrics, stats, flops))
     if number == 1 and "rewards/largest" in metrics:
       bounds = functools.partial(run.algorithm.at_reference, run.hparams)
       limit = run.setup.config.train.max_noise
       line = invariants.first_step(metrics, bounds, limit)
       self.logger.say(f"{self._name}{line}")
+    self._check(self.logger.step(number, metrics, stats, flops))
 
   def flush(self):
     """Logs the step that is waiting."""

@@ -312,6 +312,23 @@ def test_a_signal_in_the_middle_of_anything_still_saves(
   assert int(resumed.state.step) == 8
 
 
+def test_a_signal_in_the_last_evaluation_ends_the_sweep_it_is_of(
+  tmp_path, monkeypatch
+):
+  interrupted_in(monkeypatch, preference, "evaluate")
+  result = loop.fit(load("configs/dpo.py:smoke"), tmp_path)
+  assert int(result.state.step) == 2  # all of them
+  assert result.exit_code == health.EXIT_REQUEUE
+
+
+def test_a_signal_while_data_are_read_stops_at_once(tmp_path, monkeypatch):
+  interrupted_in(monkeypatch, assembly, "build_loader")
+  with pytest.raises(health.Stopped) as caught:
+    loop.fit(load("configs/dpo.py:smoke"), tmp_path)
+  assert caught.value.exit_code == health.EXIT_REQUEUE
+  assert not list(tmp_path.glob("checkpoints/*"))
+
+
 def test_ctrl_c_saves_though_the_reader_of_the_output_is_gone(tmp_path):
   """`train … | tee log`: Ctrl-C ends tee first."""
   process = start(tmp_path, "train.steps=100000", "log.every=1")

@@ -211,12 +211,20 @@ def test_the_reference_is_computed_once_for_all_points(start):
       [[0, 2], [1, 3]],
     ),
     (POINTS, ("ref=cached",), [[0], [1, 2], [3]]),
+    # The metrics of a mixture are those of its heaviest term.
+    (
+      [{"loss.bco.weight": weight} for weight in (0.5, 0.7, 2.0)],
+      ("loss.dpo.weight=1.0",),
+      [[0, 1], [2]],
+    ),
   ],
 )
 def test_points_share_a_program_where_they_compile_to_the_same(
   made, fields, expected
 ):
-  config = load(LORA, "sweep.together=4", *fields)
+  mixed = any(name.startswith("loss.dpo") for name in fields)
+  spec = f"{LORA},loss=dpo+bco" if mixed else LORA
+  config = load(spec, "sweep.together=4", *fields)
   configs = [sweeps.at(config, point) for point in made]
   assert points.groups(configs, config.sweep.together) == expected
 

@@ -27,7 +27,7 @@ from etils import epath
 
 from dpo_jax.data import examples
 
-_VERSION = 1  # raise it when the same records give other examples
+_VERSION = 2  # raise it when the same records give other examples
 _ABANDONED = 3600.0  # seconds after which nobody goes on writing a .part
 _BLOCK = 1 << 20  # bytes
 
@@ -68,6 +68,8 @@ def read(entry):
 
   Every file is read once for its checksum, without being kept. An entry that is
   damaged is removed, with a warning.
+
+  Raises: ValueError if it is there and cannot be read.
   """
   if not entry.path.exists():
     return None
@@ -84,13 +86,18 @@ def read(entry):
     remember = functools.partial(_remembered, entry.path)
     made = examples.Examples(arrays, about["digests"], remember)
     return made, about["notes"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
     text = (
       f"{entry.path}: these tokens are damaged ({error}); making them again"
     )
     warnings.warn(text, stacklevel=2)
     _remove(entry.path)
     return None
+  except OSError as error:  # of another user, or of the disk: it may be good
+    raise ValueError(
+      f"data.token_cache: {entry.path} cannot be read "
+      f"({error.strerror or error}); set it to another folder, or try again"
+    ) from error
 
 
 def write(entry, chunks, notes):

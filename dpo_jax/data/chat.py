@@ -6,7 +6,9 @@ it there; that token is scored and no EOS is put behind it, be it the EOS or
 not. Where a template writes no end of turn, one EOS is the end.
 """
 
+import datetime
 import functools
+import re
 from typing import NamedTuple
 
 from dpo_jax.data import fields, records
@@ -22,6 +24,25 @@ class Rendered(NamedTuple):
 
   record: records.Record
   ended: bool
+
+
+# Where templates write the date. Llama 3's own writes this without a clock.
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DAY = datetime.date(2024, 7, 26)
+
+
+def template(hf):
+  """Function (messages, add_generation_prompt=…) -> str of a tokenizer's own.
+
+  The date that it writes is always the same, or tokens would differ from day to
+  day and with them all that is kept of them.
+  """
+  text = _NOW.sub(
+    lambda found: repr(_DAY.strftime(found[2])), hf.get_chat_template()
+  )
+  return functools.partial(
+    hf.apply_chat_template, tokenize=False, chat_template=text
+  )
 
 
 def render_record(record, apply_template):

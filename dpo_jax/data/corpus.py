@@ -82,6 +82,7 @@ def load(spec, field, kind, scored, tokenizer, options, policy, *, loud):
   """
   task = encoding.Task(
     tokenizer=tokenizer.name,
+    vocab_size=tokenizer.vocab_size,
     max_prompt_length=options.max_prompt_length,
     max_completion_length=options.max_completion_length,
     long_prompt=options.long_prompt,

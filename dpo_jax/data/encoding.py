@@ -12,11 +12,13 @@ class Task(NamedTuple):
 
   Attributes:
     tokenizer: its name.
+    vocab_size: tokens that it may give; the model may have fewer rows.
     max_prompt_length, max_completion_length, long_prompt: as in config.data.
     kind, scored: see comparisons.arrange.
   """
 
   tokenizer: str | None
+  vocab_size: int
   max_prompt_length: int
   max_completion_length: int
   long_prompt: str

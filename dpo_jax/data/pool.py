@@ -12,7 +12,6 @@ import contextlib
 import os
 import pickle
 import queue
-import signal
 import socket
 import struct
 import subprocess
@@ -84,6 +83,7 @@ class _Worker:
       self._process = subprocess.Popen(
         [sys.executable, "-m", "dpo_jax.data.pool"],
         stdin=theirs,
+        process_group=0,  # Ctrl-C and a scheduler's signals are the parent's
         # It finds what this one would, and takes one core.
         env={
           **os.environ,
@@ -147,10 +147,13 @@ def _exactly(source, length):
 
 def main():
   """One of the processes: a Task, then parts until the input ends."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
   parent = socket.socket(fileno=os.dup(sys.stdin.fileno()))
   with parent, contextlib.suppress(ConnectionError):
     _serve(parent)
+
+
+def _tokenizer(task):
+  return tokenize.load(task.tokenizer)._replace(vocab_size=task.vocab_size)
 
 
 def _serve(parent):
@@ -158,7 +161,7 @@ def _serve(parent):
   while True:
     part = _receive(parent)
     try:
-      tokenizer = tokenizer or tokenize.load(task.tokenizer)
+      tokenizer = tokenizer or _tokenizer(task)
       answer = True, encoding.make(task, tokenizer, *part)
     except Exception as error:
       answer = False, ValueError(str(error))

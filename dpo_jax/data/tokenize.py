@@ -74,7 +74,7 @@ def load(name):
     )
   template = None
   if hf.chat_template is not None:
-    template = functools.partial(hf.apply_chat_template, tokenize=False)
+    template = chat.template(hf)
   marks_turns = chat.marks_turns(hf.bos_token, template)
   return Tokenizer(
     encode=lambda texts: (

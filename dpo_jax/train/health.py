@@ -41,6 +41,7 @@ class Stop:
 
   def __init__(self):
     self.signal = None
+    self._at_once = False
 
   def __bool__(self):
     return self.signal is not None
@@ -50,6 +51,24 @@ class Stop:
     """EXIT_INTERRUPTED after Ctrl-C, else EXIT_REQUEUE."""
     interrupted = self.signal == signal.SIGINT
     return EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE
+
+  @contextlib.contextmanager
+  def at_once(self):
+    """A signal inside raises Stopped there: there is nothing to save yet."""
+    self._at_once = True
+    try:
+      yield
+    finally:
+      self._at_once = False
+
+  def set(self, number):
+    """Takes signal `number`.
+
+    Raises: Stopped inside `at_once`.
+    """
+    self.signal = number
+    if self._at_once:
+      raise Stopped(self.exit_code)
 
 
 class Stopped(KeyboardInterrupt):
@@ -80,8 +99,8 @@ def stop_on_signal():
 
   def handle(number, frame):
     del frame
-    stop.signal = number
     restore()
+    stop.set(number)
     name = signal.Signals(number).name
     text = f"\n{name}: saving after this step (again: stop at once)\n"
     # Neither buffered nor fatal: the terminal may be gone already.

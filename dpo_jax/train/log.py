@@ -70,6 +70,13 @@ def peak_flops():
   return count * 2 * size**3 / min(times), "of this machine's f32 matmul"
 
 
+def _there(metrics):
+  """Whether nothing has to be waited for."""
+  return all(
+    isinstance(x, jax.Array) and x.is_ready() for x in metrics.values()
+  )
+
+
 def duration(seconds):
   """`1:02:03` or `2:03`."""
   minutes, seconds = divmod(round(seconds), 60)
@@ -170,7 +177,8 @@ class Logger:
       metrics: dict of scalar arrays.
       stats: data.loader.Stats of the batch.
       flops: needed FLOPs of the step.
-    Returns: what `flush` does, for a step before this one.
+    Returns: what `flush` does, for a step before this one; or for this one, if
+      its metrics are there already.
     """
     logged = self.flush()
     if self._begin is None:
@@ -186,6 +194,8 @@ class Logger:
     if number % self._every == 0 or number in (self._start + 1, self._total):
       counts = self._tokens, self._flops
       self._pending = number, metrics, stats, counts
+      if logged is None and _there(metrics):  # its time ends now
+        logged = self.flush()
     return logged
 
   def flush(self):

@@ -57,6 +57,7 @@ def upgraded(config):
   if not {"loss", "train", "model", "data", "log", "optim"} <= config.keys():
     return config
   config = {"ref_mix": None, "ref_every": None, **config}
+  config.setdefault("sweep", {"together": 1})
   config["train"] = {"max_noise": 0.1, **config["train"]}
   config["data"] = {"token_cache": None, **config["data"]}
   config["log"] = {"tokens": False, "profile": False, **config["log"]}

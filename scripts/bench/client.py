@@ -149,8 +149,12 @@ def _environment(system, folder, job):
   found.pop("JAX_PLATFORMS", None)
   if not job.get("device"):
     found |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-  elif PLATFORMS is not None:
-    found["JAX_PLATFORMS"] = PLATFORMS
+  else:
+    # One GPU: torch would spread a batch over all that it sees.
+    seen = found.get("CUDA_VISIBLE_DEVICES", "0")
+    found["CUDA_VISIBLE_DEVICES"] = seen.split(",")[0]
+    if PLATFORMS is not None:
+      found["JAX_PLATFORMS"] = PLATFORMS
   # Compilations are measured, so none may be found.
   found.pop("JAX_COMPILATION_CACHE_DIR", None)
   found |= {

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     fields: of config.model that differ from it.
     vocab_size: tokens.
     lora: an adapter on a base in bfloat16, or all parameters in f32.
-    pairs: a step, on each device.
+    pairs: a step.
     mix: of cases.MIXES.
   """
 
@@ -240,7 +240,8 @@ def run(options, overrides, say):
     options: of the command: rounds, steps, minutes, smoke, cases, systems.
     overrides: of the config.
     say: function of a line of text.
-  Yields: (machine, name of a shape, results of `measure`).
+  Yields: (machine, or None as long as no shape ran; name of a shape; results
+    of `measure`).
   """
   begin, limit = time.perf_counter(), 60 * (options.minutes or 30)
   shapes = (SMOKE,) if options.smoke else SHAPES
@@ -254,6 +255,7 @@ def run(options, overrides, say):
       raise
     say(f"dpo_jax alone: {error}")
     systems = ["ours"]
+  machine = None
   for shape in shapes:
     left = limit - (time.perf_counter() - begin)
     say(f"{shape.name} … {left / 60:.0f} minutes left")
@@ -275,5 +277,6 @@ def run(options, overrides, say):
         why = "no time left" if late else "failed"
         found = {"shape": shape._asdict(), "why": why}
     found["overrides"] = list(overrides)
-    machine = found.get("facts", found.get("trl", {})).get("device", "CPU")
+    ran = found.get("facts") or (found.get("trl") or {}).get("facts", {})
+    machine = ran.get("device", machine)
     yield machine, shape.name, found

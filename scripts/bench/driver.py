@@ -254,21 +254,27 @@ def run_device(options, overrides):
 
   path, shown = None, {"shapes": {}}
   for machine, name, found in device.run(options, overrides, say):
-    shown["machine"] = machine
-    path = options.out or (None if options.smoke else path_of(machine))
+    shown["machine"], shown["shapes"][name] = machine or "no device", found
+    path = options.out
+    if path is None and machine is not None and not options.smoke:
+      path = path_of(machine)
+    if path is None or "why" in found:  # what was measured before stays
+      continue
     kept = {"machine": machine, "shapes": {}}
-    if path is not None and path.exists():
+    if path.exists():
       kept = json.loads(path.read_text())
+    if kept["machine"] != machine:
+      raise ValueError(
+        f"{path} is of {kept['machine']}, and this is {machine}: name another "
+        "--out"
+      )
     before = kept["shapes"].get(name, {})
     if all(before.get(k) == found.get(k) for k in ("tokens", "overrides")):
       found = {**before, **found}
-    elif "why" in found and "seconds" in before:
-      found = before
     kept["shapes"][name] = shown["shapes"][name] = found
-    if path is not None:
-      write(path, kept)
+    write(path, kept)
   print(device.table(shown))
-  if path is not None:
+  if path is not None and path.exists():
     print(f"written to {os.path.relpath(path)}")
   return 0
 

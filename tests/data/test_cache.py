@@ -133,6 +133,21 @@ def test_a_damaged_entry_is_noticed_and_made_again(tmp_path, name, damage):
   assert list(found) == ITEMS
 
 
+def test_what_cannot_be_read_is_kept_and_named(tmp_path, monkeypatch):
+  """It may be another user's, or the disk's bad minute."""
+  entry, _ = write(tmp_path)
+
+  def refused(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(cache, "_checksum", refused)
+  says = r"data\.token_cache: .*Permission denied"
+  with pytest.raises(ValueError, match=says):
+    cache.read(entry)
+  monkeypatch.undo()
+  assert list(cache.read(entry)[0]) == ITEMS
+
+
 def test_what_is_interrupted_leaves_nothing(tmp_path):
   def interrupted():
     yield from chunks()

@@ -61,6 +61,19 @@ def encode(record, tokenizer, on_bad="error"):
   return examples[0], changed
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(
+  tmp_path,
+):
+  bpe.train(["the plot is warm and clever."] * 3, 280, tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+  path.write_text(json.dumps({**config, "chat_template": template}))
+  render = tokenize.load(str(tmp_path)).apply_template
+  text = render([USER], add_generation_prompt=True)
+  assert text == f"26 Jul 2024 {USER['content']}"
+
+
 def test_prompt_and_completion_are_the_text_of_the_whole_conversation(
   tokenizer,
 ):

@@ -372,7 +372,9 @@ def test_several_processes_load_a_trained_tokenizer(tmp_path, monkeypatch):
   assert other.identity() != again.identity()
 
 
-TASK = encoding.Task("bytes", 256, 256, "error", "pairs", False)
+TASK = encoding.Task(
+  "bytes", BYTES.vocab_size, 256, 256, "error", "pairs", False
+)
 
 
 def parts(count):
@@ -415,6 +417,13 @@ def test_a_process_says_what_it_cannot_do(started):
     list(pool.run(TASK._replace(long_prompt="no"), parts(4), 1))
   with pytest.raises(RuntimeError, match="TypeError: "):
     list(pool.run(TASK._replace(max_prompt_length=None), parts(4), 1))
+
+
+def test_processes_know_of_tokens_that_the_model_has_no_row_for():
+  (_, made), *_ = pool.run(TASK._replace(vocab_size=100), parts(1), 1)
+  reason, message = made.bad[0]
+  assert reason == "unknown token"
+  assert "the first 100 only" in message
 
 
 def test_processes_end_with_their_input_and_import_no_jax():

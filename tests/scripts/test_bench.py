@@ -117,7 +117,7 @@ def test_lengths_have_the_mean_they_are_asked_for():
     (["--systems", "trll", "--quick"], "trl"),
     (["--cases", "gpt9"], "no case has this in its name"),
     (["--rounds", "0"], "0 is not above 0"),
-    (["--device", "--systems", "ours"], "dpo_jax runs alone"),
+    (["--device", "--systems", "tunix"], "ours and trl alone"),
     (["--table", "--out", "nowhere.json"], "nowhere.json is not there"),
   ],
 )

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -69,6 +70,17 @@ def test_no_step_is_waited_for_before_the_next_is_dispatched(tmp_path, clock):
       each.dispatched = number
     logger.step(number, {"loss": metric}, STATS, 400)
   assert waits == [(1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_a_step_that_is_done_is_timed_to_its_end(tmp_path, clock):
+  """As all are on a CPU, where the last one too takes the time it takes."""
+  logger = log.Logger(tmp_path, every=1, total=4, start=0)
+  for number in range(1, 5):
+    clock[0] += 2
+    done = jax.block_until_ready(jax.numpy.float32(number))
+    assert logger.step(number, {"loss": done}, STATS, 400)["loss"] == number
+  rows = rows_of(tmp_path)
+  assert [row.get("tokens_per_second") for row in rows] == [None, 50, 50, 50]
 
 
 def test_a_resumed_log_drops_what_will_be_written_again(tmp_path, clock):

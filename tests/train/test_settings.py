@@ -15,6 +15,7 @@ def saved_before(lora=False):
   config.lora = common.lora() if lora else None
   saved = config.to_dict()
   del saved["ref_mix"], saved["ref_every"], saved["train"]["max_noise"]
+  saved.pop("sweep", None)
   return json.loads(json.dumps(saved))
 
 
@@ -24,6 +25,7 @@ def test_folders_of_before_are_read_with_the_fields_that_came_later(tmp_path):
   assert config.ref_mix is config.ref_every is None
   assert config.train.max_noise == 0.1
   assert config.ref == "frozen"
+  assert config.sweep.together == 1
   settings.check_config(saved_before(), config.to_dict(), "here")
 
 
