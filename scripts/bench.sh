@@ -2,9 +2,9 @@
 # The benchmark, from nothing: a venv for dpo_jax and one for each group of its
 # peers, whose needs may clash, the installs, and scripts/bench.py.
 #
-#   bash scripts/bench.sh            all cases, about half an hour on two cores
+#   bash scripts/bench.sh            all cases, about 50 minutes on two cores
 #   bash scripts/bench.sh --quick    the headline case, with all peers
-#   bash scripts/bench.sh --device   the accelerator set, dpo_jax alone
+#   bash scripts/bench.sh --device   accelerators; TRL too if it is in the venv
 #
 # Options are those of scripts/bench.py; --help shows them.
 set -euo pipefail
@@ -21,7 +21,7 @@ install() { # VENV EXTRA
 
 install .venv test
 case " $* " in
-  # dpo_jax alone, or nothing at all.
+  # No peers of the CPU cases.
   *" --device "* | *" --smoke "* | *" --table "* | *" --help "*) ;;
   *)
     install .venv-bench-torch bench-torch

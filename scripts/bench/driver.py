@@ -16,7 +16,7 @@ from scripts.bench import cases, client
 _USAGE = """\
 Benchmarks of dpo_jax and its peers, by turns on the same weights and batches.
 
-  python scripts/bench.py              every case, about half an hour on 2 cores
+  python scripts/bench.py              every case, about 50 minutes on 2 cores
   python scripts/bench.py --quick      the headline case, with all peers
   python scripts/bench.py --cases gpt2 --systems ours,trl
   python scripts/bench.py --device     accelerators; TRL too if it is there
