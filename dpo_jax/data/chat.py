@@ -37,9 +37,11 @@ def template(hf):
   The date that it writes is always the same, or tokens would differ from day to
   day and with them all that is kept of them.
   """
-  text = _NOW.sub(
-    lambda found: repr(_DAY.strftime(found[2])), hf.get_chat_template()
-  )
+  text = None  # of several templates transformers chooses
+  if isinstance(hf.chat_template, str):
+    text = _NOW.sub(
+      lambda found: repr(_DAY.strftime(found[2])), hf.chat_template
+    )
   return functools.partial(
     hf.apply_chat_template, tokenize=False, chat_template=text
   )
