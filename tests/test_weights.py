@@ -78,18 +78,16 @@ def test_training_an_adapter_leaves_no_second_copy_of_the_base_alive():
 
 
 def test_policy_equals_reference_until_the_adapter_has_learned():
-  for ref in ("base", "cached"):
-    run, initial, state = start(config(f"ref={ref}"))
-    if ref == "cached":
-      continue
-    step = assembly.train_step(run, state)
-    batch, _ = assembly.place_batch(run.setup, run.loader, 0)
-    before = state_lib.fingerprint(initial)
-    state, first = step(state, batch, run.hparams)
-    state, second = step(state, batch, run.hparams)
-    assert float(first["rewards/margins"]) == 0
-    assert float(second["rewards/margins"]) > 0
-    assert state_lib.fingerprint(state.frozen["base"]) == before
+  """To rounding: the two passes are not fused alike on every processor."""
+  run, initial, state = start(config("ref=base"))
+  step = assembly.train_step(run, state)
+  batch, _ = assembly.place_batch(run.setup, run.loader, 0)
+  before = state_lib.fingerprint(initial)
+  state, first = step(state, batch, run.hparams)
+  state, second = step(state, batch, run.hparams)
+  assert abs(float(first["rewards/margins"])) < 1e-6
+  assert float(second["rewards/margins"]) > 1e-4
+  assert state_lib.fingerprint(state.frozen["base"]) == before
 
 
 @pytest.mark.parametrize(
