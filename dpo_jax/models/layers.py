@@ -12,7 +12,7 @@ from jax import ad_checkpoint
 
 from dpo_jax.models import axes, lora, rope
 from dpo_jax.models import config as config_lib
-from dpo_jax.ops import attention
+from dpo_jax.ops import attention, linear
 
 _ACTIVATIONS = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -59,7 +59,7 @@ class Linear(nn.Module):
 
     def product(x, kernel):
       kernel = lora.dequantize(kernel).astype(self.dtype)
-      return jnp.tensordot(x, kernel, len(self.inputs))
+      return linear.product(x, kernel, len(self.inputs))
 
     if not isinstance(kernel, jax.Array) or kernel.dtype != self.dtype:
       # Made anew in the backward pass, or all layers' would be kept for it.

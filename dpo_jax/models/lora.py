@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from dpo_jax import lookup, tree
 from dpo_jax.models import axes
+from dpo_jax.ops import linear
 
 _KERNELS = r"^(layers|rest)/.*/kernel$"
 # How the frozen base may be held.
@@ -107,9 +108,9 @@ def merge(base, adapter, scale):
 
 def product(x, adapter, inputs):
   """scale · (x·A)·B of one layer; x [..., inputs] with `inputs` axes."""
-  low = jnp.tensordot(x, adapter["lora_a"].astype(x.dtype), inputs)
+  low = linear.product(x, adapter["lora_a"].astype(x.dtype), inputs)
   low *= adapter["lora_scale"].astype(x.dtype)
-  return jnp.tensordot(low, adapter["lora_b"].astype(x.dtype), 1)
+  return linear.product(low, adapter["lora_b"].astype(x.dtype))
 
 
 def store(path, x, kind, *, stacked=True):

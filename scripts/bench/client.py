@@ -18,13 +18,14 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 # them torch, too, spends a good part of a step on fresh pages.
 KEEP_PAGES = {
   "MALLOC_MMAP_MAX_": "0",
-  "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+  "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1),
   "MALLOC_TOP_PAD_": str(2**27),
   "MALLOC_ARENA_MAX": "1",
+  "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 # The driver itself computes on CPUs, so that it holds no accelerator.
 PLATFORMS = os.environ.get("JAX_PLATFORMS")
-MALLOC = "glibc that keeps its pages, for all systems"
+MALLOC = "glibc that keeps its pages, large ones, for all systems"
 
 
 class Failed(Exception):
