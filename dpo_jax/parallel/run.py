@@ -6,6 +6,7 @@ arrays without a device axis, so both share one checkpoint layout.
 
 import collections
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from dpo_jax.ops import reduce
 
 PMAP_AXIS = "data"
 MODES = ("jit", "pmap")
+_TO_FREE = 1e-3  # seconds in which XLA's CPU backend has freed a step's memory
 
 
 def axis_name(mode):
@@ -64,18 +66,24 @@ class _Started:
   """Keeps the host from starting many steps before the first of them is done.
 
   A step takes its memory when it is started. An accelerator has work while two
-  wait; on a CPU, which is the host itself, they would only hold memory.
+  wait; on a CPU, which is the host itself, they would only hold memory. There
+  XLA frees a step's temporary memory a moment after its results are ready: a
+  step started in that moment would take as much again, and the heap keeps it.
   """
 
   def __init__(self, mesh):
-    cpu = mesh.devices.flat[0].platform == "cpu"
-    self._ahead, self._results = 0 if cpu else 2, collections.deque()
+    self._cpu = mesh.devices.flat[0].platform == "cpu"
+    self._ahead, self._results = 0 if self._cpu else 2, collections.deque()
 
   def add(self, results):
     """Waits until at most so many steps are under way, the new one too."""
     self._results.append(results)
+    began = time.perf_counter()
     while len(self._results) > self._ahead:
       jax.block_until_ready(self._results.popleft())
+    if self._cpu:
+      waited = time.perf_counter() - began
+      time.sleep(min(_TO_FREE, waited / 50))
 
 
 def evaluator(fn, mesh, mode):

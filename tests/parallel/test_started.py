@@ -37,6 +37,26 @@ def test_the_oldest_step_is_waited_for(platform, ahead, monkeypatch):
     assert done == list(range(number + 1 - ahead))
 
 
+@pytest.mark.parametrize(
+  ("platform", "took", "pause"),
+  [("cpu", 4.0, [1e-3]), ("cpu", 0.01, [2e-4]), ("tpu", 4.0, [])],
+)
+def test_a_cpu_gets_a_moment_to_free_the_steps_memory(
+  platform, took, pause, monkeypatch
+):
+  """Without it half of the runs of Pythia-70m took 4.3 GiB and more for 2.9."""
+  clock, slept = [0.0], []
+  monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+  monkeypatch.setattr(run.time, "sleep", slept.append)
+
+  def wait(_):
+    clock[0] += took
+
+  monkeypatch.setattr(jax, "block_until_ready", wait)
+  started(platform).add("results")
+  assert slept == pytest.approx(pause)
+
+
 def test_on_a_cpu_a_step_is_done_when_it_returns():
   """Else each step under way would hold its own activations."""
 
