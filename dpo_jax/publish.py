@@ -84,7 +84,6 @@ def _same(folder, about):
 
 def _write(config, workdir, folder, about):
   setup = assembly.prepare_model(config)
-  raw = _config_json(setup)
   base = None if config.lora is None else weights.initial(setup)
   params = weights.trained(setup, base, workdir)
   partial = folder.parent / f"{folder.name}.part"
@@ -92,10 +91,10 @@ def _write(config, workdir, folder, about):
     partial.rmtree()
   partial.mkdir(parents=True)
   if config.export.form == "adapter":
-    _write_adapter(partial, setup, params, raw)
+    write_adapter(partial, setup, params)
   else:
     model, params = setup.model, weights.merged(setup, base, params)
-    dtype = config.export.dtype
+    raw, dtype = _config_json(setup), config.export.dtype
     export.write(partial, params, model.config, model.vocab_size, raw, dtype)
   tokenizer = vocabulary.load(config.tokenizer)
   tokenizer.save_pretrained(partial)
@@ -143,7 +142,14 @@ def _generation(there, tokenizer):
   return {name: i for name, i in ids.items() if i is not None}
 
 
-def _write_adapter(folder, setup, adapter, raw):
+def write_adapter(folder, setup, adapter):
+  """Writes an adapter as PEFT reads it.
+
+  Args:
+    folder: epath.Path that exists.
+    setup: assembly.Setup of a config with lora, init_from = "hf:…".
+    adapter: tree of arrays.
+  """
   config, model = setup.config, setup.model
   shapes = {p: x.shape for p, x in weights.flat_shapes(setup).items()}
   about = {
@@ -153,7 +159,7 @@ def _write_adapter(folder, setup, adapter, raw):
     "scale": weights.scale(config),
     "base": origin.parse(config.init_from)[1],
   }
-  table = families.find(raw).table
+  table = families.find(_config_json(setup)).table
   peft.write(
     folder, adapter, table, model.config, shapes, model.vocab_size, about
   )

@@ -76,6 +76,9 @@ MATMULS = ("matmul", "matmul-torch")
 PEER = "trl"
 
 
+_FUSED = ("pythia-70m", "gpt2")
+
+
 class Case(NamedTuple):
   """One comparison of systems.
 
@@ -106,6 +109,15 @@ class Case(NamedTuple):
     what = "lora" if self.lora else "full"
     parts = (self.model, self.mix, what, self.ref, self.about)
     return "/".join(filter(None, parts))
+
+  @property
+  def adapter(self):
+    """Whether PEFT can train the very adapter of dpo_jax.
+
+    Query, key and value have one each, which PEFT cannot express where the
+    checkpoint holds the three as one matrix.
+    """
+    return self.lora and self.model not in _FUSED
 
 
 # Each JAX peer may come to 12 GiB or more, so it has a case of its own.

@@ -74,6 +74,7 @@ def job(shape, folder, steps, overrides):
   return {
     **out,
     "device": True,
+    "adapter": None,  # every system draws its own weights
     "config": f"configs/dpo.py:model={shape.preset}{lora}",
     "fields": out["fields"] + [f"{k}={v}" for k, v in fields.items()],
   }

@@ -4,6 +4,7 @@ model/          config.json, model.safetensors: random weights, and a
                 tokenizer whose words are the decimal ids
 examples.jsonl  {"prompt", "chosen", "rejected"}, texts of such words
 in_order.jsonl  the same lines, in the order in which `ours` trains on them
+adapter/        the one that `ours` starts from, as PEFT reads it
 """
 
 import json
@@ -98,6 +99,16 @@ def make(folder, case, steps):
   )
 
 
+def write_adapter(job):
+  """Writes the adapter that a job starts from."""
+  from dpo_jax import assembly, cli, publish, weights
+
+  setup = assembly.prepare_model(cli.load_config(job["config"], job["fields"]))
+  folder = epath.Path(job["adapter"])
+  folder.mkdir(exist_ok=True)
+  publish.write_adapter(folder, setup, weights.adapter(setup))
+
+
 def write_examples(folder, mix, vocab_size, steps, batch):
   """Writes examples.jsonl and in_order.jsonl for so many steps.
 
@@ -133,6 +144,7 @@ def job(folder, case, steps, overrides):
     "steps": steps,
     "ref": case.ref,
     "lora": {"rank": 16, "alpha": 32.0} if case.lora else None,
+    "adapter": str(folder / "adapter") if case.adapter else None,
     "beta": 0.1,
     "learning_rate": 1e-6,
     "decay": 0.99,

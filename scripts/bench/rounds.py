@@ -30,6 +30,8 @@ def measure(case, folder, *, rounds, cpus, overrides, tick):
   total = WARM_UP + rounds * steps
   tokens = inputs.make(folder, case, total)
   job = inputs.job(folder, case, total, overrides)
+  if case.adapter:
+    inputs.write_adapter(job)
   with contextlib.ExitStack() as stack:
     workers, out = [], {}
     for name in case.systems:
@@ -86,13 +88,14 @@ def _by_round(values, rounds, steps):
 def disagreement(case, systems):
   """{system: largest relative difference of a step's loss to ours}.
 
-  Every system starts from the same weights and sees the same batches. Adapters
-  start from other random numbers, so there it is of the first step only, where
-  the policy is the reference.
+  Every system starts from the same weights and sees the same batches. Where the
+  peer's adapter is another one it is of the first step, in which the policy is
+  the reference.
   """
   out = {}
   for name, found in systems.items():
-    count = 1 if case.lora and name != "ours4" else None
+    first = case.lora and not case.adapter and name != "ours4"
+    count = 1 if first else None
     mine = np.asarray(systems["ours"]["losses"][:count])
     losses = np.asarray(found["losses"][:count])
     if name == "ours" or not losses.size:

@@ -8,6 +8,7 @@ and, where a batch does not fit at once, gradients accumulated over parts of it.
 
 import copy
 import os
+import pathlib
 import time
 
 import datasets
@@ -16,6 +17,7 @@ import peft
 import torch
 import transformers
 import trl
+from safetensors import torch as torch_files
 
 from scripts.bench import protocol
 
@@ -97,6 +99,14 @@ def models(job):
   return {"model": model, "ref_model": copy.deepcopy(model)}
 
 
+def start_from(adapter, model):
+  """Gives PEFT's model the adapter of a folder."""
+  path = pathlib.Path(adapter) / "adapter_model.safetensors"
+  found = peft.set_peft_model_state_dict(model, torch_files.load_file(path))
+  if found.unexpected_keys:
+    raise ValueError(f"{path}: no place for {found.unexpected_keys}")
+
+
 def main():
   channel = protocol.Channel()
   job = channel.job
@@ -122,6 +132,8 @@ def main():
     callbacks=[Gate(channel, losses)],
   )
   trainer.losses = losses
+  if job.get("adapter"):
+    start_from(job["adapter"], trainer.model)
   channel.ready(
     ("torch", "trl", "transformers", "peft", "accelerate"),
     device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
