@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,6 +63,36 @@ def test_losses_that_differ_fail_the_run(capsys):
   assert "LOSSES DIFFER" in capsys.readouterr().out
   found = results(ours=ours, trl=worker([1], [0.7, 0.6 * 1.00001]))
   assert driver.report(found, None) == 0
+
+
+@pytest.mark.parametrize(
+  ("model", "expected"), [("smollm2-135m", 0.5), ("pythia-70m", 0.0)]
+)
+def test_the_losses_of_the_same_adapter_are_all_compared(model, expected):
+  """PEFT trains another one where query, key and value are one matrix."""
+  case = cases.Case(model, "balanced", lora=True)
+  systems = {"ours": worker([1], [0.7, 0.4]), "trl": worker([1], [0.7, 0.6])}
+  assert rounds.disagreement(case, systems) == {"trl": pytest.approx(expected)}
+
+
+def test_a_peer_starts_from_the_adapter_of_ours(tmp_path):
+  import safetensors.numpy
+
+  from dpo_jax import assembly, cli, weights
+
+  case = cases.SMOKE._replace(lora=True)
+  assert case.adapter
+  inputs.make(tmp_path, case, 1)
+  job = inputs.job(tmp_path, case, 1, ())
+  inputs.write_adapter(job)
+  path = tmp_path / "adapter" / "adapter_model.safetensors"
+  there = safetensors.numpy.load_file(path)
+  setup = assembly.prepare_model(cli.load_config(job["config"], job["fields"]))
+  ours = jax.tree.leaves(weights.adapter(setup))
+  total = sum(np.abs(x).sum(dtype=float) for x in there.values())
+  expected = sum(np.abs(np.asarray(x)).sum(dtype=float) for x in ours)
+  assert total == pytest.approx(expected, rel=1e-6)
+  assert total > 0
 
 
 def test_losses_that_are_not_numbers_fail_the_run():
