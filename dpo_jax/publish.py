@@ -84,6 +84,7 @@ def _same(folder, about):
 
 def _write(config, workdir, folder, about):
   setup = assembly.prepare_model(config)
+  raw = _config_json(setup)
   base = None if config.lora is None else weights.initial(setup)
   params = weights.trained(setup, base, workdir)
   partial = folder.parent / f"{folder.name}.part"
@@ -94,7 +95,7 @@ def _write(config, workdir, folder, about):
     write_adapter(partial, setup, params)
   else:
     model, params = setup.model, weights.merged(setup, base, params)
-    raw, dtype = _config_json(setup), config.export.dtype
+    dtype = config.export.dtype
     export.write(partial, params, model.config, model.vocab_size, raw, dtype)
   tokenizer = vocabulary.load(config.tokenizer)
   tokenizer.save_pretrained(partial)
