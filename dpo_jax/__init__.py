@@ -13,7 +13,7 @@ _NAMES = {
   "batches": "dpo_jax.notebook",
   "build": "dpo_jax.notebook",
   "fit": "dpo_jax.loop",
-  "load_config": "dpo_jax.cli",
+  "load_config": "dpo_jax.config.load",
   "objective": "dpo_jax.notebook",
   "parallelize": "dpo_jax.notebook",
   "sweep": "dpo_jax.sweeps",

@@ -26,119 +26,12 @@ audit take the config of the run folder unless --config names another. --workdir
 may be left out where the config has one, and for audit.
 """
 
-import ast
-import functools
-import importlib.util
 import os
-import pathlib
 import sys
-import time
 
-from etils import epath
-
-from dpo_jax import allocator, lookup, programs, verbs
+from dpo_jax import lookup, verbs
 
 _USAGE = __doc__
-
-
-def load_config(spec, overrides=()):
-  """A locked config.
-
-  Args:
-    spec: "file.py" or "file.py:argument" of its `get_config`, or the
-      config.json of a run.
-    overrides: "loss.beta=0.2" and the like.
-  Raises: ValueError for an unknown file, argument or key, nearest spelling
-    shown.
-  """
-  return _load(spec, overrides)[0]
-
-
-def _load(spec, overrides):
-  """(locked config, its module or None)."""
-  if spec.endswith(".json"):
-    from dpo_jax.train import settings
-
-    path, module = spec, None
-    config = settings.saved_config(epath.Path(spec).parent)
-  else:
-    path, _, arg = spec.partition(":")
-    module = import_file(path)
-    config = module.get_config(arg) if arg else module.get_config()
-  config.lock()
-  known = list(_paths(config))
-  for override in overrides:
-    key, _, text = override.partition("=")
-    if key not in known:
-      raise ValueError(
-        f"--config.{key} is not a field of {path}{lookup.nearest(key, known)}"
-      )
-    *parents, name = key.split(".")
-    node = functools.reduce(lambda node, part: node[part], parents, config)
-    node[name] = _parse_value(key, text, node.get_type(name))
-  return config, module
-
-
-def _parse_value(key, text, kind):
-  """The text of an override as a value of the field's type."""
-  if text == "None":
-    return None
-  try:
-    if kind is str:
-      return text
-    if kind is type(None):
-      return _guess(text)
-    if kind is tuple and not set(text) & set("([\"'"):
-      return tuple(text.split(","))
-    value = ast.literal_eval(text.capitalize() if kind is bool else text)
-    if kind is tuple and isinstance(value, str | list):
-      value = (value,) if isinstance(value, str) else tuple(value)
-    if kind is float and type(value) is int:
-      value = float(value)
-    if type(value) is kind:
-      return value
-  except (ValueError, SyntaxError):
-    pass
-  raise ValueError(f"--config.{key}={text} must be of type {kind.__name__}")
-
-
-def _guess(text):
-  """A literal where it is one, else text."""
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
-
-
-def import_file(path):
-  """The module of a config file, with its checkout in reach.
-
-  Raises: ValueError if there is no such file.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    there = [str(p) for p in pathlib.Path("configs").glob("*.py")]
-    raise ValueError(
-      f"--config {path}: no such file{lookup.nearest(path, there)}"
-    )
-  # `from configs import base` works from the file's own checkout, or from here.
-  roots = [str(path.resolve().parent.parent), str(pathlib.Path.cwd())]
-  sys.path[:0] = roots
-  try:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-  finally:
-    del sys.path[: len(roots)]
-  return module
-
-
-def _paths(config, prefix=""):
-  for key, value in config.items():
-    if hasattr(value, "to_dict"):
-      yield from _paths(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}"
 
 
 def _parse(argv):
@@ -164,40 +57,6 @@ def _parse(argv):
   return options, overrides
 
 
-def run(name, options, overrides):
-  """Runs a verb.
-
-  Args:
-    name: of the verb.
-    options: {"config", "workdir"}, as far as given.
-    overrides: "loss.beta=0.2" and the like.
-  Returns: exit code.
-  """
-  verb = lookup.lookup(verbs.VERBS, name, "verb")
-  workdir, spec = options.get("workdir"), options.get("config")
-  if spec is None and verb.saved and workdir is not None:
-    spec = str(epath.Path(workdir) / "config.json")
-  if not verb.config and "config" not in options:
-    config = module = None
-  elif spec is None:
-    raise ValueError(f"{name} needs --config")
-  else:
-    config, module = _load(spec, overrides)
-    workdir = config.get("workdir") if workdir is None else workdir
-  if workdir is None and verb.folder:
-    raise ValueError(f"{name} needs --workdir")
-  allocator.keep_pages()
-  allocator.claim_devices()
-  programs.leave_triton_out()
-  programs.keep()
-  begin = time.perf_counter()
-  code = verb.run(config, workdir, module)
-  minutes, seconds = divmod(round(time.perf_counter() - begin), 60)
-  what = name if workdir is None else f"{name} {workdir}"
-  print(f"{what}: {minutes}:{seconds:02}", flush=True)
-  return code
-
-
 def main(argv=None):
   """Runs a verb; user mistakes end in one line on stderr and exit code 2."""
   argv = sys.argv[1:] if argv is None else argv
@@ -205,7 +64,7 @@ def main(argv=None):
     print(_USAGE)
     return 0
   try:
-    return run(argv[0], *_parse(argv[1:]))
+    return verbs.run(argv[0], *_parse(argv[1:]))
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

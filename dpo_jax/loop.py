@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from dpo_jax import assembly, points, recorder, scoring, weights
-from dpo_jax.data import loader as loader_lib
+from dpo_jax.data.batch import loader as loader_lib
+from dpo_jax.run import build, forward, recorder, together, trained
 from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
 
@@ -36,16 +36,16 @@ def fit(config, workdir, run=None):
   Args:
     config: locked ConfigDict with the fields of configs/base.py.
     workdir: run folder; gets config.json, metrics.jsonl and checkpoints/.
-    run: assembly.Run of this config, where it is already built.
+    run: build.Run of this config, where it is already built.
   Returns: Result.
   Raises: ValueError for what the user can mend, before anything is written
     over; FloatingPointError when train.max_skipped updates in a row were not
     finite.
   """
-  assembly.check(config)
+  build.check(config)
   with _held([workdir]) as stop:
     with stop.at_once():
-      run = assembly.prepare(config) if run is None else run
+      run = build.prepare(config) if run is None else run
     (result,) = _fit([run], [workdir], stop)
   if result.failure is not None:
     raise result.failure
@@ -56,7 +56,7 @@ def fit_together(runs, workdirs):
   """Trains the points of a group in one program, each into its own folder.
 
   Args:
-    runs: list of Run, of points.beside.
+    runs: list of Run, of together.beside.
     workdirs: a run folder for each, as `fit` leaves it; all at the same step.
   Returns: list of Result. A run whose updates are not finite fails alone.
   Raises: ValueError as `fit`, and if the folders are at different steps.
@@ -94,7 +94,7 @@ def _fit(runs, workdirs, stop):
       for *each, name in zip(started, workdirs, folders, names, strict=True)
     ]
     del state, restored
-    return _train(recorders, points.program(started, states), start, stop)
+    return _train(recorders, together.program(started, states), start, stop)
 
 
 def _common_step(states, workdirs, total):
@@ -121,16 +121,16 @@ def _common_step(states, workdirs, total):
 def _start(run, workdir, stop):
   """(Run with its reference, TrainState at step 0)."""
   setup, config = run.setup, run.setup.config
-  params = weights.initial(setup)
+  params = trained.initial(setup)
   if config.ref == "cached":
-    scoring.attach_reference(setup, params, run.loader, workdir, stop)
+    forward.attach_reference(setup, params, run.loader, workdir, stop)
     if config.data.eval is not None:
-      held_out, _ = assembly.held_out_loader(setup)
-      scoring.attach_reference(setup, params, held_out, workdir, stop)
+      held_out, _ = build.held_out_loader(setup)
+      forward.attach_reference(setup, params, held_out, workdir, stop)
   if config.ref != "none" or config.lora is not None:
     reference = {"reference": state_lib.fingerprint(params)}
     run = run._replace(identity=run.identity | reference)
-  return run, assembly.initial_state(run, params)
+  return run, build.initial_state(run, params)
 
 
 def _train(recorders, program, start, stop):
@@ -139,7 +139,7 @@ def _train(recorders, program, start, stop):
   config, total = lead.setup.config, lead.total
   recorders[0].describe(state, start, len(recorders))
   batches = loader_lib.prefetch(
-    functools.partial(assembly.place_batch, lead.setup, lead.loader),
+    functools.partial(build.place_batch, lead.setup, lead.loader),
     range(start, total),
   )
   with contextlib.ExitStack() as closing:
@@ -187,14 +187,14 @@ def _paused(recorders):
 
 
 def program(runs, workdir):
-  """The points.Program of runs at step 0; nothing is trained or saved.
+  """The together.Program of runs at step 0; nothing is trained or saved.
 
   Args:
-    runs: of points.beside.
+    runs: of together.beside.
     workdir: gets the reference's log-probs, if they are cached.
   Returns: (Run of the first, Program).
   """
   started = [_start(run, workdir, stop=None) for run in runs]
   runs, states = map(list, zip(*started, strict=True))
   del started
-  return runs[0], points.program(runs, states)
+  return runs[0], together.program(runs, states)

@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import algos, assembly, lookup, weights
+from dpo_jax import algos, lookup
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
+from dpo_jax.run import build as build_lib
+from dpo_jax.run import trained
 from dpo_jax.train import optim
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -20,16 +22,16 @@ def build(config):
   are what a run starts from: random ones, or those of init_from.
   """
   mesh = mesh_lib.of_devices(jax.devices()[:1])
-  model, tokenizer = weights.build_model(config)
-  setup = assembly.Setup(config, mesh, "jit", model, tokenizer, {})
-  return model.apply, weights.initial(setup)
+  model, tokenizer = trained.build_model(config)
+  setup = build_lib.Setup(config, mesh, "jit", model, tokenizer, {})
+  return model.apply, trained.initial(setup)
 
 
 def batches(config):
   """Yields the batches of a config's training data, as dicts of arrays."""
-  model, tokenizer = weights.build_model(config)
+  model, tokenizer = trained.build_model(config)
   mesh = mesh_lib.make(config.mesh)
-  loader, _ = assembly.build_loader(
+  loader, _ = build_lib.build_loader(
     config,
     tokenizer,
     model.config,
@@ -37,7 +39,7 @@ def batches(config):
     training=True,
     row_multiple=mesh_lib.row_parallelism(mesh) * config.train.accumulation,
   )
-  for number in range(assembly.total_steps(config, loader.size)):
+  for number in range(build_lib.total_steps(config, loader.size)):
     batch, _ = loader.batch(number)
     yield jax.tree.map(jnp.asarray, batch)
 
@@ -102,7 +104,7 @@ def parallelize(config, step, state):
   """
   mesh = mesh_lib.make(config.mesh)
   mode = lookup.lookup(run_lib.MODES, config.mesh.mode, "mesh.mode")
-  spec = weights.partition_spec(mode)
+  spec = trained.partition_spec(mode)
   state = run_lib.place(state, mesh_lib.shardings(mesh, state, spec))
   place = functools.partial(run_lib.place_batch, mesh=mesh, mode=mode)
   return run_lib.parallelize(step, mesh, mode, state), state, place

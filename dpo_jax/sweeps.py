@@ -1,46 +1,15 @@
 """Runs at many points of a config, one folder each, in one process."""
 
-import copy
-import functools
 import json
 
 from etils import epath
 
-from dpo_jax import assembly, evaluation, lookup, loop, points, weights
-from dpo_jax.eval import rewards
-from dpo_jax.train import checkpoint, settings
-
-
-def point_name(overrides):
-  """`beta=0.1,seed=1` of {"loss.beta": 0.1, "data.seed": 1}."""
-  short = [key.rsplit(".", 1)[-1] for key in overrides]
-  keys = short if len(set(short)) == len(short) else list(overrides)
-  values = overrides.values()
-  return ",".join(f"{k}={v}" for k, v in zip(keys, values, strict=True))
-
-
-def at(config, overrides):
-  """A copy of a config with {"loss.beta": 0.1, …} set.
-
-  Raises: ValueError for a field that is not there, or of another type.
-  """
-  config, fields = copy.deepcopy(config), settings.flatten(config.to_dict())
-  for key, value in overrides.items():
-    if key not in fields:
-      raise ValueError(
-        f"the sweep sets {key}, which is not a field of the config"
-        f"{lookup.nearest(key, fields)}"
-      )
-    *parents, name = key.split(".")
-    node = functools.reduce(lambda node, part: node[part], parents, config)
-    try:
-      node[name] = value
-    except TypeError as error:
-      raise ValueError(
-        f"the sweep sets {key} = {value!r}, which must be of type "
-        f"{node.get_type(name).__name__}"
-      ) from error
-  return config
+from dpo_jax import loop
+from dpo_jax.config import load
+from dpo_jax.eval import evaluation, rewards
+from dpo_jax.run import build, trained
+from dpo_jax.run import together as together_lib
+from dpo_jax.train import checkpoint
 
 
 def sweep(config, overrides, workdir):
@@ -63,11 +32,11 @@ def sweep(config, overrides, workdir):
   workdir, overrides = epath.Path(workdir), list(overrides)
   if not overrides:
     raise ValueError("the sweep has no points")
-  configs = [_sharing(at(config, point), workdir) for point in overrides]
+  configs = [_sharing(load.at(config, point), workdir) for point in overrides]
   for here in configs:
-    assembly.check(here)
-  groups = points.groups(configs, config.sweep.together)
-  names = [point_name(point) for point in overrides]
+    build.check(here)
+  groups = together_lib.groups(configs, config.sweep.together)
+  names = [load.point_name(point) for point in overrides]
   if len(set(names)) < len(names):
     raise ValueError(f"the sweep names a point twice: {sorted(names)}")
   samples = config.sample.prompts is not None
@@ -77,8 +46,8 @@ def sweep(config, overrides, workdir):
     print("── reference", flush=True)
     run = _reference(_sharing(config, workdir), workdir / "reference")
   for group in groups:
-    run = points.prepare_point(configs[group[0]], run)
-    runs = points.beside([configs[index] for index in group], run)
+    run = together_lib.prepare_point(configs[group[0]], run)
+    runs = together_lib.beside([configs[index] for index in group], run)
     folders = [workdir / names[index] for index in group]
     for part in _parts(runs, folders, config.sweep.together):
       code, more = _train(*part)
@@ -92,12 +61,12 @@ def sweep(config, overrides, workdir):
 
 def _initial(setup):
   """What all points start from, kept: a large model takes a while to load."""
-  return setup.once("initial", lambda: weights.initial(setup))
+  return setup.once("initial", lambda: trained.initial(setup))
 
 
 def _reference(config, folder):
   """Evaluates the policy that all points start from; returns its Run."""
-  run = assembly.prepare(config)
+  run = build.prepare(config)
   ref = _initial(run.setup)
   made = evaluation.made_of(0, run.loader.fingerprint, ref)
   if evaluation.done(config, folder, made):
@@ -149,7 +118,7 @@ def _evaluate(run, folder, state):
   """Evaluates a trained point, if there is something to evaluate it on."""
   config, ref = run.setup.config, _initial(run.setup)
   if config.data.eval is not None or config.sample.prompts is not None:
-    policy = weights.policy(run.setup, ref, state.params)
+    policy = trained.policy(run.setup, ref, state.params)
     evaluation.evaluate(run.setup, policy, ref, folder, _made(run))
 
 
@@ -158,25 +127,25 @@ def program(config, overrides, workdir):
 
   Args: as for `sweep`, of points that can be trained in one program; workdir
     gets the reference's log-probs, if they are cached.
-  Returns: (Run of the first point, points.Program); assembly.place_batch places
+  Returns: (Run of the first point, together.Program); build.place_batch places
     a batch of the Run's loader.
   Raises: ValueError if they cannot.
   """
   workdir = epath.Path(workdir)
-  configs = [_sharing(at(config, point), workdir) for point in overrides]
+  configs = [_sharing(load.at(config, point), workdir) for point in overrides]
   for here in configs:
-    assembly.check(here)
-  if len(points.groups(configs, len(configs))) > 1:
+    build.check(here)
+  if len(together_lib.groups(configs, len(configs))) > 1:
     raise ValueError(f"these points are not of one program: {overrides}")
-  run = assembly.prepare(configs[0])
-  return loop.program(points.beside(configs, run), workdir)
+  run = build.prepare(configs[0])
+  return loop.program(together_lib.beside(configs, run), workdir)
 
 
 def _sharing(config, workdir):
   """The config with one store of reference log-probs for all points."""
   if config.ref != "cached" or config.ref_store is not None:
     return config
-  return at(config, {"ref_store": str(workdir / "ref_logps")})
+  return load.at(config, {"ref_store": str(workdir / "ref_logps")})
 
 
 def _describe(config, overrides, names, workdir, reference):

@@ -5,10 +5,14 @@ Imports are inside: `dpo-jax help` and mistakes in a command need no jax.
 
 import json
 import pathlib
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
+
+from dpo_jax import host, lookup
+from dpo_jax.config import load
 
 
 class Verb(NamedTuple):
@@ -40,8 +44,6 @@ def train(config, workdir, module):
 
 def _stages(config, workdir, module):
   """Runs verbs on other configs of the same file; the first failure ends it."""
-  from dpo_jax import cli
-
   if workdir != config.workdir:
     raise ValueError(
       f"--workdir {workdir}: the stages have folders of their own; name the "
@@ -49,14 +51,15 @@ def _stages(config, workdir, module):
     )
   for verb, arg in config.stages:
     print(f"━━ {verb} {arg}", flush=True)
-    code = cli.run(verb, {"config": f"{module.__file__}:{arg}"}, [])
+    code = run(verb, {"config": f"{module.__file__}:{arg}"}, [])
     if code:
       return code
   return 0
 
 
 def _tokenizer(config, workdir):
-  from dpo_jax.data import bpe, sources
+  from dpo_jax.data.read import sources
+  from dpo_jax.data.tokens import bpe
 
   about = epath.Path(workdir) / "tokenizer.about.json"
   if about.exists():
@@ -76,12 +79,13 @@ def _tokenizer(config, workdir):
 def evaluate(config, workdir, module):
   """Evaluates the policy of a run folder; writes evaluation.json there."""
   del module
-  from dpo_jax import assembly, evaluation, weights
+  from dpo_jax.eval import evaluation
+  from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
 
-  setup = assembly.prepare_model(config)
-  ref = weights.initial(setup)
-  policy = weights.saved(setup, ref, workdir)
+  setup = build.prepare_model(config)
+  ref = trained.initial(setup)
+  policy = trained.saved(setup, ref, workdir)
   meta = checkpoint.check_run(workdir, config.to_dict(), ref)
   made = evaluation.made_of(meta["step"], meta["data_fingerprint"], ref)
   if config.ref == "ema":
@@ -97,18 +101,18 @@ def evaluate(config, workdir, module):
 def sample(config, workdir, module):
   """Draws completions of a run's policy, or of init_from's, into its folder."""
   del module
-  from dpo_jax import assembly, weights
   from dpo_jax.eval import generate
+  from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
   from dpo_jax.train import state as state_lib
 
-  setup = assembly.prepare_model(config)
+  setup = build.prepare_model(config)
   step = checkpoint.latest_step(workdir)
   if step is not None:
-    policy = weights.saved(setup, weights.initial(setup), workdir)
+    policy = trained.saved(setup, trained.initial(setup), workdir)
     print(f"the policy of {workdir}, step {step}")
   elif config.init_from is not None:
-    policy = weights.initial(setup)
+    policy = trained.initial(setup)
     print(f"the policy of init_from = {config.init_from}")
   else:
     raise ValueError(
@@ -159,26 +163,27 @@ def write_report(config, workdir, module):
 def audit(config, workdir, module):
   """Prints what data.train and data.eval hold; 1 if a limit is exceeded."""
   del workdir, module
-  from dpo_jax import algos, assembly
-  from dpo_jax.data import audit, audit_text
+  from dpo_jax import algos
+  from dpo_jax.data.audit import audit, text
+  from dpo_jax.run import build
 
   if "audit" not in config:
     raise ValueError("audit needs a config that starts from configs/base.py")
-  assembly.check(config)
+  build.check(config)
   scored = "scores" in algos.needs_of(config)
   reports = audit.audit(config, algos.kind_of(config), scored)
   for report in reports:
-    print(audit_text.text(report))
-  print(audit_text.verdict(reports))
+    print(text.text(report))
+  print(text.verdict(reports))
   return int(any(check["failed"] for r in reports for check in r["checks"]))
 
 
 def export(config, workdir, module):
   """Writes the policy of a run folder as transformers or PEFT load it."""
   del module
-  from dpo_jax import publish
+  from dpo_jax import export as export_lib
 
-  folder = publish.publish(config, workdir)
+  folder = export_lib.publish(config, workdir)
   print(f"{config.export.form} policy in {folder}")
   if config.export.push is not None:
     print(f"pushed to https://huggingface.co/{config.export.push}")
@@ -188,12 +193,12 @@ def export(config, workdir, module):
 def losses(config, workdir, module):
   """Prints the table of losses."""
   del config, workdir, module
-  from dpo_jax import catalogue, cli
+  from dpo_jax.ops.losses import catalogue
 
   found = pathlib.Path("configs/losses.py")
   if not found.is_file():  # beside the package, in a checkout
     found = pathlib.Path(__file__).parent.parent / found
-  defaults = cli.import_file(found).LOSSES if found.is_file() else {}
+  defaults = load.import_file(found).LOSSES if found.is_file() else {}
   print(catalogue.text(defaults))
   return 0
 
@@ -208,3 +213,37 @@ VERBS = {
   "export": Verb(export, saved=True),
   "losses": Verb(losses, saved=False, folder=False, config=False),
 }
+
+
+def run(name, options, overrides):
+  """Runs a verb.
+
+  Args:
+    name: of the verb.
+    options: {"config", "workdir"}, as far as given.
+    overrides: "loss.beta=0.2" and the like.
+  Returns: exit code.
+  """
+  verb = lookup.lookup(VERBS, name, "verb")
+  workdir, spec = options.get("workdir"), options.get("config")
+  if spec is None and verb.saved and workdir is not None:
+    spec = str(epath.Path(workdir) / "config.json")
+  if not verb.config and "config" not in options:
+    config = module = None
+  elif spec is None:
+    raise ValueError(f"{name} needs --config")
+  else:
+    config, module = load.load(spec, overrides)
+    workdir = config.get("workdir") if workdir is None else workdir
+  if workdir is None and verb.folder:
+    raise ValueError(f"{name} needs --workdir")
+  host.keep_pages()
+  host.claim_devices()
+  host.leave_triton_out()
+  host.keep()
+  begin = time.perf_counter()
+  code = verb.run(config, workdir, module)
+  minutes, seconds = divmod(round(time.perf_counter() - begin), 60)
+  what = name if workdir is None else f"{name} {workdir}"
+  print(f"{what}: {minutes}:{seconds:02}", flush=True)
+  return code

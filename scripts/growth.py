@@ -100,18 +100,19 @@ def start(path, folder, cores):
     cores: that may be used; one also means one process.
   """
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
-  from dpo_jax import assembly, cli
-  from dpo_jax.data import corpus
+  from dpo_jax.config import load
+  from dpo_jax.data.tokens import corpus
+  from dpo_jax.run import build
 
   overrides = (
     f"data.train={path} data.token_cache={folder} data.batch_size=64 "
     "data.max_prompt_length=256 data.max_completion_length=256 "
     "train.steps=5000"  # the planner looks at 4,096 batches
   )
-  config = cli.load_config(
+  config = load.load_config(
     str(ROOT / "configs/dpo.py:smoke"), overrides.split()
   )
-  setup = assembly.prepare_model(config)
+  setup = build.prepare_model(config)
   took, load = {}, corpus.load
 
   def timed(*args, **options):
@@ -122,7 +123,7 @@ def start(path, folder, cores):
 
   corpus.load = timed
   memory, begin = AnonymousPeak(), time.perf_counter()
-  loader, _ = assembly.build_loader(
+  loader, _ = build.build_loader(
     *(config, setup.tokenizer, setup.model.config, config.data.train),
     training=True,
     row_multiple=1,

@@ -32,15 +32,18 @@ def measure(length, examples, layers, devices):
   import jax
   import numpy as np
 
-  from dpo_jax import allocator, assembly, cli, memory, weights
-  from dpo_jax.data import comparisons, rows
-  from dpo_jax.data import loader as loader_lib
-  from dpo_jax.models import transformer
+  from dpo_jax import host
+  from dpo_jax.config import load
+  from dpo_jax.data.batch import loader as loader_lib
+  from dpo_jax.data.batch import rows
+  from dpo_jax.data.tokens import comparisons
+  from dpo_jax.models import decoder
   from dpo_jax.parallel import mesh as mesh_lib
+  from dpo_jax.run import build, memory, trained
   from dpo_jax.train import optim
 
-  allocator.keep_pages()
-  config = cli.load_config(
+  host.keep_pages()
+  config = load.load_config(
     "configs/dpo.py",
     (
       *("data.train=toy", f"data.batch_size={examples}", "train.steps=10"),
@@ -49,8 +52,8 @@ def measure(length, examples, layers, devices):
       *("model.max_positions=8192", "model.rotary_dim=64"),
     ),
   )
-  setup = assembly.prepare_model(config)
-  model = transformer.build(setup.model.config, 8192)
+  setup = build.prepare_model(config)
+  model = decoder.build(setup.model.config, 8192)
   setup = setup._replace(model=model)
   rng = np.random.default_rng(0)
 
@@ -75,13 +78,13 @@ def measure(length, examples, layers, devices):
   )
   optimizer = optim.make(config.optim, 10)
   setup, choice = memory.fitted(setup, optimizer, loader.shapes[-1], 1)
-  run = assembly.Run(
-    *(setup, loader, "", 10, assembly.trained_algorithm(setup), optimizer),
-    *(assembly.hyper_params(config), {}),
+  run = build.Run(
+    *(setup, loader, "", 10, build.trained_algorithm(setup), optimizer),
+    *(build.hyper_params(config), {}),
   )
-  state = assembly.initial_state(run, weights.initial(setup))
-  step = assembly.train_step(run, state)
-  batch, stats = assembly.place_batch(setup, loader, 0)
+  state = build.initial_state(run, trained.initial(setup))
+  step = build.train_step(run, state)
+  batch, stats = build.place_batch(setup, loader, 0)
   moving, frozen = state.replace(frozen={}), state.frozen
   begin = time.perf_counter()
   with jax.set_mesh(setup.mesh):

@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 
-from dpo_jax import cli, loop
-from dpo_jax.data import loader
+from dpo_jax import loop
+from dpo_jax.config import load
+from dpo_jax.data.batch import loader
 from dpo_jax.train import log
 
 
@@ -46,7 +47,7 @@ def main(workdir, kill_at, *overrides):
     return out
 
   loader.Loader.batch, log.Logger.step = batch, step
-  config = cli.load_config("configs/dpo.py:smoke", overrides)
+  config = load.load_config("configs/dpo.py:smoke", overrides)
   return loop.fit(config, workdir).exit_code
 
 

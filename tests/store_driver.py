@@ -14,8 +14,9 @@ import sys
 
 import jax
 
-from dpo_jax import assembly, cli, scoring, weights
-from dpo_jax.data import loader, reference
+from dpo_jax.config import load as load_lib
+from dpo_jax.data.batch import loader
+from dpo_jax.run import build, forward, reference, trained
 from tests import conftest, worlds
 
 ITEMS = worlds.examples(22, seed=3, completions=4)
@@ -25,14 +26,14 @@ EXAMPLES_PER_BLOCK = 4  # so there are six
 def load(*overrides):
   """Batches of five examples, so that blocks cut them."""
   config = str(conftest.ROOT / "configs/dpo.py:smoke")
-  return cli.load_config(config, ("data.batch_size=5", *overrides))
+  return load_lib.load_config(config, ("data.batch_size=5", *overrides))
 
 
 def main(folder, port, count, process, kill_at):
   jax.distributed.initialize(f"localhost:{port}", int(count), int(process))
   assert jax.process_count() == int(count)
   reference.EXAMPLES_PER_BLOCK = EXAMPLES_PER_BLOCK
-  right, set_reference = scoring.token_logps, loader.Loader.set_reference
+  right, set_reference = forward.token_logps, loader.Loader.set_reference
   write = reference.write
   seen = {"batches": [], "values": [], "written": []}
 
@@ -53,12 +54,12 @@ def main(folder, port, count, process, kill_at):
     return write(entry, number, values)
 
   reference.write = counted
-  scoring.token_logps, loader.Loader.set_reference = token_logps, give
+  forward.token_logps, loader.Loader.set_reference = token_logps, give
   # The weights of the reference are spread over all processes.
-  setup = assembly.prepare_model(load(f"mesh.fsdp={len(jax.devices())}"))
-  params = weights.initial(setup)
-  here = scoring.loader_of(setup, ITEMS)
-  scoring.attach_reference(setup, params, here, folder)
+  setup = build.prepare_model(load(f"mesh.fsdp={len(jax.devices())}"))
+  params = trained.initial(setup)
+  here = forward.loader_of(setup, ITEMS)
+  forward.attach_reference(setup, params, here, folder)
   assert here.has_reference
   path = pathlib.Path(folder) / f"{process}.json"
   path.write_text(json.dumps(seen))

@@ -8,6 +8,7 @@ import pytest
 
 import dpo_jax
 from dpo_jax import cli
+from dpo_jax.config import load
 
 GOOD = [
   {"prompt": f"The plot {i}", "chosen": " is fine.", "rejected": " is bad."}
@@ -317,7 +318,7 @@ def test_another_config_in_the_same_folder_is_refused_and_loses_nothing(
 
 
 def test_overrides_take_the_types_of_their_fields():
-  config = cli.load_config(
+  config = load.load_config(
     "configs/dpo.py:loss=ipo",
     [
       "loss.beta=1",

@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 
-from dpo_jax import checks, cli
-from dpo_jax.models import transformer
-from dpo_jax.train import settings
+from dpo_jax.config import load, saved
+from dpo_jax.models import decoder
+from dpo_jax.run import checks
 from tests import conftest
 from tests.knobs import bases, dry, values
 from tests.knobs import plan as plan_lib
@@ -103,7 +103,7 @@ def fields():
   """{field: names of the bases that have it}."""
   world, found = bases.named("nowhere"), {}
   for name, base in bases.BASES.items():
-    for field in settings.flatten(base.make(world).to_dict()):
+    for field in saved.flatten(base.make(world).to_dict()):
       if field.startswith(base.only) and not field.startswith(base.leave):
         found.setdefault(field, []).append(name)
   return found
@@ -120,8 +120,8 @@ def before(tmp_path_factory):
     return plan_lib.Plan(config, {})
 
   # One model for all equal ones, so that it is traced once.
-  build = functools.cache(transformer.build)
-  with mock.patch.object(transformer, "build", build):
+  build = functools.cache(decoder.build)
+  with mock.patch.object(decoder, "build", build):
     yield before, world
 
 
@@ -187,7 +187,7 @@ def problems(field, found, config_of):
   if dead - waiting:
     yield (
       f"{field} has no effect in the bases {sorted(dead - waiting)}: refuse it "
-      "there (dpo_jax/checks.py), or say in WAITS what it waits for"
+      "there (dpo_jax/run/checks.py), or say in WAITS what it waits for"
     )
   if lives & waiting:
     yield f"{field} has an effect in {sorted(lives & waiting)}, against WAITS"
@@ -269,6 +269,6 @@ def test_a_plan_is_the_same_when_it_is_made_again(name, before):
 )  # fmt: skip
 def test_a_value_without_effect_is_refused(spec, overrides, message):
   path = str(conftest.ROOT / "configs" / spec)
-  config = cli.load_config(path, overrides.split())
+  config = load.load_config(path, overrides.split())
   with pytest.raises(ValueError, match=re.escape(message)):
     checks.values(config)

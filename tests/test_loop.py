@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from configs import common
-from dpo_jax import assembly, cli, loop
-from dpo_jax.eval import preference
+from dpo_jax import loop
+from dpo_jax.config import load as load_lib
+from dpo_jax.run import build, held_out
 from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
 from tests import conftest
@@ -29,7 +30,7 @@ def rows_of(workdir, kind="train"):
 
 
 def load(spec="configs/dpo.py:smoke", *overrides):
-  return cli.load_config(str(conftest.ROOT / spec), overrides)
+  return load_lib.load_config(str(conftest.ROOT / spec), overrides)
 
 
 CONFIGS = sorted(
@@ -270,12 +271,12 @@ def test_training_stops_when_nothing_is_finite_and_keeps_what_was_saved(
   """Whether the log line is written by a step or by an evaluation."""
   overrides = ["train.max_skipped=3", f"log.every={every}", "eval.every=2"]
   config = load("configs/dpo.py:smoke", *overrides, "train.steps=20")
-  hparams = assembly.hyper_params
+  hparams = build.hyper_params
 
   def broken(config):
     return {**hparams(config), "learning_rate": np.float32("inf")}
 
-  monkeypatch.setattr(assembly, "hyper_params", broken)
+  monkeypatch.setattr(build, "hyper_params", broken)
   with pytest.raises(FloatingPointError, match=r"[34] updates in a row"):
     loop.fit(config, tmp_path)
   assert rows_of(tmp_path)[-1]["skipped"] >= 3
@@ -300,7 +301,7 @@ def test_a_signal_in_the_middle_of_anything_still_saves(
   overrides = ("train.steps=8", "eval.every=3", "checkpoint.every=4")
   config = load("configs/dpo.py:smoke", *overrides)
   if where == "evaluation":
-    interrupted_in(monkeypatch, preference, "evaluate")
+    interrupted_in(monkeypatch, held_out, "evaluate")
   else:
     interrupted_in(monkeypatch, checkpoint.Checkpointer, "save")
   result = loop.fit(config, tmp_path)
@@ -315,14 +316,14 @@ def test_a_signal_in_the_middle_of_anything_still_saves(
 def test_a_signal_in_the_last_evaluation_ends_the_sweep_it_is_of(
   tmp_path, monkeypatch
 ):
-  interrupted_in(monkeypatch, preference, "evaluate")
+  interrupted_in(monkeypatch, held_out, "evaluate")
   result = loop.fit(load("configs/dpo.py:smoke"), tmp_path)
   assert int(result.state.step) == 2  # all of them
   assert result.exit_code == health.EXIT_REQUEUE
 
 
 def test_a_signal_while_data_are_read_stops_at_once(tmp_path, monkeypatch):
-  interrupted_in(monkeypatch, assembly, "build_loader")
+  interrupted_in(monkeypatch, build, "build_loader")
   with pytest.raises(health.Stopped) as caught:
     loop.fit(load("configs/dpo.py:smoke"), tmp_path)
   assert caught.value.exit_code == health.EXIT_REQUEUE
@@ -371,9 +372,9 @@ def test_the_evaluation_is_the_mean_over_all_comparisons(tmp_path):
   overrides = ("data.batch_size=50", "train.steps=1", "data.eval=toy")
   result = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
   config = load("configs/dpo.py:smoke", "data.batch_size=960")
-  run = assembly.prepare(config)
+  run = build.prepare(config)
   setup = run.setup
-  loader, _ = assembly.build_loader(
+  loader, _ = build.build_loader(
     config,
     setup.tokenizer,
     setup.model.config,

@@ -8,6 +8,7 @@ import pytest
 
 import dpo_jax
 from dpo_jax import cli
+from dpo_jax.config import load
 from dpo_jax.ops import losses
 from tests import conftest
 
@@ -45,9 +46,9 @@ def test_the_snippet_of_an_own_loss_trains_with_it(tmp_path):
 def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
   for path in re.findall(r"\]\(((?:dpo_jax|configs|scripts)/[^)]*)\)", README):
     assert (conftest.ROOT / path).is_file(), path
-  config = cli.load_config("configs/dpo.py")
-  ipo = cli.load_config("configs/dpo.py:loss=ipo")
-  adapter = cli.load_config("configs/dpo.py:lora")
+  config = load.load_config("configs/dpo.py")
+  ipo = load.load_config("configs/dpo.py:loss=ipo")
+  adapter = load.load_config("configs/dpo.py:lora")
   fields = {path for c in (config, ipo, adapter) for path in cli._paths(c)}
   for field in re.findall(r"--config\.([\w.]+)=", README):
     assert field in fields, field

@@ -10,16 +10,12 @@ import signal
 import numpy as np
 import pytest
 
-from dpo_jax import (
-  assembly,
-  cli,
-  evaluation,
-  loop,
-  points,
-  report,
-  sweeps,
-)
+from dpo_jax import loop, report, sweeps
+from dpo_jax.config import load as load_lib
+from dpo_jax.eval import evaluation
 from dpo_jax.ops import losses
+from dpo_jax.run import build
+from dpo_jax.run import together as together_lib
 from dpo_jax.train import checkpoint, log
 from tests import conftest
 
@@ -36,7 +32,7 @@ SAMPLED = (
 
 def load(*overrides):
   config = str(conftest.ROOT / "configs/dpo.py:smoke")
-  return cli.load_config(config, ("train.steps=3", *overrides))
+  return load_lib.load_config(config, ("train.steps=3", *overrides))
 
 
 def files(workdir):
@@ -234,15 +230,17 @@ def test_points_that_cannot_be_are_refused_before_anything_is_trained(
 
 
 def test_names_of_points_are_short_where_that_is_clear():
-  name = sweeps.point_name
+  name = load_lib.point_name
   assert name({"loss.beta": 0.1, "data.seed": 1}) == "beta=0.1,seed=1"
   assert name({"data.seed": 0, "sample.seed": 1}) == "data.seed=0,sample.seed=1"
 
 
 def test_assembly_tells_traced_fields_from_compiled_ones():
-  run = assembly.prepare(load())
-  assert points.prepare_point(load("loss.beta=2.0"), run).loader is run.loader
-  other = points.prepare_point(load("data.batch_size=4"), run)
+  run = build.prepare(load())
+  assert (
+    together_lib.prepare_point(load("loss.beta=2.0"), run).loader is run.loader
+  )
+  other = together_lib.prepare_point(load("data.batch_size=4"), run)
   assert other.loader is not run.loader
 
 
@@ -365,8 +363,8 @@ def test_points_that_got_apart_go_on_apart(tmp_path, monkeypatch):
 
 def test_runs_at_different_steps_do_not_train_together(tmp_path):
   config = load("data.eval=None", "train.steps=1")
-  runs = points.beside(
-    [sweeps.at(config, point) for point in POINTS], assembly.prepare(config)
+  runs = together_lib.beside(
+    [load_lib.at(config, point) for point in POINTS], build.prepare(config)
   )
   folders = [tmp_path / "a", tmp_path / "b"]
   loop.fit_together(runs[:1], folders[:1])

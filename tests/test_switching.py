@@ -4,15 +4,18 @@ import jax
 import pytest
 
 from configs import losses as fields
-from dpo_jax import algos, assembly, catalogue, cli
+from dpo_jax import algos, cli
+from dpo_jax.config import load as load_lib
 from dpo_jax.ops import losses
+from dpo_jax.ops.losses import catalogue
+from dpo_jax.run import build
 from tests import conftest
 
 NAMES = [n for n, loss in losses.LOSSES.items() if loss.data != "rewards"]
 
 
 def load(arg, *overrides):
-  return cli.load_config(
+  return load_lib.load_config(
     f"{conftest.ROOT}/configs/dpo.py:smoke,{arg}",
     ("data.train=toy:24", "data.eval=None", *overrides),
   )
@@ -20,7 +23,7 @@ def load(arg, *overrides):
 
 def terms_of(config):
   """Shapes of the Terms of the first batch of a config's data."""
-  run = assembly.prepare(config)
+  run = build.prepare(config)
   batch, _ = run.loader.batch(0)
   params = jax.eval_shape(run.setup.model.init, jax.random.key(0))
 
@@ -48,7 +51,7 @@ def test_a_divergence_is_selected_with_its_own_fields(divergence):
   assert ("divergence_alpha" in config.loss) == (divergence == "alpha")
   terms_of(config)
   with pytest.raises(ValueError, match="reads more of the log-ratios than h"):
-    assembly.prepare(load(f"loss=nca,divergence={divergence}"))
+    build.prepare(load(f"loss=nca,divergence={divergence}"))
 
 
 def test_the_tables_of_divergences_are_one():
@@ -75,7 +78,7 @@ def test_the_tables_of_divergences_are_one():
 )
 def test_what_does_not_fit_is_refused(arg, overrides, words):
   with pytest.raises(ValueError, match=words):
-    assembly.prepare(load(arg, *overrides))
+    build.prepare(load(arg, *overrides))
 
 
 @pytest.mark.parametrize(

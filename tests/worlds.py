@@ -6,10 +6,11 @@ import functools
 import jax
 import numpy as np
 
-from dpo_jax.data import comparisons, rows
-from dpo_jax.data import examples as examples_lib
+from dpo_jax.data.batch import rows
+from dpo_jax.data.tokens import comparisons
+from dpo_jax.data.tokens import examples as examples_lib
 from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import decoder
 
 VOCAB = 61  # not a multiple of 128: the padded columns are always in play
 
@@ -53,14 +54,14 @@ MODELS = {
 
 
 def model(name, **changes):
-  """(transformer.Model, params with no zero leaf)."""
+  """(decoder.Model, params with no zero leaf)."""
   config = dataclasses.replace(MODELS[name], **changes)
-  return transformer.build(config, VOCAB), _params(name)
+  return decoder.build(config, VOCAB), _params(name)
 
 
 @functools.cache
 def _params(name):
-  init = jax.jit(transformer.build(MODELS[name], VOCAB).init)
+  init = jax.jit(decoder.build(MODELS[name], VOCAB).init)
   return noisy(init(jax.random.key(0)), 1)
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from dpo_jax.algos import base, diagnostics
 from dpo_jax.algos import needs as needs_lib
-from dpo_jax.algos import parts as parts_lib
-from dpo_jax.data import sources
+from dpo_jax.algos import terms as parts_lib
+from dpo_jax.data.read import sources
 from dpo_jax.ops import logprobs
 
 

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 
-from dpo_jax import scoring
-from dpo_jax.data import comparisons
+from dpo_jax.data.tokens import comparisons
 from dpo_jax.eval import generate, rewards
+from dpo_jax.run import forward
 from dpo_jax.train import log
 
 
@@ -15,7 +15,7 @@ def measure(setup, params, ref):
   """Samples of a policy for the prompts of `config.sample`, and what they tell.
 
   Args:
-    setup: assembly.Setup; config.sample says which prompts, how many draws and
+    setup: build.Setup; config.sample says which prompts, how many draws and
       which scorers.
     params, ref: placed parameters of policy and reference.
   Returns: (summary, rows). summary: "samples", "means" ({"mean", "se"} of every
@@ -58,8 +58,8 @@ def measure(setup, params, ref):
 
 def _add_kl(setup, params, ref, examples, rows):
   """Adds "kl" and "log_ratio" to the rows of some samples of `params`."""
-  loader = scoring.loader_of(setup, examples)
-  for index, kl, ours, theirs in scoring.token_kl(setup, params, ref, loader):
+  loader = forward.loader_of(setup, examples)
+  for index, kl, ours, theirs in forward.token_kl(setup, params, ref, loader):
     rows[index]["kl"] = math.fsum(kl)
     rows[index]["log_ratio"] = math.fsum(ours) - math.fsum(theirs)
 

@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.data import chat, pairs, sources, tokenize
+from dpo_jax.data.read import pairs, sources
+from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import rewards
 from dpo_jax.models import sample
 from dpo_jax.ops import reduce
@@ -81,7 +82,7 @@ def draws(setup, params, given, *, skip=0):
   it is drawn in, so a run that stopped goes on with `skip`.
 
   Args:
-    setup: assembly.Setup.
+    setup: build.Setup.
     params: placed parameters of the policy.
     given: list of (text, ids), as `prompts` returns.
     skip: draws that are there already.
@@ -137,7 +138,7 @@ def write(setup, params, identity, workdir):
   sample.labels other than "none" the comparisons go to `pairs.jsonl`.
 
   Args:
-    setup: assembly.Setup.
+    setup: build.Setup.
     params: placed parameters of the policy.
     identity: plain dict of what the draws depend on.
     workdir: folder.

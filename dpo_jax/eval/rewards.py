@@ -26,9 +26,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import assembly, lookup, scoring, weights
-from dpo_jax.data import sources, tokenize
-from dpo_jax.train import settings
+from dpo_jax import lookup
+from dpo_jax.config import saved
+from dpo_jax.data.read import sources
+from dpo_jax.data.tokens import tokenize
+from dpo_jax.run import build, forward, trained
 
 
 class Scorer(NamedTuple):
@@ -197,17 +199,17 @@ def _only_logit(logits):
 
 
 def _implicit(folder):
-  config = settings.saved_config(folder)
+  config = saved.saved_config(folder)
   if "beta" not in config.loss:
     raise ValueError(f"scorer implicit:{folder}: its loss has no β")
   # As much as the model can read: a reward of part of a text is another's.
-  room = weights.shape(config)[0].max_positions - config.data.max_prompt_length
+  room = trained.shape(config)[0].max_positions - config.data.max_prompt_length
   config.data.max_completion_length = room
   ours = jax.config.jax_default_matmul_precision
-  setup = assembly.prepare_model(config.lock())
+  setup = build.prepare_model(config.lock())
   jax.config.update("jax_default_matmul_precision", ours)
-  ref = weights.initial(setup)
-  policy = weights.saved(setup, ref, folder)
+  ref = trained.initial(setup)
+  policy = trained.saved(setup, ref, folder)
 
   def score(prompts, completions):
     records = [
@@ -223,11 +225,11 @@ def _implicit(folder):
         f"scorer implicit:{folder}: {cut} texts are longer than its model can "
         f"read: {config.data.max_prompt_length} tokens of prompt, {room} after"
       )
-    loader = scoring.loader_of(setup, examples)
+    loader = forward.loader_of(setup, examples)
     ratios = np.zeros(len(examples))
     for params, sign in ((policy, 1.0), (ref, -1.0)):
       with jax.default_matmul_precision(config.precision):
-        for index, logps in scoring.token_logps(setup, params, loader):
+        for index, logps in forward.token_logps(setup, params, loader):
           ratios[index] += sign * math.fsum(logps)
     return config.loss.beta * ratios
 

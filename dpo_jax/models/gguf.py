@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dpo_jax import origin
+from dpo_jax.config import origin
 from dpo_jax.models import families, hf, tables
 
 # Metadata of the model, and the field of a Llama's config.json that it is.

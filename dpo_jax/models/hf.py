@@ -17,7 +17,8 @@ import safetensors
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax import origin, tree
+from dpo_jax import tree
+from dpo_jax.config import origin
 from dpo_jax.models import axes, families, keys, lora
 from dpo_jax.models import config as config_lib
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.models import axes, transformer
+from dpo_jax.models import axes, decoder
 
 
 class Key(NamedTuple):
@@ -66,7 +66,7 @@ def tensors(table, config, shapes, vocab_size):
   out = {}
   stacks = [
     (stack, layer)
-    for stack, kinds in transformer.stacks(config).items()
+    for stack, kinds in decoder.stacks(config).items()
     for layer in range(len(kinds))
   ]
   for key in table:

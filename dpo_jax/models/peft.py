@@ -16,7 +16,8 @@ import safetensors.numpy
 from etils import epath
 
 from dpo_jax import tree
-from dpo_jax.models import axes, export, keys
+from dpo_jax.models import axes, keys
+from dpo_jax.models import write as write_lib
 
 _PREFIX = "base_model.model."
 # Of adapter_config.json: what must have one of these values, where it is there.
@@ -79,7 +80,7 @@ def write(folder, adapter, table, config, shapes, vocab_size, about):
     "alpha_pattern": {m: about["scale"] * r**power for m, r in other.items()},
     "inference_mode": True,
   }
-  export.write_json(folder / "adapter_config.json", content)
+  write_lib.write_json(folder / "adapter_config.json", content)
 
 
 def _kernels(table, config, shapes, vocab_size):

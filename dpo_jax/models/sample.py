@@ -95,7 +95,7 @@ def sample(
   batch it is drawn in.
 
   Args:
-    model: transformer.Model.
+    model: decoder.Model.
     params: its parameters.
     prompts: i32[B, T], padded on the right.
     prompt_lengths: i32[B], at least 1.

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dpo_jax import tree
-from dpo_jax.train import settings
+from dpo_jax.config import saved as saved_lib
 from dpo_jax.train import state as state_lib
 
 
@@ -125,7 +125,7 @@ class Checkpointer:
 
   def _read(self, step, target, identity):
     meta = _read_meta(self._manager, step)
-    settings.check_config(meta["config"], identity, self._path)
+    saved_lib.check_config(meta["config"], identity, self._path)
     _check_leaves(meta["leaves"], _leaves(target), self._path)
     restore = ocp.args.StandardRestore(_abstract(target))
     values = _read_item(self._manager, step, "state", restore)
@@ -197,7 +197,7 @@ def check_run(workdir, config, ref):
   """
   path, step, meta = _newest(workdir)
   about = {k: v for k, v in meta["config"].items() if k not in config}
-  settings.check_config(meta["config"], {**config, **about}, path)
+  saved_lib.check_config(meta["config"], {**config, **about}, path)
   # "ref/…", or "base/…" under an adapter
   frozen = {k.partition("/")[2]: v for k, v in meta["frozen"].items()}
   trained_with = about.get("reference") or frozen

@@ -14,7 +14,7 @@ import time
 from scripts.bench import cases
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-# dpo_jax.allocator.keep_pages as settings of glibc, for the others: without
+# dpo_jax.host.keep_pages as settings of glibc, for the others: without
 # them torch, too, spends a good part of a step on fresh pages.
 KEEP_PAGES = {
   "MALLOC_MMAP_MAX_": "0",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_jax.models import config as model_config
-from dpo_jax.models import export
+from dpo_jax.models import write
 from scripts.bench import cases, client, inputs
 
 
@@ -86,7 +86,7 @@ def _describe(shape, folder):
   config = dataclasses.replace(
     model_config.PRESETS[shape.preset], **shape.fields
   )
-  raw = export.describe(config, shape.vocab_size)
+  raw = write.describe(config, shape.vocab_size)
   raw |= {"bos_token_id": inputs.EOS, "eos_token_id": inputs.EOS}
   (folder / "config.json").write_text(json.dumps(raw))
 

@@ -18,9 +18,9 @@ import transformers
 from etils import epath
 from tokenizers import models, pre_tokenizers
 
-from dpo_jax.data import order
+from dpo_jax.data.batch import order
 from dpo_jax.models import config as model_config
-from dpo_jax.models import export, transformer
+from dpo_jax.models import decoder, write
 from scripts.bench import cases
 
 EOS = 0  # the id; it is written <eos>, the others as numbers
@@ -72,11 +72,11 @@ def examples(mix, vocab_size, count):
 def write_model(folder, preset, vocab_size):
   """Writes random weights of a preset as a Hugging Face checkpoint."""
   config = model_config.PRESETS[preset]
-  model = transformer.build(config, vocab_size)
+  model = decoder.build(config, vocab_size)
   params = jax.jit(model.init)(jax.random.key(_SEED))
-  raw = export.describe(config, vocab_size)
+  raw = write.describe(config, vocab_size)
   raw |= {"bos_token_id": EOS, "eos_token_id": EOS}
-  export.write(folder, params, config, vocab_size, raw, "float32")
+  write.write(folder, params, config, vocab_size, raw, "float32")
   tokenizer(folder, vocab_size)
 
 
@@ -101,12 +101,14 @@ def make(folder, case, steps):
 
 def write_adapter(job):
   """Writes the adapter that a job starts from."""
-  from dpo_jax import assembly, cli, publish, weights
+  from dpo_jax import export
+  from dpo_jax.config import load
+  from dpo_jax.run import build, trained
 
-  setup = assembly.prepare_model(cli.load_config(job["config"], job["fields"]))
+  setup = build.prepare_model(load.load_config(job["config"], job["fields"]))
   folder = epath.Path(job["adapter"])
   folder.mkdir(exist_ok=True)
-  publish.write_adapter(folder, setup, weights.adapter(setup))
+  export.write_adapter(folder, setup, trained.adapter(setup))
 
 
 def write_examples(folder, mix, vocab_size, steps, batch):

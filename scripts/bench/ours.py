@@ -3,7 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
-from dpo_jax import allocator, programs
+from dpo_jax import host
 from scripts.bench import protocol
 
 BETAS = (0.05, 1.0, 5.0)  # of the points beside the first
@@ -14,7 +14,7 @@ def compile_all(run, program, total):
 
   The program's state is used up. Returns: how many shapes.
   """
-  from dpo_jax import assembly
+  from dpo_jax.run import build as build_lib
 
   shapes = {}
   for number in range(total):
@@ -22,7 +22,7 @@ def compile_all(run, program, total):
     shapes.setdefault(tuple(x.shape for x in batch.values()), number)
   state = program.state
   for number in shapes.values():
-    batch, _ = assembly.place_batch(run.setup, run.loader, number)
+    batch, _ = build_lib.place_batch(run.setup, run.loader, number)
     state, metrics = program.step(state, batch, program.hparams)
     protocol.note(f"batch {number}: loss {float(metrics[0]['loss']):.4f}")
   return len(shapes)
@@ -39,8 +39,8 @@ class Trainer(NamedTuple):
   """A run that is compiled and at its first step.
 
   Attributes:
-    run: assembly.Run.
-    program: points.Program; a step gives the metrics of each point.
+    run: build.Run.
+    program: together.Program; a step gives the metrics of each point.
     compilations: jax_side.Compilations.
     facts: for the results.
   """
@@ -53,27 +53,29 @@ class Trainer(NamedTuple):
 
 def build(job):
   """The Trainer of a job, as `loop.fit` builds its own."""
-  from dpo_jax import assembly, cli, points, scoring, weights
+  from dpo_jax.config import load
+  from dpo_jax.run import build as build_lib
+  from dpo_jax.run import forward, together, trained
   from scripts.bench import jax_side
 
   fields = [*job["fields"], f"sweep.together={job['points']}"]
   fields += job["overrides"]
   betas = BETAS[: job["points"] - 1]
   config, *others = [
-    cli.load_config(job["config"], [*fields, *more])
+    load.load_config(job["config"], [*fields, *more])
     for more in ([], *([f"loss.beta={beta}"] for beta in betas))
   ]
-  run = assembly.prepare(config)
+  run = build_lib.prepare(config)
   protocol.note(run.about)
-  params = weights.initial(run.setup)
+  params = trained.initial(run.setup)
   protocol.note("parameters are there")
   if config.ref == "cached":
-    scoring.attach_reference(run.setup, params, run.loader, job["workdir"])
-  runs = points.beside([config, *others], run) if others else [run]
+    forward.attach_reference(run.setup, params, run.loader, job["workdir"])
+  runs = together.beside([config, *others], run) if others else [run]
 
   def program():
-    states = [assembly.initial_state(run, params) for run in runs]
-    return points.program(runs, states)
+    states = [build_lib.initial_state(run, params) for run in runs]
+    return together.program(runs, states)
 
   peaks = {"built": protocol.peak_bytes()}
   compilations = jax_side.Compilations()
@@ -91,7 +93,7 @@ def build(job):
     "remat": run.setup.model.config.remat,
     "head_chunk": run.setup.model.config.head_chunk,
     "flops": [
-      assembly.step_flops(run, run.loader.batch(number)[1])
+      build_lib.step_flops(run, run.loader.batch(number)[1])
       for number in range(job["steps"])
     ],
   }
@@ -101,18 +103,18 @@ def build(job):
 def main():
   channel = protocol.Channel()
   job = channel.job
-  allocator.keep_pages()  # these three as the command line does
-  allocator.claim_devices()
-  programs.leave_triton_out()
+  host.keep_pages()  # these three as the command line does
+  host.claim_devices()
+  host.leave_triton_out()
   import jax
 
-  from dpo_jax import assembly
-  from dpo_jax.data import loader as loader_lib
+  from dpo_jax.data.batch import loader as loader_lib
+  from dpo_jax.run import build as build_lib
   from dpo_jax.train import log
 
   run, (step, state, hparams, _), compilations, facts = build(job)
   batches = loader_lib.prefetch(
-    functools.partial(assembly.place_batch, run.setup, run.loader),
+    functools.partial(build_lib.place_batch, run.setup, run.loader),
     range(job["steps"]),
   )
   device = jax.devices()[0]

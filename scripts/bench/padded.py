@@ -86,13 +86,15 @@ def make_step(apply, policy, tx, beta):
 
 def main():
   channel = protocol.Channel()
-  from dpo_jax import assembly, cli, weights
+  from dpo_jax.config import load
+  from dpo_jax.run import build
+  from dpo_jax.run import trained as trained_lib
 
   job = channel.job
   fields = [*job["fields"], "model.attention=xla"]
-  config = cli.load_config(job["config"], fields)
-  setup = assembly.prepare_model(config)
-  base, apply = weights.initial(setup), setup.model.apply
+  config = load.load_config(job["config"], fields)
+  setup = build.prepare_model(config)
+  base, apply = trained_lib.initial(setup), setup.model.apply
   device = jax.devices()[0]  # a plain step knows no mesh
   base = jax.device_put(base, device)
   tx = optimizer(job)
@@ -104,12 +106,12 @@ def main():
   start = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
 
   def initial():
-    trained = weights.adapter(setup) if job["lora"] else start(base)
+    trained = trained_lib.adapter(setup) if job["lora"] else start(base)
     trained = jax.device_put(trained, device)
     return jax.device_put((trained, tx.init(trained)), device)
 
   def policy(base, trained):
-    return weights.policy(setup, base, trained)
+    return trained_lib.policy(setup, base, trained)
 
   step = make_step(apply, policy, tx, job["beta"])
   needed = job["ref"] == "frozen" or job["lora"]

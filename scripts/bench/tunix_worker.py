@@ -67,12 +67,12 @@ def _loss_and_itself(*args, **kwargs):
 
 def load(job):
   """Policy with the weights of the job's checkpoint."""
-  from dpo_jax.models import hf, transformer
+  from dpo_jax.models import decoder, hf
   from dpo_jax.parallel import mesh as mesh_lib
 
   there = hf.open_folder(job["model"])
   config = dataclasses.replace(there.config, attention="xla")
-  model = transformer.build(config, there.vocab_size)
+  model = decoder.build(config, there.vocab_size)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   everywhere = jax.sharding.NamedSharding(
     mesh_lib.of_devices(jax.devices()[:1]), jax.sharding.PartitionSpec()

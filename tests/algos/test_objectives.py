@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from configs import common
-from dpo_jax import assembly, tree
+from dpo_jax import tree
 from dpo_jax.algos import preference, sft
 from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import decoder
 from dpo_jax.ops import attention, losses, reduce
+from dpo_jax.run import build
 from dpo_jax.train import optim
 from tests import conftest, worlds
 from tests.parallel import test_topology as topology
@@ -104,9 +105,9 @@ def test_optimizers_take_their_config_fields_and_no_others():
 def test_registries_take_a_notebooks_own_entries(monkeypatch):
   monkeypatch.setitem(attention.ATTENTION, "mine", attention.ATTENTION["xla"])
   config = dataclasses.replace(worlds.MODELS["llama"], attention="mine")
-  assert transformer.build(config, 11)
+  assert decoder.build(config, 11)
   with pytest.raises(ValueError, match=r"model.attention.*did you mean 'mine'"):
-    transformer.build(dataclasses.replace(config, attention="mien"), 11)
+    decoder.build(dataclasses.replace(config, attention="mien"), 11)
   monkeypatch.setitem(losses.LOSSES, "mine", losses.LOSSES["hinge"])
   loss = topology.config_of().loss
   del loss.label_smoothing
@@ -140,24 +141,24 @@ def sum_of_flops(*args):
 
 
 def test_a_run_counts_the_reference_pass_and_sets_its_precision(monkeypatch):
-  from dpo_jax import cli
+  from dpo_jax.config import load
 
   monkeypatch.chdir(conftest.ROOT)
   before = jax.config.jax_default_matmul_precision
   try:
-    config = cli.load_config("configs/dpo.py:smoke", ["precision=default"])
-    run = assembly.prepare(config)
+    config = load.load_config("configs/dpo.py:smoke", ["precision=default"])
+    run = build.prepare(config)
     assert jax.config.jax_default_matmul_precision == "default"
     _, stats = run.loader.batch(0)
     one = sum_of_flops(
       run.setup.model.config, 257, stats.tokens, stats.scored, stats.visible
     )
-    assert assembly.step_flops(run, stats) == 4 * one
-    alone = assembly.prepare(cli.load_config("configs/sft.py:smoke"))
+    assert build.step_flops(run, stats) == 4 * one
+    alone = build.prepare(load.load_config("configs/sft.py:smoke"))
     _, stats = alone.loader.batch(0)
     one = sum_of_flops(
       run.setup.model.config, 257, stats.tokens, stats.scored, stats.visible
     )
-    assert assembly.step_flops(alone, stats) == 3 * one
+    assert build.step_flops(alone, stats) == 3 * one
   finally:
     jax.config.update("jax_default_matmul_precision", before)

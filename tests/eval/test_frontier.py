@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli, scoring, weights
-from dpo_jax.data import comparisons
+from dpo_jax.config import load as load_lib
+from dpo_jax.data.tokens import comparisons
 from dpo_jax.eval import frontier, generate, rewards
+from dpo_jax.run import build, forward, trained
 from tests import conftest, worlds
 
 
@@ -17,18 +18,18 @@ def load(*overrides):
     *("sample.max_new_tokens=8", "sample.batch_size=64"),
     *("sample.scorers=vader", "data.batch_size=64", "data.max_shapes=1"),
   )
-  return cli.load_config(config, (*sampled, *overrides))
+  return load_lib.load_config(config, (*sampled, *overrides))
 
 
 @pytest.fixture(scope="module")
 def setup():
-  return assembly.prepare_model(load())
+  return build.prepare_model(load())
 
 
 @pytest.fixture(scope="module")
 def trees(setup):
   """The parameters of a policy and of its reference."""
-  initial = jax.device_get(weights.initial(setup))
+  initial = jax.device_get(trained.initial(setup))
   ref = worlds.noisy(initial, 1, 0.2)
   return jax.device_get((worlds.noisy(ref, 2, 0.02), ref))
 
@@ -104,9 +105,9 @@ def test_a_sample_has_the_values_of_its_own_tokens(setup, trees, measured):
     comparisons.Example(i, 0, encode([row["prompt"]])[0], (row["tokens"],), ())
     for i, row in enumerate(rows)
   ][::-1]
-  loader = scoring.loader_of(setup, examples)
+  loader = forward.loader_of(setup, examples)
   seen = 0
-  for index, kl, ours, theirs in scoring.token_kl(setup, *trees, loader):
+  for index, kl, ours, theirs in forward.token_kl(setup, *trees, loader):
     row = rows[examples[index].example_id]
     # f32 log-probs, in batches of another packing.
     np.testing.assert_allclose(row["kl"], kl.sum(), rtol=1e-4, atol=1e-5)

@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli, weights
-from dpo_jax.data import sources, tokenize
+from dpo_jax.config import load as load_lib
+from dpo_jax.data.read import sources
+from dpo_jax.data.tokens import tokenize
 from dpo_jax.eval import generate, rewards
+from dpo_jax.run import build, trained
 from tests import conftest, worlds
 
 IDENTITY = {"policy": "mine", "sample": {"prefix": (2, 8)}}
@@ -20,17 +22,17 @@ def load(*overrides):
     *("sample.prompts=toy", "sample.count=12", "sample.draws=4"),
     *("sample.max_new_tokens=12", "sample.batch_size=8"),
   )
-  return cli.load_config(config, (*sampled, *overrides))
+  return load_lib.load_config(config, (*sampled, *overrides))
 
 
 @pytest.fixture(scope="module")
 def setup():
-  return assembly.prepare_model(load())
+  return build.prepare_model(load())
 
 
 @pytest.fixture(scope="module")
 def params(setup):
-  initial = jax.device_get(weights.initial(setup))
+  initial = jax.device_get(trained.initial(setup))
   return jax.device_get(worlds.noisy(initial, 5, 0.3))
 
 

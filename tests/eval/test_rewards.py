@@ -9,16 +9,18 @@ import pytest
 from sklearn import linear_model
 from sklearn.feature_extraction import text as features
 
-from dpo_jax import assembly, cli, loop, scoring
-from dpo_jax.data import comparisons
+from dpo_jax import loop
+from dpo_jax.config import load as load_lib
+from dpo_jax.data.tokens import comparisons
 from dpo_jax.eval import rewards
+from dpo_jax.run import build, forward
 from tests import conftest
 
 BETA = 0.5
 
 
 def load(spec, *overrides):
-  return cli.load_config(str(conftest.ROOT / spec), overrides)
+  return load_lib.load_config(str(conftest.ROOT / spec), overrides)
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +187,7 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(trained):
   assert scorer.name == "implicit"
   got = scorer.score(PROMPTS, COMPLETIONS)
 
-  setup = assembly.prepare_model(load("configs/dpo.py:smoke"))
+  setup = build.prepare_model(load("configs/dpo.py:smoke"))
   eos = setup.tokenizer.eos_id
   examples = [
     comparisons.Example(
@@ -193,9 +195,9 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(trained):
     )
     for i, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True))
   ]
-  loader = scoring.loader_of(setup, examples)
+  loader = forward.loader_of(setup, examples)
   policy, ref = (
-    dict(scoring.token_logps(setup, params, loader))
+    dict(forward.token_logps(setup, params, loader))
     for params in (state.params, state.frozen["ref"])
   )
   want = [BETA * (policy[i].sum() - ref[i].sum()) for i in range(len(PROMPTS))]

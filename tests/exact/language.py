@@ -15,9 +15,10 @@ import numpy as np
 from configs import base as base_config
 from dpo_jax import tree
 from dpo_jax.algos import preference
-from dpo_jax.data import records, tokenize
+from dpo_jax.data.read import records
+from dpo_jax.data.tokens import tokenize
 from dpo_jax.models import config as model_config
-from dpo_jax.models import transformer
+from dpo_jax.models import decoder
 from dpo_jax.ops import reduce
 from tests import worlds
 
@@ -63,8 +64,8 @@ def batch(wins):
 
 
 def model():
-  """(transformer.Model, parameters of a policy that has its preferences)."""
-  built = transformer.build(model_config.PRESETS["micro"], TOKENIZER.vocab_size)
+  """(decoder.Model, parameters of a policy that has its preferences)."""
+  built = decoder.build(model_config.PRESETS["micro"], TOKENIZER.vocab_size)
   return built, worlds.noisy(jax.jit(built.init)(jax.random.key(0)), 1)
 
 

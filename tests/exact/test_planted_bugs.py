@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from dpo_jax.algos import preference
-from dpo_jax.data import rows, tokenize
+from dpo_jax.data.batch import rows
+from dpo_jax.data.tokens import tokenize
 from dpo_jax.ops import losses
 from dpo_jax.ops.losses import base
 from tests.exact import checks, language

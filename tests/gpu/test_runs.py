@@ -10,15 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli, loop, points, weights
+from dpo_jax import loop
+from dpo_jax.config import load as load_lib
 from dpo_jax.ops.attention import choice
+from dpo_jax.run import build, together, trained
 from tests import conftest
 
 FULL = ("model.dtype=float32", "log.every=1", "train.steps=6")
 
 
 def load(*overrides, spec="configs/dpo.py:smoke"):
-  return cli.load_config(str(conftest.ROOT / spec), overrides)
+  return load_lib.load_config(str(conftest.ROOT / spec), overrides)
 
 
 def losses(config, workdir):
@@ -74,10 +76,10 @@ def test_bf16_learns(spec, overrides, tmp_path):
 
 
 def test_the_state_is_donated():
-  run = assembly.prepare(load("model.dtype=bfloat16"))
-  state = assembly.initial_state(run, weights.initial(run.setup))
-  program = points.program([run], [state])
-  batch, _ = assembly.place_batch(run.setup, run.loader, 0)
+  run = build.prepare(load("model.dtype=bfloat16"))
+  state = build.initial_state(run, trained.initial(run.setup))
+  program = together.program([run], [state])
+  batch, _ = build.place_batch(run.setup, run.loader, 0)
   before = jax.tree.leaves(program.state.params)
   program.step(program.state, batch, program.hparams)
   assert all(leaf.is_deleted() for leaf in before)

@@ -12,8 +12,11 @@ import numpy as np
 import safetensors.numpy
 
 from configs import common, dpo, losses, quickstart, sft
-from dpo_jax import assembly, weights
-from dpo_jax.data import bpe, order, sources
+from dpo_jax.data.batch import order
+from dpo_jax.data.read import sources
+from dpo_jax.data.tokens import bpe
+from dpo_jax.run import build as build_lib
+from dpo_jax.run import trained
 from dpo_jax.train import checkpoint
 from dpo_jax.train import state as state_lib
 from tests.models import parity
@@ -107,7 +110,7 @@ def _write_published(model, adapter):
 
 def _write_run(folder, config):
   """A run folder whose parameters are all 1."""
-  shapes = weights.whole(assembly.prepare_model(config))
+  shapes = trained.whole(build_lib.prepare_model(config))
   params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
   zero = jnp.zeros((), jnp.int32)
   state = state_lib.TrainState(zero, params, {}, {}, {}, zero)

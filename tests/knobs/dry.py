@@ -18,20 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import (
-  assembly,
-  cli,
-  loop,
-  points,
-  publish,
-  scoring,
-  sweeps,
-  tree,
-  verbs,
-  weights,
-)
-from dpo_jax.eval import generate, preference
+from dpo_jax import cli, export, loop, sweeps, tree, verbs
+from dpo_jax.eval import generate
 from dpo_jax.models import sample as sample_lib
+from dpo_jax.run import build, forward, held_out, together
+from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import checkpoint, log
 from dpo_jax.train import state as state_lib
 from tests.knobs import plan as plan_lib
@@ -107,11 +98,11 @@ def training(plan):
     stack.enter_context(mock.patch.dict(sys.modules, _trackers(events)))
     _patched(
       stack,
-      (weights, "initial", lambda setup: {}),
-      (assembly, "initial_state", lambda *_: _state(0)),
-      (assembly, "train_step", _free_step(peaks)),
-      (scoring, "token_logps", _zero_logps),
-      (preference, "evaluate", evaluate),
+      (trained_lib, "initial", lambda setup: {}),
+      (build, "initial_state", lambda *_: _state(0)),
+      (build, "train_step", _free_step(peaks)),
+      (forward, "token_logps", _zero_logps),
+      (held_out, "evaluate", evaluate),
       (checkpoint, "Checkpointer", Checkpointer),
       (log, "peak_flops", lambda: (1.0, "")),
     )
@@ -223,8 +214,8 @@ def sweeping(plan):
       (sweeps, "_reference", lambda *_: None),
       (sweeps, "_parts", lambda *parts: [parts[:2]]),
       (sweeps, "_train", train),
-      (points, "prepare_point", lambda *_: None),
-      (points, "beside", lambda *_: None),
+      (together, "prepare_point", lambda *_: None),
+      (together, "beside", lambda *_: None),
     )
     sweeps.sweep(plan.config, made, folder)
     return at_once, _files(folder)
@@ -242,10 +233,10 @@ def exporting(plan):
   pushed = []
 
   def zeros(setup, *_):
-    return _zeros(weights.whole(setup))
+    return _zeros(trained_lib.whole(setup))
 
   def trained(setup, *_):
-    return _zeros(weights.trained_shapes(setup))
+    return _zeros(trained_lib.trained_shapes(setup))
 
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(_folder())
@@ -253,10 +244,10 @@ def exporting(plan):
     _patched(
       stack,
       (checkpoint, "identity", lambda _: {"step": 1, "checksums": {}}),
-      (weights, "initial", zeros),
-      (weights, "merged", zeros),
-      (weights, "trained", trained),
-      (publish, "push", lambda folder, name: pushed.append(name)),
+      (trained_lib, "initial", zeros),
+      (trained_lib, "merged", zeros),
+      (trained_lib, "trained", trained),
+      (export, "push", lambda folder, name: pushed.append(name)),
     )
     verbs.export(plan.config, folder, None)
     return pushed, _files(folder, ("dpo_jax.json",))

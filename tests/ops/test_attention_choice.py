@@ -8,11 +8,11 @@ import pytest
 
 from configs import base as base_config
 from configs import common
-from dpo_jax import assembly
-from dpo_jax.data import rows
-from dpo_jax.models import transformer
+from dpo_jax.data.batch import rows
+from dpo_jax.models import decoder
 from dpo_jax.ops import attention
 from dpo_jax.ops.attention import choice, cudnn
+from dpo_jax.run import build
 from tests import worlds
 
 FACTS = {"shared": True, "dtype": "bfloat16", "head_dim": 64, "softcap": None}
@@ -144,10 +144,10 @@ def config(name="auto"):
 
 
 def test_a_run_says_it_and_refuses_what_cannot_be():
-  run = assembly.prepare(config())
+  run = build.prepare(config())
   assert "; attention tiled (no kernel for cpu; examples of" in run.about
   with pytest.raises(ValueError, match="is for tpu, and this is cpu"):
-    assembly.prepare_model(config("splash"))
+    build.prepare_model(config("splash"))
 
 
 def test_a_kernel_is_tried_before_it_is_chosen(monkeypatch):
@@ -166,12 +166,12 @@ def test_a_kernel_that_does_not_work_is_not_chosen(monkeypatch):
   model, _ = worlds.model("llama", dtype="bfloat16")
   cudnn.broken.cache_clear()
   with pytest.warns(UserWarning, match="not cudnn"):
-    got = transformer.with_kernel(model, None, True, 1)
+    got = decoder.with_kernel(model, None, True, 1)
   assert got.config.attention == "tiled"
   asked, _ = worlds.model("llama", dtype="bfloat16", attention="cudnn")
   with pytest.raises(ValueError, match=r"model.attention = 'cudnn'"):
-    transformer.with_kernel(asked, None, True, 1)
-  monkeypatch.setattr(transformer.cudnn, "broken", lambda head_dim: None)
-  assert transformer.with_kernel(asked, None, True, 1).config == asked.config
+    decoder.with_kernel(asked, None, True, 1)
+  monkeypatch.setattr(decoder.cudnn, "broken", lambda head_dim: None)
+  assert decoder.with_kernel(asked, None, True, 1).config == asked.config
   with pytest.raises(ValueError, match="points of a sweep"):
-    transformer.with_kernel(asked, None, True, 4)
+    decoder.with_kernel(asked, None, True, 4)

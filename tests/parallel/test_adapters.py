@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import assembly, cli, tree, weights
+from dpo_jax import tree
+from dpo_jax.config import load
+from dpo_jax.run import build, trained
 from tests import conftest
 
 DEVICES = {
@@ -18,15 +20,15 @@ DEVICES = {
 
 def adapter_after_two_steps(overrides):
   """The adapter, and the sharding of the base's first query kernel."""
-  config = cli.load_config(
+  config = load.load_config(
     "configs/dpo.py:lora,smoke",
     ["train.steps=2", "data.batch_size=16", *overrides],
   )
-  run = assembly.prepare(config)
-  state = assembly.initial_state(run, weights.initial(run.setup))
-  step = assembly.train_step(run, state)
+  run = build.prepare(config)
+  state = build.initial_state(run, trained.initial(run.setup))
+  step = build.train_step(run, state)
   for number in range(2):
-    batch, _ = assembly.place_batch(run.setup, run.loader, number)
+    batch, _ = build.place_batch(run.setup, run.loader, number)
     state, _ = step(state, batch, run.hparams)
   kernel = jax.tree.leaves(state.frozen["base"]["layers"]["attn"]["q"])[0]
   return jax.device_get(state.params), kernel.sharding.spec

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import losses as fields
-from dpo_jax.algos import base, parts, preference
+from dpo_jax.algos import base, preference
+from dpo_jax.algos import terms as terms_lib
 from dpo_jax.ops import losses, reduce
 from dpo_jax.train import step as step_lib
 from tests import worlds
@@ -35,7 +36,7 @@ def items_of(loss):
     ranks = tuple(range(len(e.completions)))
     scores = tuple(float(len(ranks) - k) for k in ranks)
     items.append(e._replace(ranking=ranks, scores=scores))
-  kind = parts.kind_of(config_of(loss).loss)
+  kind = terms_lib.kind_of(config_of(loss).loss)
   return worlds.arranged(items, kind, loss == "odpo")
 
 

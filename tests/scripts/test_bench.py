@@ -78,7 +78,8 @@ def test_the_losses_of_the_same_adapter_are_all_compared(model, expected):
 def test_a_peer_starts_from_the_adapter_of_ours(tmp_path):
   import safetensors.numpy
 
-  from dpo_jax import assembly, cli, weights
+  from dpo_jax.config import load
+  from dpo_jax.run import build, trained
 
   case = cases.SMOKE._replace(lora=True)
   assert case.adapter
@@ -87,8 +88,8 @@ def test_a_peer_starts_from_the_adapter_of_ours(tmp_path):
   inputs.write_adapter(job)
   path = tmp_path / "adapter" / "adapter_model.safetensors"
   there = safetensors.numpy.load_file(path)
-  setup = assembly.prepare_model(cli.load_config(job["config"], job["fields"]))
-  ours = jax.tree.leaves(weights.adapter(setup))
+  setup = build.prepare_model(load.load_config(job["config"], job["fields"]))
+  ours = jax.tree.leaves(trained.adapter(setup))
   total = sum(np.abs(x).sum(dtype=float) for x in there.values())
   expected = sum(np.abs(np.asarray(x)).sum(dtype=float) for x in ours)
   assert total == pytest.approx(expected, rel=1e-6)
@@ -118,7 +119,7 @@ def test_every_goal_is_of_a_case_and_of_its_systems():
 
 
 def test_the_peers_read_the_examples_in_the_order_of_ours(tmp_path):
-  from dpo_jax.data import order
+  from dpo_jax.data.batch import order
 
   mix = cases.MIXES["smoke"]
   counts = inputs.write_examples(tmp_path, mix, 256, steps=3, batch=4)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.data import loader
+from dpo_jax.data.batch import loader
 from dpo_jax.train import log
 
 STATS = loader.Stats(4, 4, 100, 50, 700, 0.9)

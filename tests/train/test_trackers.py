@@ -8,7 +8,8 @@ import types
 import numpy as np
 import pytest
 
-from dpo_jax import cli, loop
+from dpo_jax import loop
+from dpo_jax.config import load as load_lib
 from dpo_jax.train import trackers
 from tests import conftest
 
@@ -16,7 +17,7 @@ from tests import conftest
 def load(*overrides):
   config = str(conftest.ROOT / "configs/dpo.py:smoke")
   overrides = ("log.every=1", "eval.every=1", *overrides)
-  return cli.load_config(config, overrides)
+  return load_lib.load_config(config, overrides)
 
 
 def logged(workdir):

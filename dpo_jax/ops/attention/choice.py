@@ -109,7 +109,7 @@ def auto(q, k, v, layout, *, window, scale, softcap=None):
   """The implementation for the platform and these shapes.
 
   Never splash, because whether prompts are shared cannot be seen here; a run's
-  config says it, see models.transformer.with_kernel. Arguments as of rule.xla.
+  config says it, see models.decoder.with_kernel. Arguments as of rule.xla.
   """
   where = platform(jax.devices()[0])
   name, _ = resolve(

@@ -1,0 +1,143 @@
+"""A config from its file: argument, overrides, points of a sweep."""
+
+import ast
+import copy
+import functools
+import importlib.util
+import pathlib
+import sys
+
+from etils import epath
+
+from dpo_jax import lookup
+from dpo_jax.config import saved
+
+
+def load_config(spec, overrides=()):
+  """A locked config.
+
+  Args:
+    spec: "file.py" or "file.py:argument" of its `get_config`, or the
+      config.json of a run.
+    overrides: "loss.beta=0.2" and the like.
+  Raises: ValueError for an unknown file, argument or key, nearest spelling
+    shown.
+  """
+  return load(spec, overrides)[0]
+
+
+def load(spec, overrides):
+  """(locked config, its module or None), see `load_config`."""
+  if spec.endswith(".json"):
+    path, module = spec, None
+    config = saved.saved_config(epath.Path(spec).parent)
+  else:
+    path, _, arg = spec.partition(":")
+    module = import_file(path)
+    config = module.get_config(arg) if arg else module.get_config()
+  config.lock()
+  known = list(_paths(config))
+  for override in overrides:
+    key, _, text = override.partition("=")
+    if key not in known:
+      raise ValueError(
+        f"--config.{key} is not a field of {path}{lookup.nearest(key, known)}"
+      )
+    *parents, name = key.split(".")
+    node = functools.reduce(lambda node, part: node[part], parents, config)
+    node[name] = _parse_value(key, text, node.get_type(name))
+  return config, module
+
+
+def _parse_value(key, text, kind):
+  """The text of an override as a value of the field's type."""
+  if text == "None":
+    return None
+  try:
+    if kind is str:
+      return text
+    if kind is type(None):
+      return _guess(text)
+    if kind is tuple and not set(text) & set("([\"'"):
+      return tuple(text.split(","))
+    value = ast.literal_eval(text.capitalize() if kind is bool else text)
+    if kind is tuple and isinstance(value, str | list):
+      value = (value,) if isinstance(value, str) else tuple(value)
+    if kind is float and type(value) is int:
+      value = float(value)
+    if type(value) is kind:
+      return value
+  except (ValueError, SyntaxError):
+    pass
+  raise ValueError(f"--config.{key}={text} must be of type {kind.__name__}")
+
+
+def _guess(text):
+  """A literal where it is one, else text."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def import_file(path):
+  """The module of a config file, with its checkout in reach.
+
+  Raises: ValueError if there is no such file.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    there = [str(p) for p in pathlib.Path("configs").glob("*.py")]
+    raise ValueError(
+      f"--config {path}: no such file{lookup.nearest(path, there)}"
+    )
+  # `from configs import base` works from the file's own checkout, or from here.
+  roots = [str(path.resolve().parent.parent), str(pathlib.Path.cwd())]
+  sys.path[:0] = roots
+  try:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+  finally:
+    del sys.path[: len(roots)]
+  return module
+
+
+def _paths(config, prefix=""):
+  for key, value in config.items():
+    if hasattr(value, "to_dict"):
+      yield from _paths(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}"
+
+
+def point_name(overrides):
+  """`beta=0.1,seed=1` of {"loss.beta": 0.1, "data.seed": 1}."""
+  short = [key.rsplit(".", 1)[-1] for key in overrides]
+  keys = short if len(set(short)) == len(short) else list(overrides)
+  values = overrides.values()
+  return ",".join(f"{k}={v}" for k, v in zip(keys, values, strict=True))
+
+
+def at(config, overrides):
+  """A copy of a config with {"loss.beta": 0.1, …} set.
+
+  Raises: ValueError for a field that is not there, or of another type.
+  """
+  config, fields = copy.deepcopy(config), saved.flatten(config.to_dict())
+  for key, value in overrides.items():
+    if key not in fields:
+      raise ValueError(
+        f"the sweep sets {key}, which is not a field of the config"
+        f"{lookup.nearest(key, fields)}"
+      )
+    *parents, name = key.split(".")
+    node = functools.reduce(lambda node, part: node[part], parents, config)
+    try:
+      node[name] = value
+    except TypeError as error:
+      raise ValueError(
+        f"the sweep sets {key} = {value!r}, which must be of type "
+        f"{node.get_type(name).__name__}"
+      ) from error
+  return config

@@ -1,0 +1,146 @@
+"""What a data set gives to train on, looked at before any model is built.
+
+Records go the way they go in training (data/read, data/tokens), but none stops
+the audit: those that training would refuse are counted as skipped. counts.py
+counts, text.py writes the report for people.
+"""
+
+import collections
+
+from dpo_jax.data.audit import counts
+from dpo_jax.data.read import sources
+from dpo_jax.data.tokens import comparisons, tokenize
+
+_CONTEXT = 8  # tokens in front of one that its text is looked up behind
+_PART = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of a character
+
+
+def audit(config, kind, scored):
+  """The reports of data.train and, where it is set, data.eval.
+
+  Args:
+    config: see `report`.
+    kind, scored: what the loss compares, see comparisons.arrange.
+  """
+  tokenizer = tokenize.load(config.tokenizer)
+  fields = ["data.train"]
+  if config.data.eval is not None:
+    fields.append("data.eval")
+  return [report(config, kind, scored, tokenizer, field) for field in fields]
+
+
+def report(config, kind, scored, tokenizer, field):
+  """The report of a data set, as plain values.
+
+  Args:
+    config: reads data, audit and tokenizer (its name).
+    kind, scored: see `audit`.
+    tokenizer: tokenize.Tokenizer.
+    field: "data.train" or "data.eval".
+  Returns: {"field", "spec", "tokenizer", "shown": examples token by token,
+    "parts": [`audit_counts.summary` with "source", for each part of a mixture,
+    then for all if there are several], "checks": see `audit_counts.checks`}.
+  Raises: ValueError for what is wrong with a file, or with the config.
+  """
+  spec = config.data[field.removeprefix("data.")]
+  parts, shown = [], []
+  every, skipped, first = [], collections.Counter(), {}
+  for _, source in sources.parse(spec, field):
+    policy = sources.Policy("skip")
+    facts = []
+    each = _encoded(config, kind, tokenizer, source, policy, field)
+    for record, made in each:
+      error = comparisons.problem(made.example, kind, scored)
+      if error is not None:
+        policy.bad(error)
+        continue
+      facts.append(counts.facts_of(record, made, tokenizer))
+      if len(shown) < config.audit.show:
+        shown.append(_show(record, made, tokenizer))
+    parts.append(
+      {
+        "source": source,
+        **counts.summary(facts, policy.skipped, policy.first),
+      }
+    )
+    every += facts
+    skipped += policy.skipped
+    first = policy.first | first
+  found = counts.checks(parts, config.audit)
+  if len(parts) > 1:
+    parts.append({"source": "all", **counts.summary(every, skipped, first)})
+  return {
+    "field": field,
+    "spec": spec,
+    "tokenizer": _about(config.tokenizer, tokenizer),
+    "shown": shown,
+    "parts": parts,
+    "checks": found,
+  }
+
+
+def _encoded(config, kind, tokenizer, source, policy, field):
+  """Yields (record, tokenize.Encoded) of the usable records of a source."""
+  form = comparisons.FORMS[kind]
+  records = list(sources.read(source, form, policy, field))
+  each = tokenize.encode_each(records, tokenizer, config.data)
+  for record, made in zip(records, each, strict=True):
+    if made.error is None:
+      yield record, made
+    else:
+      policy.bad(made.error)
+
+
+def _about(name, tokenizer):
+  """{"name", "size", "bos", "eos", "template"} of a tokenizer."""
+  written = tokenizer.specials
+  return {
+    "name": name,
+    "size": tokenizer.vocab_size,
+    "bos": (tokenizer.bos_id, written.get(tokenizer.bos_id)),
+    "eos": (tokenizer.eos_id, written.get(tokenizer.eos_id)),
+    "template": tokenizer.apply_template is not None,
+  }
+
+
+def _show(record, made, tokenizer):
+  """An example as plain values: its tokens are (id, text or None, special)."""
+  example = made.example
+  prompt, count = example.prompt, len(example.completions)
+  names = [f"completion {k}" for k in range(count)]
+  if count == 1:
+    names = ["completion"]
+  elif count == 2 and len(record.pairs) == 1:
+    ((winner, loser),) = record.pairs
+    names[winner], names[loser] = "chosen", "rejected"
+  return {
+    "origin": record.origin,
+    "changed": dict(made.changed),
+    "prompt": _tokens([], prompt, tokenizer),
+    "completions": [
+      {"name": name, "tokens": _tokens(prompt, ids, tokenizer)}
+      for name, ids in zip(names, example.completions, strict=True)
+    ],
+    "pairs": list(record.pairs),
+  }
+
+
+def _tokens(before, ids, tokenizer):
+  """[(id, its text, whether it is special)] of ids that follow others.
+
+  Of tokens that share a character the last has the text, the others None.
+  """
+  out, line = [], [*before[-_CONTEXT:], *ids]
+  start = len(line) - len(ids)
+  for k in range(start, len(line)):
+    if line[k] in tokenizer.specials:
+      out.append((line[k], tokenizer.specials[line[k]], True))
+      start = k + 1
+      continue
+    head = line[max(0, start - _CONTEXT) : start]
+    word = tokenize.continuation(tokenizer, head, line[start : k + 1])
+    whole = _PART not in word or k - start == 3  # of at most four bytes
+    out.append((line[k], word if whole else None, False))
+    if whole:
+      start = k + 1
+  return out

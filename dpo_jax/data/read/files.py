@@ -1,0 +1,179 @@
+"""Rows of .jsonl, .csv and .parquet files, each with where it stands.
+
+A reader is a function (path, policy) that yields (origin, row). What is wrong
+with one row goes to the policy; what is wrong with the file is an error.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+from typing import NamedTuple
+
+from etils import epath
+
+from dpo_jax.data.read import fields
+
+# Columns of a .csv whose cells are JSON, as they hold no text.
+_JSON_COLUMNS = {
+  *("completions", "label", "messages", "pairs", "tokens", "ranking"),
+  *("scores", "score_chosen", "score_rejected"),
+}
+
+
+class Content(NamedTuple):
+  """What a file holds, wherever it is.
+
+  Attributes:
+    digest: of its bytes, hexadecimal.
+    rows: about how many, or None if that is not known before they are read.
+  """
+
+  digest: str
+  rows: int | None
+
+
+def content(path):
+  """The Content of a file of FILES; reads it once, block by block."""
+  path = epath.Path(path)
+  digest, lines = hashlib.blake2b(digest_size=16), 0
+  with _readable(path), path.open("rb") as file:
+    while block := file.read(1 << 20):
+      digest.update(block)
+      lines += block.count(b"\n")
+  rows = _parquet_rows(path) if path.suffix == ".parquet" else lines
+  return Content(digest.hexdigest(), rows)
+
+
+@contextlib.contextmanager
+def _readable(path):
+  """Makes of an OSError a ValueError that names the file."""
+  try:
+    yield
+  except OSError as error:
+    raise ValueError(
+      f"{path}: cannot be read ({error.strerror or error}); data.train and "
+      "data.eval are paths relative to the current folder"
+    ) from error
+
+
+def _read_bytes(path):
+  """The content of a file, or a ValueError that names it."""
+  with _readable(path):
+    return epath.Path(path).read_bytes()
+
+
+def _lines(path):
+  """Yields the lines of a file, with their ends, as it is read."""
+  with _readable(path), epath.Path(path).open("rb") as file:
+    yield from file
+
+
+def jsonl(path, policy):
+  """One JSON object a line; blank lines are passed over."""
+  for number, line in enumerate(_lines(path), 1):
+    if not line.strip():
+      continue
+    origin = f"{path}:{number}"
+    try:
+      yield origin, json.loads(line.rstrip(b"\n"))
+    except UnicodeDecodeError as error:
+      policy.bad(
+        fields.BadRecord("invalid UTF-8", f"{origin}: not UTF-8: {error}")
+      )
+    except (ValueError, RecursionError) as error:
+      whole = line.endswith(b"\n")
+      hint = "" if whole else "; the last line is cut short"
+      policy.bad(
+        fields.BadRecord("invalid JSON", f"{origin}: not JSON: {error}{hint}")
+      )
+
+
+def csv_rows(path, policy):
+  """Rows below a line of column names; an empty cell is a missing field."""
+  # What is not UTF-8 becomes lone surrogates, which the record is checked for.
+  text = _read_bytes(path).decode("utf-8-sig", errors="surrogateescape")
+  (_, names), *rows = _csv_lines(path, text) or [(1, [])]
+  if not names:
+    raise ValueError(f"{path}: is empty; its first line must name the columns")
+  if len(set(names)) < len(names):
+    raise ValueError(f"{path}:1: two columns have one name: {names}")
+  for line, cells in rows:
+    origin = f"{path}:{line}"
+    try:
+      yield origin, _csv_row(names, cells, origin)
+    except fields.BadRecord as error:
+      policy.bad(error)
+
+
+def _csv_lines(path, text):
+  """[(number of the first line, cells)] of the rows that are not blank."""
+  limit = csv.field_size_limit(max(len(text), 1))  # the default: 128 KiB
+  reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+  out, line = [], 1
+  try:
+    for cells in reader:
+      if cells:
+        out.append((line, cells))
+      line = reader.line_num + 1
+  except csv.Error as error:
+    raise ValueError(
+      f"{path}:{line}: not CSV: {error} (a quote that is never closed, or a "
+      "file that was cut short?)"
+    ) from error
+  finally:
+    csv.field_size_limit(limit)
+  return out
+
+
+def _csv_row(names, cells, origin):
+  if len(cells) != len(names):
+    raise fields.BadRecord(
+      "wrong columns",
+      f"{origin}: {len(cells)} cells, where the first line names {len(names)}",
+    )
+  row = {k: v for k, v in zip(names, cells, strict=True) if v}
+  for name in row.keys() & _JSON_COLUMNS:
+    try:
+      row[name] = json.loads(row[name])
+    except (ValueError, RecursionError) as error:
+      if name == "label":  # a class by its name: SFT does not look at it
+        continue
+      raise fields.BadRecord(
+        "invalid JSON", f"{origin}: field {name!r} is not JSON: {error}"
+      ) from error
+  return row
+
+
+def _parquet_rows(path):
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  try:
+    return pq.read_metadata(str(path)).num_rows
+  except (pa.ArrowException, OSError):  # said when it is read, or not local
+    return None
+
+
+def parquet(path, policy):
+  """Rows of a table, numbered from 1; a null is a missing field."""
+  del policy  # a table is whole or not
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  try:
+    table = pq.ParquetFile(pa.BufferReader(_read_bytes(path))).read()
+    table.validate(full=True)
+  except (pa.ArrowException, OSError) as error:
+    raise ValueError(
+      f"{path}: not a whole Parquet file: {' '.join(str(error).split())}"
+    ) from error
+  number = 0
+  for batch in table.to_batches(max_chunksize=1024):
+    for row in batch.to_pylist():
+      number += 1
+      yield (
+        f"{path}:{number}",
+        {k: v for k, v in row.items() if v is not None},
+      )

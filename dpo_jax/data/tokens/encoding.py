@@ -1,0 +1,65 @@
+"""A few records made into examples: the work that processes share."""
+
+import collections
+from typing import NamedTuple
+
+from dpo_jax.data.read import fields
+from dpo_jax.data.tokens import comparisons, tokenize
+from dpo_jax.data.tokens import examples as examples_lib
+
+
+class Task(NamedTuple):
+  """How records become examples; plain values, which another process gets.
+
+  Attributes:
+    tokenizer: its name.
+    vocab_size: tokens that it may give; the model may have fewer rows.
+    max_prompt_length, max_completion_length, long_prompt: as in config.data.
+    kind, scored: see comparisons.arrange.
+  """
+
+  tokenizer: str | None
+  vocab_size: int
+  max_prompt_length: int
+  max_completion_length: int
+  long_prompt: str
+  kind: str
+  scored: bool
+
+
+class Made(NamedTuple):
+  """What became of some records.
+
+  Attributes:
+    chunk: examples.Chunk of those that can be used.
+    changed: Counter of what was changed on the way.
+    bad: {place among the records: (reason, message)} of the others.
+  """
+
+  chunk: examples_lib.Chunk
+  changed: collections.Counter
+  bad: dict[int, tuple[str, str]]
+
+
+def make(task, tokenizer, first, records):
+  """The Made of a list of records.
+
+  Args:
+    task: Task.
+    tokenizer: the one that it names.
+    first: number of the first record.
+    records: list of records.Record.
+  Raises: ValueError for what no record can mend.
+  """
+  good, changed, bad = [], collections.Counter(), {}
+  each = tokenize.encode_each(records, tokenizer, task, first)
+  for place, made in enumerate(each):
+    changed.update(made.changed)
+    try:
+      if made.error is not None:
+        raise made.error
+      good.append(comparisons.arrange(made.example, task.kind, task.scored))
+    except fields.BadRecord as error:
+      bad[place] = error.reason, str(error)
+  dtype = examples_lib.token_dtype(tokenizer.vocab_size)
+  return Made(examples_lib.flatten(good, dtype), changed, bad)

@@ -1,0 +1,350 @@
+"""Text to token ids: one BOS, one scored EOS, a boundary that never merges.
+
+The prompt is encoded alone, so every completion shares its ids. Prompt and
+completion are also encoded as one text; where that begins with the prompt's
+ids, the rest is the completion, else the two would merge (as a rule because a
+token straddles the boundary) and the completion is encoded alone, counted as
+"boundary merge". Messages keep the end that their chat template gives them.
+Completions that bring their tokens keep them: what a policy drew is often not
+how the tokenizer would spell it, and its log-prob is that of what was drawn.
+"""
+
+import collections
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from dpo_jax import lookup
+from dpo_jax.data.read import sources
+from dpo_jax.data.tokens import chat, comparisons, vocabulary
+
+
+class Tokenizer(NamedTuple):
+  """What the project needs of a tokenizer.
+
+  Attributes:
+    encode: list[str] -> list[list[int]], without special tokens.
+    decode: list[int] -> str, special tokens left out.
+    vocab_size: ids are below this.
+    bos_id: put at position 0, or None.
+    eos_id: ends every completion that was not cut, but for messages whose
+      template ends them otherwise.
+    apply_template: (messages, add_generation_prompt=…) -> str, the tokenizer's
+      chat template; None if it has none.
+    specials: {id: how it is written} of the tokens that `decode` leaves out.
+    name: by which `load` makes it again in another process, or None.
+    identity: function () -> str that two tokenizers share only if they encode
+      alike, or None if nothing says; without it no tokens are kept on disk.
+  """
+
+  encode: Callable
+  decode: Callable
+  vocab_size: int
+  bos_id: int | None
+  eos_id: int
+  apply_template: Callable | None = None
+  specials: Mapping[int, str] = types.MappingProxyType({})
+  name: str | None = None
+  identity: Callable | None = None
+
+
+def load(name):
+  """The Tokenizer of `config.tokenizer`, see data/tokens/vocabulary.py.
+
+  Raises: ValueError saying what was tried.
+  """
+  if name == "bytes":
+    return Tokenizer(
+      encode=lambda texts: [list(text.encode("utf-8")) for text in texts],
+      decode=lambda ids: bytes(i for i in ids if i < 256).decode(
+        "utf-8", errors="replace"
+      ),
+      vocab_size=257,
+      bos_id=None,
+      eos_id=256,
+      specials={256: "<eos>"},
+      name=name,
+      identity=lambda: name,
+    )
+  hf = vocabulary.load(name)
+  if hf.eos_token_id is None:
+    raise ValueError(
+      f"tokenizer = {name!r} names no eos_token; add it to the folder's "
+      "tokenizer_config.json"
+    )
+  template = None
+  if hf.chat_template is not None:
+    template = chat.template(hf)
+  marks_turns = chat.marks_turns(hf.bos_token, template)
+  return Tokenizer(
+    encode=lambda texts: (
+      hf(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ),
+    decode=lambda ids: hf.decode(
+      ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    ),
+    vocab_size=len(hf),
+    bos_id=None if marks_turns else hf.bos_token_id,
+    eos_id=hf.eos_token_id,
+    apply_template=template,
+    specials={
+      i: token.content
+      for i, token in hf.added_tokens_decoder.items()
+      if token.special
+    },
+    name=name,
+    identity=functools.partial(vocabulary.identity, hf),
+  )
+
+
+_ANCHORS = ("\n", "a", ".", "0")
+
+
+def _encode_alone(tokenizer, text):
+  """Ids of a text that continues another: no prefix space is invented.
+
+  Encodes it behind an anchor that does not merge with it.
+  """
+  for anchor in _ANCHORS:
+    head, both = tokenizer.encode([anchor, anchor + text])
+    if both[: len(head)] == head:
+      return both[len(head) :]
+  return tokenizer.encode([text])[0]
+
+
+class Encoded(NamedTuple):
+  """What became of a record.
+
+  Attributes:
+    example: comparisons.Example; None if the record cannot be used.
+    changed: Counter of what was changed on the way.
+    error: sources.BadRecord, why there is no example; else None.
+  """
+
+  example: comparisons.Example | None
+  changed: collections.Counter
+  error: sources.BadRecord | None
+
+
+def encode(records, tokenizer, options, policy):
+  """Encodes records, dropping or refusing what cannot be used.
+
+  Args:
+    records, tokenizer, options: see `encode_each`.
+    policy: sources.Policy for bad records.
+  Returns: (list of comparisons.Example, Counter of what was changed).
+  """
+  made_of, changed = [], collections.Counter()
+  for made in encode_each(records, tokenizer, options):
+    if made.error is not None:
+      policy.bad(made.error)
+      continue
+    made_of.append(made.example)
+    changed.update(made.changed)
+  if not made_of:
+    raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
+  return made_of, changed
+
+
+def encode_each(records, tokenizer, options, first=0):
+  """Yields the Encoded of each record.
+
+  Args:
+    records: list of sources.Record.
+    tokenizer: Tokenizer.
+    options: config.data; reads max_prompt_length, max_completion_length (both
+      in tokens, BOS and EOS counted) and long_prompt.
+    first: number of the first record.
+  """
+  lookup.lookup(
+    ("error", "keep_end", "keep_start"), options.long_prompt, "data.long_prompt"
+  )
+  texts = [_text(record, tokenizer) for record in records]
+  good = [made.record for made in texts if isinstance(made, chat.Rendered)]
+  prompts = iter(tokenizer.encode([r.prompt for r in good]))
+  joined = iter(
+    tokenizer.encode([r.prompt + c for r in good for c in r.completions])
+  )
+  for number, made in enumerate(texts, first):
+    changed = collections.Counter()
+    if isinstance(made, sources.BadRecord):
+      yield Encoded(None, changed, made)
+      continue
+    prompt = next(prompts)
+    whole = [next(joined) for _ in made.record.completions]
+    try:
+      example = _example(
+        number, made, prompt, whole, tokenizer, options, changed
+      )
+    except sources.BadRecord as error:
+      yield Encoded(None, changed, error)
+    else:
+      yield Encoded(example, changed, None)
+
+
+def _text(record, tokenizer):
+  """The chat.Rendered of a record, or the BadRecord that says why not."""
+  try:
+    return chat.render_record(record, tokenizer.apply_template)
+  except sources.BadRecord as error:
+    return error
+
+
+def _example(number, made, prompt, joined, tokenizer, options, changed):
+  """The Example of a chat.Rendered whose texts have the ids given."""
+  record = made.record
+  if record.tokens is None:
+    completions = [
+      _end(ids, tokenizer.eos_id, made.ended, changed)
+      for ids in _behind(prompt, joined, record, tokenizer, changed)
+    ]
+  else:
+    completions = _drawn(record, prompt, tokenizer)
+  limit = options.max_completion_length
+  # What a policy drew up to a limit of its own has no end either.
+  whole = [
+    len(ids) <= limit and (made.ended or ids[-1] == tokenizer.eos_id)
+    for ids in completions
+  ]
+  completions = [_cut(ids, options, changed) for ids in completions]
+  prompt = _begin(prompt, tokenizer, options, record.origin, changed)
+  for ids in (prompt, *completions):
+    _check_known(ids, tokenizer, record.origin)
+  _check_completions(completions, tokenizer.eos_id, record)
+  return comparisons.Example(
+    number,
+    record.source,
+    prompt,
+    tuple(completions),
+    tuple((w, l, 1.0) for w, l in record.pairs),
+    labels=record.labels,
+    scores=record.scores,
+    ranking=record.ranking,
+    ended=tuple(whole),
+    origin=record.origin,
+  )
+
+
+def prompts(texts, tokenizer, options, policy):
+  """Prompts to be continued: list of (text, ids with one BOS).
+
+  Args: as `encode`, with texts for records.
+  """
+  out = []
+  for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
+    try:
+      where = f"prompt {text!r:.40}"
+      counted = collections.Counter()
+      out.append((text, _begin(ids, tokenizer, options, where, counted)))
+    except sources.BadRecord as error:
+      policy.bad(error)
+  return out
+
+
+def _begin(prompt, tokenizer, options, origin, changed):
+  """The prompt with one BOS, within data.max_prompt_length."""
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  if bos and prompt[:1] == bos:  # the text brought its own
+    prompt = prompt[1:]
+  room = options.max_prompt_length - len(bos)
+  if len(prompt) > room:
+    if options.long_prompt == "error":
+      raise sources.BadRecord(
+        "long prompt",
+        f"{origin}: field 'prompt' has {len(prompt) + len(bos)} tokens, more "
+        f"than data.max_prompt_length = {options.max_prompt_length}; raise it, "
+        "or set data.long_prompt to 'keep_end' or 'keep_start'",
+      )
+    changed["prompt cut"] += 1
+    end = options.long_prompt == "keep_end"
+    prompt = prompt[len(prompt) - room :] if end else prompt[:room]
+  return bos + prompt or [tokenizer.eos_id]
+
+
+def _behind(prompt, whole, record, tokenizer, changed):
+  """Yields the ids of each completion, whose joined texts are `whole`."""
+  for ids, text in zip(whole, record.completions, strict=True):
+    if ids[: len(prompt)] == prompt:
+      yield ids[len(prompt) :]
+    else:
+      changed["boundary merge"] += 1
+      yield _encode_alone(tokenizer, text)
+
+
+def continuation(tokenizer, prompt, ids):
+  """The text that `ids` add to a prompt's.
+
+  Not what they spell alone: some tokenizers leave out a first space.
+
+  Args:
+    tokenizer: Tokenizer.
+    prompt, ids: lists of ids.
+  """
+  head, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
+  if whole.startswith(head):
+    return whole[len(head) :]
+  return tokenizer.decode(ids)  # they end a character that the prompt began
+
+
+def _drawn(record, prompt, tokenizer):
+  """The tokens that a record brings, if they are this tokenizer's."""
+  for ids, text in zip(record.tokens, record.completions, strict=True):
+    known = max(ids) < tokenizer.vocab_size
+    if not known or continuation(tokenizer, prompt, ids) != text:
+      raise sources.BadRecord(
+        "bad tokens",
+        f"{record.origin}: 'tokens' do not spell {text!r:.40} with this "
+        "tokenizer; use the one they were drawn with, or take 'tokens' out",
+      )
+  return list(record.tokens)
+
+
+def _end(ids, eos_id, ended, changed):
+  """The completion with exactly one EOS.
+
+  Messages that their template ended keep that end, which may be the EOS.
+  """
+  if ended:
+    if ids[-1] != eos_id:
+      changed["end of turn that is not the EOS"] += 1
+  else:
+    while ids and ids[-1] == eos_id:
+      ids = ids[:-1]
+    ids = [*ids, eos_id]
+  return ids
+
+
+def _cut(ids, options, changed):
+  """The completion, or its first data.max_completion_length tokens."""
+  if len(ids) > options.max_completion_length:
+    changed["completion cut"] += 1
+    ids = ids[: options.max_completion_length]
+  return ids
+
+
+def _check_known(ids, tokenizer, origin):
+  """Raises BadRecord for a token that the model has no row for."""
+  if max(ids, default=0) >= tokenizer.vocab_size:
+    raise sources.BadRecord(
+      "unknown token",
+      f"{origin}: token {max(ids)} is of another use (an image), the model has "
+      f"the first {tokenizer.vocab_size} only; take it out of the text",
+    )
+
+
+def _check_completions(completions, eos_id, record):
+  for k, ids in enumerate(completions):
+    if eos_id in ids[:-1]:
+      raise sources.BadRecord(
+        "EOS inside",
+        f"{record.origin}: the text of completion {k} contains the EOS token; "
+        "take it out, a completion gets exactly one, at its end",
+      )
+  for winner, loser in record.pairs:
+    if completions[winner] == completions[loser]:
+      raise sources.BadRecord(
+        "identical pair",
+        f"{record.origin}: completions {winner} and {loser} have the same "
+        "tokens once cut to data.max_completion_length; raise it",
+      )

@@ -1,0 +1,208 @@
+"""A trained policy as a folder that transformers or PEFT loads, and its upload.
+
+What the folder holds:
+
+    config.json, model.safetensors     the policy, an adapter merged into it
+    adapter_config.json, …             or the adapter alone (export.form)
+    tokenizer.json, …                  the tokenizer, with its chat template
+    generation_config.json             what ends a generation
+    README.md                          the model card: what it was trained on
+    dpo_jax.json                       the config of the run, and its step
+"""
+
+import json
+
+import jax
+from etils import epath
+
+from dpo_jax import lookup
+from dpo_jax.config import origin, saved
+from dpo_jax.data.tokens import vocabulary
+from dpo_jax.models import families, peft, write
+from dpo_jax.run import build, trained
+from dpo_jax.train import checkpoint
+
+FORMS = ("merged", "adapter")
+# Fields that change nothing of what is written.
+_NO_MATTER = (
+  *("workdir", "ref_store", "audit.", "sample.", "export.folder"),
+  *("export.push", "checkpoint.", "eval.", "log.", "mesh.", "data.eval"),
+)
+
+
+def publish(config, workdir):
+  """Exports the policy saved last in a run's folder.
+
+  Args:
+    config: of the run; reads export.
+    workdir: run folder.
+  Returns: the folder, complete: it appears when all files are written.
+  Raises: ValueError for what the user can mend, before anything is written.
+  """
+  options, workdir = config.export, epath.Path(workdir)
+  lookup.lookup(FORMS, options.form, "export.form")
+  lookup.lookup(write.DTYPES, options.dtype, "export.dtype")
+  if options.form == "adapter" and config.lora is None:
+    raise ValueError(
+      "export.form = 'adapter': this run trained all parameters, not an "
+      "adapter; set it to 'merged'"
+    )
+  if jax.process_count() > 1:
+    raise ValueError("export runs in one process")
+  folder = epath.Path(options.folder or workdir / "export")
+  if "://" in str(folder):
+    raise ValueError(f"{folder}: exports go to a local folder; copy it then")
+  kind, _ = origin.parse(config.init_from or "")
+  whole_base = kind == "hf" and config.init_adapter is None
+  if options.form == "adapter" and not whole_base:
+    raise ValueError(
+      "export.form = 'adapter' needs a base that PEFT can load: a run with "
+      "init_from = 'hf:…' and no init_adapter. Export this one as 'merged'"
+    )
+  about = {**checkpoint.identity(workdir), "config": config.to_dict()}
+  if folder.exists():
+    if not _same(folder, about):
+      raise ValueError(
+        f"{folder} exists already; delete it, or set export.folder to a new one"
+      )
+    print(f"{folder}: done before, skipped")
+  else:
+    _write(config, workdir, folder, about)
+  if options.push is not None:
+    push(folder, options.push)
+  return folder
+
+
+def _same(folder, about):
+  """Whether a folder is the complete export of the same policy."""
+  path = folder / "dpo_jax.json"
+  if not path.exists():
+    return False
+  there = json.loads(path.read_text())
+  differ = saved.differences(there["config"], about["config"], _NO_MATTER)
+  names = ("step", "checksums")
+  return not differ and all(there[name] == about[name] for name in names)
+
+
+def _write(config, workdir, folder, about):
+  setup = build.prepare_model(config)
+  raw = _config_json(setup)
+  base = None if config.lora is None else trained.initial(setup)
+  params = trained.trained(setup, base, workdir)
+  partial = folder.parent / f"{folder.name}.part"
+  if partial.exists():
+    partial.rmtree()
+  partial.mkdir(parents=True)
+  if config.export.form == "adapter":
+    write_adapter(partial, setup, params)
+  else:
+    model, params = setup.model, trained.merged(setup, base, params)
+    dtype = config.export.dtype
+    write.write(partial, params, model.config, model.vocab_size, raw, dtype)
+  tokenizer = vocabulary.load(config.tokenizer)
+  tokenizer.save_pretrained(partial)
+  generation = _generation(_origin(config), tokenizer)
+  write.write_json(partial / "generation_config.json", generation)
+  write.write_json(partial / "dpo_jax.json", about)
+  (partial / "README.md").write_text(_card(config, about["step"]))
+  partial.rename(folder)
+
+
+def _config_json(setup):
+  """The config.json of what is exported.
+
+  Raises: ValueError if no published architecture is this model.
+  """
+  model = setup.model
+  there = _origin(setup.config)
+  if there is not None:
+    return there.raw
+  raw = write.describe(model.config, model.vocab_size)
+  bos, eos = setup.tokenizer.bos_id, setup.tokenizer.eos_id
+  return {**raw, "bos_token_id": bos, "eos_token_id": eos}
+
+
+def _origin(config):
+  """The checkpoint that a run, or the run it started from, began with."""
+  there = trained.pretrained(config.init_from)
+  if there is None and config.init_from is not None:
+    return _origin(saved.saved_config(config.init_from))
+  return there
+
+
+def _generation(there, tokenizer):
+  """generation_config.json: the checkpoint's own, or of the tokenizer."""
+  path = epath.Path(there.where if there else "") / "generation_config.json"
+  if there and path.exists():
+    found = json.loads(path.read_text())
+    ends = found.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
+    if tokenizer.eos_token_id not in ends:
+      found["eos_token_id"] = [*ends, tokenizer.eos_token_id]
+    return found
+  names = ("bos_token_id", "eos_token_id", "pad_token_id")
+  ids = {name: getattr(tokenizer, name) for name in names}
+  return {name: i for name, i in ids.items() if i is not None}
+
+
+def write_adapter(folder, setup, adapter):
+  """Writes an adapter as PEFT reads it.
+
+  Args:
+    folder: epath.Path that exists.
+    setup: build.Setup of a config with lora, init_from = "hf:…".
+    adapter: tree of arrays.
+  """
+  config, model = setup.config, setup.model
+  shapes = {p: x.shape for p, x in trained.flat_shapes(setup).items()}
+  about = {
+    "rank": config.lora.rank,
+    "alpha": config.lora.alpha,
+    "rank_stabilised": config.lora.rank_stabilised,
+    "scale": trained.scale(config),
+    "base": origin.parse(config.init_from)[1],
+  }
+  table = families.find(_config_json(setup)).table
+  peft.write(
+    folder, adapter, table, model.config, shapes, model.vocab_size, about
+  )
+
+
+def _card(config, step):
+  """The model card, with the metadata that the hub reads."""
+  library = "peft" if config.export.form == "adapter" else "transformers"
+  loss = ", ".join(f"{k} {v}" for k, v in config.loss.items() if k != "name")
+  kind, name = origin.parse(config.init_from or "")
+  on_hub = kind == "hf" and not epath.Path(name).exists()
+  base = [f"base_model: {name}"] if on_hub else []
+  head = ["---", f"library_name: {library}", *base, "tags: [dpo_jax]", "---"]
+  return "\n".join(
+    [
+      *head,
+      "",
+      f"Trained with dpo_jax: {config.loss.name}{f' ({loss})' * bool(loss)}, "
+      f"{step} steps on `{config.data.train}`, from "
+      f"`{config.init_from or 'random parameters'}`.",
+      "",
+    ]
+  )
+
+
+def push(folder, name):
+  """Uploads a folder to the Hugging Face hub, as a new commit of `name`.
+
+  The token is that of `hf auth login`, or HF_TOKEN.
+
+  Raises: ValueError with what the hub said.
+  """
+  import huggingface_hub
+
+  try:
+    api = huggingface_hub.HfApi()
+    api.create_repo(name, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=str(folder))
+  except Exception as error:  # no token, no right, no network: anything
+    raise ValueError(
+      f"{folder} is written, but could not be pushed to {name!r}: {error}. "
+      "Log in with `hf auth login`, or set HF_TOKEN"
+    ) from error

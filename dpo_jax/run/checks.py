@@ -1,0 +1,175 @@
+"""What a config must satisfy before anything is built."""
+
+from dpo_jax import lookup, tree
+from dpo_jax.config import saved
+from dpo_jax.data.audit import counts
+from dpo_jax.data.read import sources
+from dpo_jax.models import config as model_config
+
+# Shares of data, each may be None.
+_SHARES = tuple(f"audit.{name}" for name in counts.CHECKS)
+# Fields that may be None, and the smallest value of those that may be below 1.
+_OPTIONAL = {
+  *("init_from", "lora", "optim.clip_norm"),
+  *(
+    "model.window",
+    "model.head_chunk",
+    "model.window_theta",
+    "model.embed_scale",
+  ),
+  *("model.attention_scale", "model.attention_softcap", "model.logit_softcap"),
+  *("data.train", "data.eval", "data.max_row_length"),
+  "data.token_cache",
+  *("train.steps", "mesh.data", "workdir", "ref_store", "log.wandb"),
+  *("ref_mix", "ref_every"),
+  *("sample.prompts", "sample.prefix", "sample.labelled", *_SHARES),
+  *("export.folder", "export.push", "init_adapter"),
+}
+_LOWEST = {
+  **dict.fromkeys(("init_seed", "data.seed", "optim.warmup"), 0),
+  **dict.fromkeys(("sample.seed", "sample.temperature"), 0),
+  **dict.fromkeys((*_SHARES, "audit.show"), 0),
+  **dict.fromkeys(("model.rotary_dim", "model.norm_offset"), 0),
+  "optim.weight_decay": 0,
+}
+LABELS = ("none", "bradley_terry", "deterministic")
+
+
+def values(config):
+  """Refuses what no config can have, and fields that would have no effect.
+
+  Losses, algorithms, models and the mesh check their own fields.
+  """
+  _numbers(config)
+  _sampling(config.sample)
+  for has_effect, otherwise in _effects(config):
+    if not has_effect:
+      raise ValueError(otherwise)
+
+
+def _numbers(config):
+  """Whole numbers are at least 1 and others above 0 but for `_LOWEST`.
+
+  What is not in `_OPTIONAL` is not None.
+  """
+  for path, value in saved.flatten(config.to_dict()).items():
+    if value is None and path not in _OPTIONAL:
+      raise ValueError(f"{path} = None: it needs a value")
+    if isinstance(value, bool | str | tuple | None) or path.startswith("loss."):
+      continue
+    low = _LOWEST.get(path, 1 if isinstance(value, int) else None)
+    if not (value > 0 if low is None else value >= low):
+      bound = "above 0" if low is None else f"at least {low}"
+      raise ValueError(f"{path} = {value} must be {bound}")
+    if path in _SHARES and value > 1:
+      raise ValueError(f"{path} = {value} is a share: it must be at most 1")
+
+
+def _sampling(options):
+  if options.top_p > 1:
+    raise ValueError(f"sample.top_p = {options.top_p} must be at most 1")
+  lookup.lookup(LABELS, options.labels, "sample.labels")
+  if options.labels != "none" and options.draws < 2:
+    raise ValueError(
+      f"sample.labels = {options.labels!r} compares the draws of a prompt: "
+      "sample.draws must be at least 2"
+    )
+  prefix = options.prefix
+  if prefix is not None and not (
+    len(prefix) == 2
+    and all(type(n) is int for n in prefix)
+    and 1 <= prefix[0] <= prefix[1]
+  ):
+    raise ValueError(
+      f"sample.prefix = {prefix} must be (fewest, most) tokens, at least 1"
+    )
+
+
+def _effects(config):
+  """Yields (whether a field has an effect, what to say if it has none).
+
+  Of fields that are None, or another default, unless they are set.
+  """
+  c = config
+  if c.data.max_row_length is not None:
+    yield (
+      c.data.packed,
+      "data.max_row_length has no effect with data.packed=False",
+    )
+  if c.ref_store is not None:
+    why = f"ref_store has no effect with ref = {c.ref!r}"
+    yield c.ref == "cached", why
+  for field in ("ref_mix", "ref_every"):
+    if c[field] is not None:
+      why = f"{field} = {c[field]} with ref = {c.ref!r}: it is of ref = 'ema'"
+      yield c.ref == "ema", why
+  if c.init_seed != 0:
+    yield (
+      c.init_from is None or c.lora is not None,
+      f"init_seed = {c.init_seed} has no effect: init_from = {c.init_from!r} "
+      "has all parameters, and there is no adapter; set it to 0 (the order of "
+      "the data is data.seed)",
+    )
+  if c.export.dtype != "float32":
+    yield (
+      c.export.form != "adapter",
+      f"export.dtype = {c.export.dtype!r} has no effect with export.form = "
+      "'adapter', whose files are in float32",
+    )
+  yield from _effects_on_samples(c.sample)
+  if "norm" in c.model:  # else the shape is that of init_from
+    yield from _effects_on_model(c.model)
+
+
+def _effects_on_samples(s):
+  """`_effects` of config.sample."""
+  if s.top_p != 1:
+    yield (
+      s.temperature > 0,
+      f"sample.top_p = {s.top_p} has no effect with sample.temperature = 0",
+    )
+  if s.labelled is not None:
+    yield (
+      s.prompts is not None and len(s.scorers) > 0,
+      f"sample.labelled = {s.labelled!r} has no effect: it is to check "
+      "sample.scorers on, of samples for sample.prompts; set both, or it to "
+      "None",
+    )
+    yield (
+      all(w == 1 for w, _ in sources.parse(s.labelled, "sample.labelled")),
+      "sample.labelled: weights have no effect; leave them out",
+    )
+
+
+def _effects_on_model(m):
+  """`_effects` of a config.model that has the whole shape."""
+  kinds = {"full", *(["window"] if m.window_theta is None else [])}
+  if m.position == "learned" or not kinds & set(m.layer_pattern):
+    default = model_config.ModelConfig.rope_theta
+    yield (
+      m.rope_theta == default,
+      f"model.rope_theta = {m.rope_theta} has no effect: no layer of "
+      f"model.position = {m.position!r} and model.layer_pattern = "
+      f"{m.layer_pattern} rotates by it; set it to {default}",
+    )
+  if m.norm_offset != 0:
+    yield (
+      m.norm == "rmsnorm" or m.qk_norm != "none",
+      f"model.norm_offset = {m.norm_offset} has no effect with model.norm = "
+      f"{m.norm!r}: it is of RMSNorm",
+    )
+
+
+def freeze(patterns, params, optimizer):
+  """Refuses a pattern of optim.freeze that matches nothing, or everything."""
+  paths = [path for path, _ in tree.named(params)]
+  for pattern in patterns:
+    if not any(tree.matches([pattern], path) for path in paths):
+      raise ValueError(
+        f"optim.freeze: {pattern!r} matches no parameter"
+        f"{lookup.nearest(pattern, paths)}"
+      )
+  if not any(map(optimizer.trains, paths)):
+    raise ValueError(
+      f"optim.freeze = {tuple(patterns)} leaves nothing to train"
+    )

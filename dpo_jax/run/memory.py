@@ -1,0 +1,251 @@
+"""What a step needs of a device's memory, and what to give up to fit.
+
+    fixed        parameters, gradients, optimiser state, reference
+    activations  what the backward pass reads of every layer
+    head         f32 logits of the scored positions, and their gradient
+
+An estimate from shapes alone, so that the choice is known before anything is
+compiled and is the same whenever the same run starts on the same machine.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpo_jax import lookup, tree
+from dpo_jax.models import config as model_config
+from dpo_jax.models import decoder
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.run import trained as trained_lib
+
+# Of a container: control groups of version 2 and 1.
+_LIMITS = (
+  pathlib.Path("/sys/fs/cgroup/memory.max"),
+  pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+# Of the memory that may be planned for; the rest is for what is not. An
+# accelerator's is this process's alone, and estimates were above what was used
+# (27.7 of 38.3 GiB, Pythia-1.4b on an H100).
+_SHARE, _SHARE_OF_OWN = 0.8, 0.9
+_SMALLEST, _LARGEST = 64, 1024  # positions of a row per step of the head
+
+
+class Choice(NamedTuple):
+  """How the step is computed.
+
+  Attributes:
+    remat, head_chunk: of the ModelConfig.
+    needed: bytes of a device, estimated.
+    available: its bytes, or None if they are not known.
+  """
+
+  remat: str
+  head_chunk: int | None
+  needed: int
+  available: int | None
+
+  def __str__(self):
+    head = "at once"
+    if self.head_chunk is not None:
+      head = f"in chunks of {self.head_chunk}"
+    text = f"remat {self.remat}, head {head}: about {self.needed / 2**30:.1f}"
+    if self.available is None:
+      return f"{text} GiB of a device"
+    text += f" of {self.available / 2**30:.1f} GiB of a device"
+    if self.needed > self.available:
+      text += (
+        "; it may not fit: raise train.accumulation or split the model over "
+        "devices (mesh.fsdp)"
+      )
+    return text
+
+
+def of_device(device, sharing):
+  """Bytes of a device, or None.
+
+  Args:
+    device: jax device.
+    sharing: devices of this process, which on CPUs share one memory.
+  """
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  if device.platform != "cpu" or not hasattr(os, "sysconf"):
+    return None
+  total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  for path in _LIMITS:
+    text = path.read_text().strip() if path.exists() else "max"
+    total = min(total, int(text) if text.isdigit() else total)
+  return total // sharing
+
+
+def fitted(setup, optimizer, shape, accumulation):
+  """(Setup whose model fits the memory, Choice).
+
+  Args:
+    setup: build.Setup.
+    optimizer: train.optim.Optimizer.
+    shape: rows.Shape of the largest batch.
+    accumulation: microbatches of a step.
+  """
+  mesh, sizes = setup.mesh, mesh_lib.sizes(setup.mesh)
+  found = choose(
+    setup.model,
+    shape,
+    fixed=_fixed(setup, optimizer),
+    points=setup.config.sweep.together,
+    rows=shape.rows // (mesh_lib.row_parallelism(mesh) * accumulation),
+    tensor=sizes["tensor"],
+    accumulation=accumulation,
+    available=_available(mesh),
+    asked=setup.config.model,
+  )
+  changes = {"remat": found.remat, "head_chunk": found.head_chunk}
+  if setup.config.model.remat == "auto" and found.remat != "none":
+    changes["unroll"] = 1  # XLA computes nothing again without a loop
+  return setup._replace(model=_with(setup.model, **changes)), found
+
+
+def forward_only(model, config, rows):
+  """The Model for passes without gradient, where a chunked head costs nothing.
+
+  Args:
+    model: Model.
+    config: of the run; its model.head_chunk stays.
+    rows: of a batch, at most.
+  """
+  if config.model.head_chunk is not None:
+    return model
+  vocab = model_config.padded_vocab(model.vocab_size)
+  return _with(model, head_chunk=_chunk(vocab, rows))
+
+
+def _with(model, **changes):
+  config = dataclasses.replace(model.config, **changes)
+  return decoder.build(config, model.vocab_size)
+
+
+def _available(mesh):
+  """Bytes of the smallest device of all processes, or None.
+
+  They must choose alike, or they would compile different programs.
+  """
+  mine = of_device(mesh.local_mesh.devices.flat[0], jax.local_device_count())
+  if jax.process_count() == 1:
+    return mine
+  # In MiB: f32 is what a gather keeps for certain.
+  found = np.float32(0 if mine is None else mine // 2**20)
+  least = int(multihost_utils.process_allgather(found).min())
+  return least * 2**20 or None
+
+
+def _fixed(setup, optimizer):
+  """Bytes of a device for the state, the gradient and a copy of that."""
+  config = setup.config
+  trained, _ = tree.split(trained_lib.trained_shapes(setup), optimizer.trains)
+  moments = jax.eval_shape(optimizer.tx.init, trained)
+  slots = tree.nbytes(moments) / tree.nbytes(trained)
+  points = config.sweep.together
+  # Parameters, also those that are frozen; then what there is of the trained.
+  total = _of_shards(trained_lib.trained_shapes(setup)) * points
+  total += (2 + slots) * _of_shards(trained) * points
+  # Points of other seeds start from other weights.
+  starts = points if config.init_from is None else 1
+  if config.lora is not None:
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "nf4": 4}
+    held = lookup.lookup(bits, config.lora.base, "lora.base")
+    total += _of_shards(trained_lib.whole(setup)) * held / 32 * starts
+  if config.ref == "frozen":
+    total += _of_shards(trained_lib.whole(setup)) * starts
+  if config.ref == "ema":
+    total += _of_shards(trained) * points
+  return total
+
+
+def _of_shards(shapes):
+  """Bytes of a device, of abstract arrays with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(shapes)
+  )
+
+
+def choose(
+  model, shape, *, fixed, rows, tensor, accumulation, available, points, asked
+):
+  """The cheapest way to compute a step that fits.
+
+  What the config says stays; "auto" and None are chosen. First the logits are
+  computed again in chunks, which costs least, then more and more of the blocks.
+
+  Args:
+    model: decoder.Model.
+    shape: rows.Shape of the largest batch.
+    fixed: bytes of a device that the state and its gradient take.
+    rows: of a device in a microbatch.
+    tensor: how many ways heads, mlp and vocabulary are split.
+    accumulation: microbatches of a step; passes without gradient have one.
+    available: of `of_device`.
+    points: of a sweep that train together.
+    asked: config.model.
+  """
+  remats = ("none", "names", "full")
+  if asked.remat != "auto":
+    remats = (asked.remat,)
+  chunks = (asked.head_chunk,)
+  if asked.head_chunk is None:
+    vocab = model_config.padded_vocab(model.vocab_size)
+    chunks = None, min(_chunk(vocab, rows * accumulation), shape.scored)
+  share = _SHARE if jax.default_backend() == "cpu" else _SHARE_OF_OWN
+  budget = None if available is None else share * available
+  for remat in remats:
+    for chunk in chunks:
+      needed = fixed + points * _moving(
+        model, shape, rows, tensor, accumulation, remat, chunk
+      )
+      found = Choice(remat, chunk, round(needed), available)
+      if budget is None or needed <= budget:
+        return found
+  return found
+
+
+def _moving(model, shape, rows, tensor, accumulation, remat, chunk):
+  """Bytes of activations and logits at the end of the forward pass."""
+  c = model.config
+  width = 2 if c.dtype == "bfloat16" else 4
+  tokens = rows * shape.length
+  tiles = rows * shape.per_row * shape.tile
+  projected = (c.heads + 2 * c.kv_heads) * c.head_dim / tensor
+  attended = c.heads * c.head_dim / tensor
+  expanded = (2 if c.gated else 1) * c.mlp / tensor
+  tiled = tiles * (projected + attended)
+  whole = (
+    tokens * (8 * c.embed + attended + 2 * expanded + c.mlp / tensor) + tiled
+  )
+  named = tokens * (c.embed + projected + attended)
+  dots = tokens * (2 * c.embed + projected + expanded)
+  kept = {"none": whole, "dots": dots, "names": named}
+  kept = kept.get(remat, tokens * c.embed)
+  once = 0 if remat == "none" else whole
+  # Of a quarter of the queries, and of their gradient, see ops.attention.
+  scores = 3 * 4 * tiles * shape.tile / 4 * c.heads / tensor
+  vocab = model_config.padded_vocab(model.vocab_size) / tensor
+  scored = shape.scored if chunk is None else min(chunk, shape.scored)
+  # Those that are kept and their gradient; or those of a whole batch.
+  logits = max(2, accumulation) * 4 * rows * scored * vocab
+  return width * (c.layers * kept + once) + max(scores, logits)
+
+
+def _chunk(vocab, rows):
+  """Scored positions of a row whose logits take about 256 MiB, a power of 2."""
+  fitting = 2**28 // (4 * rows * vocab)
+  chunk = _SMALLEST
+  while 2 * chunk <= min(fitting, _LARGEST):
+    chunk *= 2
+  return chunk

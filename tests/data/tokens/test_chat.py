@@ -1,0 +1,332 @@
+"""Messages to text by chat templates, and what training scores of them."""
+
+import itertools
+import json
+import types
+
+import pytest
+
+from dpo_jax.data.read import fields, records, sources
+from dpo_jax.data.tokens import bpe, chat, tokenize
+
+HEAD = "{% for m in messages %}"
+CHATML = (
+  HEAD + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {
+  # The end of turn is a token of its own, then a newline.
+  "chatml": CHATML,
+  # It is the EOS, and the text begins with a BOS.
+  "eos": "{{ bos_token }}" + CHATML.replace("<|im_end|>", "{{ eos_token }}"),
+  # A reply ends in the white space of the next turn only.
+  "open": HEAD + "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant: {% endif %}",
+  # White space around the content is taken away.
+  "trim": CHATML.replace("m.content", "m.content | trim"),
+}
+USER = {"role": "user", "content": "How is the plot?"}
+WARM = {"role": "assistant", "content": "Warm and clever."}
+DULL = {"role": "assistant", "content": "Dull."}
+RECORD = records.Record((USER,), ((WARM,), (DULL,)), ((0, 1),), "my.jsonl:3")
+OPTIONS = types.SimpleNamespace(
+  max_prompt_length=200, max_completion_length=200, long_prompt="error"
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+  """name of a template -> Tokenizer; None has no template."""
+  out = {}
+  for name, template in {None: None, **TEMPLATES}.items():
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe.train(["the plot is warm and clever."] * 3, 280, folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["additional_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
+    if template:
+      config["chat_template"] = template
+    path.write_text(json.dumps(config))
+    out[name] = tokenize.load(str(folder))
+  return out
+
+
+@pytest.fixture(params=TEMPLATES)
+def tokenizer(request, loaded):
+  return loaded[request.param]
+
+
+def encode(record, tokenizer, on_bad="error"):
+  policy = sources.Policy(on_bad)
+  examples, changed = tokenize.encode([record], tokenizer, OPTIONS, policy)
+  return examples[0], changed
+
+
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(
+  tmp_path,
+):
+  bpe.train(["the plot is warm and clever."] * 3, 280, tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+  path.write_text(json.dumps({**config, "chat_template": template}))
+  render = tokenize.load(str(tmp_path)).apply_template
+  text = render([USER], add_generation_prompt=True)
+  assert text == f"26 Jul 2024 {USER['content']}"
+
+
+def test_prompt_and_completion_are_the_text_of_the_whole_conversation(
+  tokenizer,
+):
+  template = tokenizer.apply_template
+  prompt, completion = chat.render([USER], [WARM], template)
+  assert prompt == template([USER], add_generation_prompt=True)
+  assert prompt + completion == template(
+    [USER, WARM], add_generation_prompt=False
+  )
+  assert completion.startswith(WARM["content"])
+
+
+def test_the_ids_are_those_of_the_whole_conversation(tokenizer):
+  """But for the BOS, and the end: no white space, and at least an EOS."""
+  example, _ = encode(RECORD, tokenizer)
+  ends = (tokenizer.eos_id, *tokenizer.encode(["<|im_end|>"])[0])
+  for ids, reply in zip(example.completions, (WARM, DULL), strict=True):
+    text = tokenizer.apply_template([USER, reply], add_generation_prompt=False)
+    want = tokenizer.encode([text.rstrip()])[0]
+    want = [i for i in want if i != tokenizer.bos_id]
+    if want[-1] not in ends:
+      want.append(tokenizer.eos_id)
+    assert example.prompt[1:] + ids == want
+
+
+def test_a_bos_of_the_template_is_not_doubled(tokenizer):
+  example, _ = encode(RECORD, tokenizer)
+  assert example.prompt[0] == tokenizer.bos_id
+  for ids in (example.prompt[1:], *example.completions):
+    assert tokenizer.bos_id not in ids
+
+
+def ends(loaded, name):
+  """(Tokenizer, last id of each completion, what was counted)."""
+  example, changed = encode(RECORD, loaded[name])
+  return loaded[name], [ids[-1] for ids in example.completions], changed
+
+
+def test_an_end_of_turn_that_is_the_eos_is_not_doubled(loaded):
+  tokenizer, last, changed = ends(loaded, "eos")
+  assert last == [tokenizer.eos_id] * 2
+  example, _ = encode(RECORD, tokenizer)
+  for ids in example.completions:
+    assert ids.count(tokenizer.eos_id) == 1
+  assert not changed
+
+
+@pytest.mark.parametrize("name", ["chatml", "trim"])
+def test_another_end_of_turn_is_scored_and_no_eos_follows(loaded, name):
+  tokenizer, last, changed = ends(loaded, name)
+  assert last == tokenizer.encode(["<|im_end|>"])[0] * 2
+  assert tokenizer.eos_id not in last
+  assert changed == {"end of turn that is not the EOS": 2}
+
+
+def test_without_an_end_of_turn_one_eos_is_added(loaded):
+  tokenizer, last, changed = ends(loaded, "open")
+  assert last == [tokenizer.eos_id] * 2
+  assert not changed
+
+
+def test_a_reply_that_the_template_leaves_open_ends_in_one_eos(loaded):
+  """The template closes turns as a rule, but not this one."""
+
+  def template(messages, add_generation_prompt):
+    text = loaded["chatml"].apply_template(
+      messages, add_generation_prompt=add_generation_prompt
+    )
+    return text.replace("Warm and clever.<|im_end|>\n", "Warm and clever.")
+
+  tokenizer = loaded["chatml"]._replace(apply_template=template)
+  example, _ = encode(RECORD._replace(pairs=()), tokenizer)
+  (end,) = tokenizer.encode(["<|im_end|>"])[0]
+  assert example.completions[0][-1] == tokenizer.eos_id
+  assert end not in example.completions[0]
+
+
+def test_a_template_may_trim_the_content(loaded):
+  spaced = {**WARM, "content": " Warm and clever. \n"}
+  tokenizer = loaded["trim"]
+  got, _ = encode(RECORD._replace(completions=((spaced,), (DULL,))), tokenizer)
+  assert got == encode(RECORD, tokenizer)[0]
+
+
+def test_replies_that_a_template_makes_equal_are_refused_or_skipped(loaded):
+  spaced = {**WARM, "content": WARM["content"] + " "}
+  record = RECORD._replace(completions=((WARM,), (spaced,)))
+  with pytest.raises(ValueError, match=r"my\.jsonl:3: completions 0 and 1"):
+    encode(record, loaded["trim"])
+
+
+def test_messages_without_a_template_are_an_error_even_when_skipping(loaded):
+  for tokenizer in (loaded[None], tokenize.load("bytes")):
+    assert tokenizer.apply_template is None
+    with pytest.raises(ValueError, match="a chat template") as caught:
+      encode(RECORD, tokenizer, "skip")
+    assert "my.jsonl:3" in str(caught.value)
+
+
+def test_text_needs_no_template_and_gets_none(loaded):
+  text = records.Record("p", ("a", "b"), ((0, 1),), "my.jsonl:3")
+  plain, _ = encode(text, loaded[None])
+  for name in TEMPLATES:
+    assert encode(text, loaded[name])[0] == plain
+
+
+def test_a_completion_that_is_cut_has_no_end_of_turn(loaded):
+  tokenizer = loaded["chatml"]
+  example, _ = encode(RECORD, tokenizer)
+  size = len(example.completions[0]) - 1
+  options = types.SimpleNamespace(
+    **{**vars(OPTIONS), "max_completion_length": size}
+  )
+  policy = sources.Policy("error")
+  (cut,), changed = tokenize.encode([RECORD], tokenizer, options, policy)
+  assert cut.completions[0] == example.completions[0][:-1]
+  assert changed["completion cut"] == 1
+
+
+def strict(messages, add_generation_prompt):
+  """A template that wants turns to alternate."""
+  roles = [m["role"] for m in messages]
+  if any(a == b for a, b in itertools.pairwise(roles)):
+    raise TypeError("roles must alternate")
+  text = "".join(f"[{m['role']}] {m['content']} [end]" for m in messages)
+  return text + "[assistant] " * add_generation_prompt
+
+
+def rewriting(messages, add_generation_prompt):
+  """A template that writes how many messages there are."""
+  del add_generation_prompt
+  return f"{len(messages)} messages: " + " ".join(
+    m["content"] for m in messages
+  )
+
+
+def silent(messages, add_generation_prompt):
+  """A template that leaves replies out."""
+  del add_generation_prompt
+  return "".join(m["content"] for m in messages if m["role"] == "user")
+
+
+@pytest.mark.parametrize(
+  ("template", "words"),
+  [
+    (strict, "refuses the messages: roles must alternate"),
+    (rewriting, "writes the prompt in another way"),
+    (silent, "writes nothing for the reply"),
+  ],
+)
+def test_what_a_template_cannot_render_is_a_bad_record(template, words):
+  with pytest.raises(fields.BadRecord, match=words) as caught:
+    chat.render([USER, USER], [WARM], template)
+  assert caught.value.reason == "template"
+
+
+def test_a_record_that_the_template_refuses_can_be_skipped(loaded):
+  tokenizer = loaded["chatml"]._replace(apply_template=strict)
+  bad = RECORD._replace(prompt=(USER, USER), origin="my.jsonl:4")
+  policy = sources.Policy("skip")
+  items = [RECORD, bad, RECORD]
+  examples, _ = tokenize.encode(items, tokenizer, OPTIONS, policy)
+  assert [e.example_id for e in examples] == [0, 2]
+  assert policy.skipped == {"template": 1}
+  with pytest.raises(ValueError, match=r"my\.jsonl:4: the chat template"):
+    tokenize.encode(items, tokenizer, OPTIONS, sources.Policy("error"))
+
+
+def without_jinja2(messages, add_generation_prompt):
+  del messages, add_generation_prompt
+  raise ImportError("apply_chat_template requires jinja2")
+
+
+def test_without_jinja2_the_error_says_how_to_install_it(loaded):
+  tokenizer = loaded["chatml"]._replace(apply_template=without_jinja2)
+  with pytest.raises(ValueError, match="pip install jinja2"):
+    encode(RECORD, tokenizer, "skip")
+
+
+TURNS = [
+  {"role": "system", "content": "You are a critic."},
+  USER,
+  {"role": "assistant", "content": "Slow, then moving."},
+  {"role": "user", "content": "And the cast?"},
+]
+# name: (form, row) of a conversation with a system turn and several others.
+FORMS = {
+  "whole conversations": (
+    "preference",
+    {"chosen": [*TURNS, WARM], "rejected": [*TURNS, DULL]},
+  ),
+  "and a prompt as text": (
+    "preference",
+    {
+      "prompt": "And the cast?",
+      "chosen": [*TURNS, WARM],
+      "rejected": [*TURNS, DULL],
+    },
+  ),
+  "prompt": (
+    "preference",
+    {"prompt": TURNS, "chosen": [WARM], "rejected": [DULL]},
+  ),
+  "completions": (
+    "preference",
+    {"prompt": TURNS, "completions": [[WARM], [DULL]], "pairs": [[0, 1]]},
+  ),
+  "messages": ("sft", {"messages": [*TURNS, WARM]}),
+  "completion": ("sft", {"prompt": TURNS, "completion": [WARM]}),
+  "a whole completion": ("sft", {"completion": [*TURNS, WARM]}),
+  "first of a pair": ("sft", {"chosen": [*TURNS, WARM], "rejected": TURNS}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_but_the_last_turn_is_the_prompt_whatever_the_form(tokenizer, form):
+  name, row = FORMS[form]
+  record = records.make(row, name, "my.jsonl:3")
+  assert record.prompt == tuple(TURNS)
+  example, _ = encode(record, tokenizer)
+  text = tokenizer.apply_template(TURNS, add_generation_prompt=True)
+  alone = [i for i in tokenizer.encode([text])[0] if i != tokenizer.bos_id]
+  assert example.prompt == [tokenizer.bos_id, *alone]
+  for ids, reply in zip(example.completions, (WARM, DULL), strict=False):
+    assert tokenizer.decode(ids).strip() == reply["content"]
+  assert len(example.completions) == (1 if name == "sft" else 2)
+
+
+def test_every_message_and_head_of_a_turn_is_in_the_prompt(loaded):
+  record = records.make(FORMS["messages"][1], "sft", "my.jsonl:3")
+  made = chat.render_record(record, loaded["chatml"].apply_template)
+  assert made.record.prompt == (
+    "<|im_start|>system\nYou are a critic.<|im_end|>\n"
+    "<|im_start|>user\nHow is the plot?<|im_end|>\n"
+    "<|im_start|>assistant\nSlow, then moving.<|im_end|>\n"
+    "<|im_start|>user\nAnd the cast?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+  )
+  assert made.record.completions == ("Warm and clever.<|im_end|>",)
+
+
+def test_the_prompt_of_a_preference_is_also_what_is_sampled_from(tokenizer):
+  for name, row in FORMS.values():
+    record = records.make(row, "prompt", "my.jsonl:3")
+    assert record.prompt == tuple(TURNS), name
+    text = chat.prompt_text(record, tokenizer.apply_template)
+    assert text == tokenizer.apply_template(TURNS, add_generation_prompt=True)
+
+
+def test_conversations_that_part_before_the_last_turn_are_refused():
+  other = [*TURNS[:2], {"role": "assistant", "content": "Fine."}, TURNS[3]]
+  row = {"chosen": [*TURNS, WARM], "rejected": [*other, DULL]}
+  with pytest.raises(fields.BadRecord) as caught:
+    records.make(row, "preference", "my.jsonl:3")
+  assert caught.value.reason == "different prompts"

@@ -1,0 +1,191 @@
+"""evaluation.json: what it says, when it counts, that it is written last."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.config import load as load_lib
+from dpo_jax.eval import evaluation, frontier, rewards
+from dpo_jax.run import build, trained
+from tests import conftest, worlds
+
+
+def load(*overrides):
+  config = str(conftest.ROOT / "configs/dpo.py:smoke")
+  sampled = (
+    *("sample.prompts=toy", "sample.count=4", "sample.draws=2"),
+    *("sample.max_new_tokens=4", "sample.batch_size=8"),
+    *("sample.scorers=vader", "data.eval=None"),
+  )
+  return load_lib.load_config(config, (*sampled, *overrides))
+
+
+MADE = {"step": 7, "data": "of mine", "reference": {"embed/tokens": 1}}
+
+
+@pytest.fixture(scope="module")
+def setup():
+  return build.prepare_model(load())
+
+
+@pytest.fixture(scope="module")
+def trees(setup):
+  """The parameters of a policy and of its reference."""
+  ref = jax.device_get(trained.initial(setup))
+  return jax.device_get(worlds.noisy(ref, 1)), ref
+
+
+@pytest.fixture(scope="module")
+def evaluated(setup, trees, tmp_path_factory):
+  """(workdir, result) of an evaluation by samples alone."""
+  workdir = tmp_path_factory.mktemp("evaluated") / "new"
+  return workdir, evaluation.evaluate(setup, *trees, workdir, MADE)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+  """Three comparisons: one batch, not full."""
+  path = tmp_path_factory.mktemp("data") / "held_out.jsonl"
+  row = {"prompt": "The plot is", "chosen": " warm.", "rejected": " dull."}
+  lines = [json.dumps({**row, "prompt": p}) for p in ("The plot", "It", "A")]
+  path.write_text("\n".join(lines) + "\n")
+  return path
+
+
+def test_the_files_hold_the_result_and_every_sample(evaluated, setup, trees):
+  workdir, result = evaluated
+  saved = json.loads((workdir / "evaluation.json").read_text())
+  assert saved == json.loads(json.dumps(result))
+  assert saved["step"] == 7
+  assert saved["config"] == json.loads(json.dumps(load().to_dict()))
+  assert "comparisons" not in saved
+  summary, rows = frontier.measure(setup, *trees)
+  lines = (workdir / "samples.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in lines] == rows
+  assert len(rows) == 8
+  assert summary.items() <= result.items()
+  assert {path.name for path in workdir.iterdir()} == {
+    "evaluation.json",
+    "samples.jsonl",
+  }
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_comparisons_do_not_depend_on_how_the_reference_is_kept(
+  mode, trees, held_out, tmp_path
+):
+  results = []
+  for ref in ("frozen", "cached"):
+    here = (f"mesh.mode={mode}", f"ref={ref}", "sample.prompts=None")
+    setup = build.prepare_model(load(*here, f"data.eval={held_out}"))
+    result = evaluation.evaluate(setup, *trees, tmp_path / ref, MADE)
+    assert "samples" not in result
+    assert not (tmp_path / ref / "samples.jsonl").exists()
+    results.append(result["comparisons"])
+  frozen, cached = results
+  assert frozen.keys() == cached.keys()
+  assert abs(frozen["rewards/margins"]) > 0.01
+  for name, value in frozen.items():
+    # Differences of sums of some ten f32 log-probs of order 5.
+    np.testing.assert_allclose(cached[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_an_evaluation_with_nothing_to_evaluate_on_is_refused(
+  setup, trees, tmp_path
+):
+  here = setup._replace(config=load("sample.prompts=None"))
+  with pytest.raises(ValueError, match=r"set data.eval .* or sample.prompts"):
+    evaluation.evaluate(here, *trees, tmp_path / "new", MADE)
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_evaluation_is_not_done(setup, trees, tmp_path, monkeypatch):
+  def broken(prompts, completions):
+    raise ZeroDivisionError("the scorer broke")
+
+  monkeypatch.setitem(rewards.SCORERS, "broken", lambda _: broken)
+  config = load("sample.scorers=broken:mine")
+  with pytest.raises(ZeroDivisionError, match="the scorer broke"):
+    evaluation.evaluate(setup._replace(config=config), *trees, tmp_path, MADE)
+  assert not evaluation.done(config, tmp_path, MADE)
+  assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_a_failed_evaluation_leaves_the_one_before_it(
+  evaluated, setup, trees, monkeypatch
+):
+  workdir, _ = evaluated
+  before = {path: path.read_bytes() for path in workdir.iterdir()}
+
+  def broken(*_):
+    raise ZeroDivisionError("no samples")
+
+  monkeypatch.setattr(frontier, "measure", broken)
+  with pytest.raises(ZeroDivisionError, match="no samples"):
+    evaluation.evaluate(setup, *trees, workdir, MADE)
+  assert {path: path.read_bytes() for path in workdir.iterdir()} == before
+  assert evaluation.done(load(), workdir, MADE)
+
+
+def test_nothing_is_done_in_a_folder_without_an_evaluation(tmp_path):
+  assert not evaluation.done(load(), tmp_path, MADE)
+  assert not evaluation.done(load(), tmp_path / "new", MADE)
+
+
+@pytest.mark.parametrize(
+  "override",
+  [
+    "sample.count=4",
+    "log.every=3",
+    "log.wandb=mine",
+    "mesh.mode=pmap",
+    "mesh.fsdp=2",
+    "checkpoint.every=7",
+    "eval.every=9",
+    "workdir=elsewhere",
+    "ref_store=elsewhere",
+  ],
+)
+def test_what_changes_neither_policy_nor_measure_is_still_done(
+  override, evaluated
+):
+  assert evaluation.done(load(override), evaluated[0], MADE)
+
+
+@pytest.mark.parametrize(
+  "override",
+  [
+    *("sample.count=5", "sample.seed=1", "sample.temperature=0.5"),
+    *("sample.scorers=vader,implicit:mine", "sample.prompts=other.jsonl"),
+    *("data.eval=toy", "train.steps=3", "train.epochs=2.0"),
+  ],
+)
+def test_another_measure_or_more_steps_are_not_done(override, evaluated):
+  assert not evaluation.done(load(override), evaluated[0], MADE)
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    ("loss.beta=0.2", r"loss.beta \(saved 0.1, now 0.2\)"),
+    ("init_seed=1", "init_seed"),
+    ("optim.learning_rate=0.5", "optim.learning_rate"),
+    ("data.train=other.jsonl", "data.train"),
+    ("model.mlp=32", "model.mlp"),
+  ],
+)
+def test_an_evaluation_of_another_policy_is_refused(
+  override, message, evaluated
+):
+  with pytest.raises(ValueError, match=message) as caught:
+    evaluation.done(load(override), evaluated[0], MADE)
+  assert str(evaluated[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"), [("step", 6), ("data", "other"), ("reference", {"a": 1})]
+)
+def test_a_policy_that_was_made_otherwise_is_not_done(name, value, evaluated):
+  assert not evaluation.done(load(), evaluated[0], {**MADE, name: value})

@@ -1,0 +1,310 @@
+"""What is exported is read back bit for bit, and by transformers and PEFT."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dpo_jax import tree
+from dpo_jax.models import config as model_config
+from dpo_jax.models import decoder, families, hf, lora, peft
+from dpo_jax.models import write as write_lib
+from tests import worlds
+from tests.models import parity
+
+# One of each way that a checkpoint holds queries, keys and values.
+ADAPTED = (
+  "gpt2",
+  "EleutherAI/pythia-70m",
+  "EleutherAI/gpt-j-6b",
+  "meta-llama/Llama-3.2-1B",
+  "microsoft/Phi-3-mini-4k-instruct",
+  "google/gemma-3-1b-pt",
+)
+ALL = (r"(attn|mlp)/\w+/kernel$",)
+IDS = np.random.default_rng(0).integers(0, parity.VOCAB, 24).tolist()
+# Logits of order 1 of a few f32 layers: 4e-6 is typical.
+CLOSE = 2e-5
+
+
+def read(folder):
+  """(Checkpoint, Model, params) of a folder."""
+  checkpoint = hf.open_folder(folder)
+  model, params = parity.load(folder, parity.mesh())
+  return checkpoint, model, params
+
+
+def write(folder, checkpoint, params, dtype="float32"):
+  folder.mkdir()
+  c = checkpoint
+  write_lib.write(folder, params, c.config, c.vocab_size, c.raw, dtype)
+
+
+def bits(params):
+  return {path: np.asarray(x) for path, x in tree.named(params)}
+
+
+def logits(model, params, ids=IDS):
+  decode = jax.jit(model.decode, compiler_options=parity.FAST)
+  tokens = np.asarray([ids])
+  positions = np.arange(len(ids))[None]
+  out, _ = decode(params, tokens, positions, model.init_cache(1, len(ids)))
+  return np.asarray(out)[0, :, : model.vocab_size]
+
+
+@pytest.mark.parametrize("name", parity.SUPPORTED)
+def test_import_export_import_changes_no_bit(name, tmp_path):
+  first, second = tmp_path / "a", tmp_path / "b"
+  first.mkdir()
+  parity.write(parity.small(name), first)
+  checkpoint, _, params = read(first)
+  write(second, checkpoint, params)
+  again, _, back = read(second)
+  jax.tree.map(np.testing.assert_array_equal, bits(params), bits(back))
+  assert again.config == checkpoint.config
+  files = [
+    safetensors.numpy.load_file(folder / "model.safetensors")
+    for folder in (first, second)
+  ]
+  assert files[0].keys() == files[1].keys()
+  for key, x in files[0].items():
+    np.testing.assert_array_equal(x, files[1][key], err_msg=key)
+
+
+def test_a_checkpoint_in_bfloat16_survives_bit_for_bit_in_its_own_type(
+  tmp_path,
+):
+  (tmp_path / "a").mkdir()
+  parity.write(parity.small("gpt2"), tmp_path / "a", dtype="bfloat16")
+  checkpoint, _, params = read(tmp_path / "a")
+  write(tmp_path / "b", checkpoint, params, "bfloat16")
+  old, new = (
+    safetensors.numpy.load_file(tmp_path / f / "model.safetensors")
+    for f in "ab"
+  )
+  for key, x in old.items():
+    assert x.tobytes() == new[key].tobytes(), key
+  assert json.loads((tmp_path / "b/config.json").read_text())["dtype"] == (
+    "bfloat16"
+  )
+
+
+def test_a_large_checkpoint_is_several_files_and_an_index(
+  tmp_path, monkeypatch
+):
+  (tmp_path / "a").mkdir()
+  parity.write(parity.small("gpt2"), tmp_path / "a")
+  checkpoint, _, params = read(tmp_path / "a")
+  monkeypatch.setattr(write_lib, "FILE_BYTES", 40_000)
+  write(tmp_path / "b", checkpoint, params)
+  files = sorted(p.name for p in (tmp_path / "b").glob("*.safetensors"))
+  assert len(files) > 2
+  assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+  jax.tree.map(
+    np.testing.assert_array_equal, bits(params), bits(read(tmp_path / "b")[2])
+  )
+
+
+@pytest.mark.parametrize("preset", list(model_config.PRESETS))
+def test_every_preset_is_a_published_architecture(preset):
+  config = model_config.PRESETS[preset]
+  raw = write_lib.describe(config, 300)
+  assert families.read(raw) == (config, 300)
+
+
+def test_a_model_of_no_published_architecture_says_what_differs():
+  odd = dataclasses.replace(
+    model_config.PRESETS["micro"], window=5, layer_pattern=("window",)
+  )
+  with pytest.raises(ValueError, match=r"model\.layer_pattern, model\.window"):
+    write_lib.describe(odd, 300)
+
+
+def adapter_of(params, scale=0.05):
+  adapter = lora.init(jax.random.key(1), params, 3, ALL)
+  return worlds.noisy(adapter, 2, scale)
+
+
+def options(**changes):
+  about = {"rank": 3, "alpha": 6.0, "rank_stabilised": False, "base": "x"}
+  about |= changes
+  names = ("rank", "alpha", "rank_stabilised")
+  return {**about, "scale": lora.scale_of(*(about[n] for n in names))}
+
+
+def shapes_of(params):
+  return {path: x.shape for path, x in tree.named(params)}
+
+
+def about_of(checkpoint, params):
+  table = families.find(checkpoint.raw).table
+  return table, checkpoint.config, shapes_of(params), checkpoint.vocab_size
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_an_adapter_written_for_peft_reads_back_as_the_same_product(
+  name, stabilised, tmp_path
+):
+  """The same leaves, but where three share a matrix there: then A·B."""
+  base = tmp_path / "base"
+  base.mkdir()
+  parity.write(parity.small(name), base)
+  checkpoint, _, params = read(base)
+  adapter, about = adapter_of(params), options(rank_stabilised=stabilised)
+  where = about_of(checkpoint, params)
+  peft.write(tmp_path, adapter, *where, about)
+  back, rank, scale = peft.read(tmp_path, *where)
+  assert (rank, scale) == (3, about["scale"])
+  want = lora.merge(params, adapter, scale)
+  got = lora.merge(params, back, scale)
+  for (path, a), (_, b) in zip(tree.named(got), tree.named(want), strict=True):
+    # Sums of three products of order 0.1, in another order.
+    np.testing.assert_allclose(a, b, atol=1e-6, err_msg=path)
+  if checkpoint.raw["model_type"] in ("llama", "gptj", "gemma3_text"):
+    jax.tree.map(np.testing.assert_array_equal, back, adapter)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"use_dora": True}, "use_dora = True is not supported"),
+    ({"bias": "all"}, "bias = 'all'"),
+    ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+  ],
+)
+def test_what_an_adapter_cannot_be_is_named(changes, message, tmp_path):
+  base = tmp_path / "base"
+  base.mkdir()
+  parity.write(parity.small("gpt2"), base)
+  checkpoint, _, params = read(base)
+  where = about_of(checkpoint, params)
+  peft.write(tmp_path, adapter_of(params), *where, options())
+  path = tmp_path / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  with pytest.raises(ValueError, match=message):
+    peft.read(tmp_path, *where)
+
+
+def test_tensors_of_an_adapter_that_fit_nowhere_are_named(tmp_path):
+  base = tmp_path / "base"
+  base.mkdir()
+  parity.write(parity.small("meta-llama/Llama-3.2-1B"), base)
+  checkpoint, _, params = read(base)
+  where = about_of(checkpoint, params)
+  peft.write(tmp_path, adapter_of(params), *where, options())
+  file = tmp_path / "adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+  stray = tensors | {"base_model.model.lm_head.lora_A.weight": tensors[name]}
+  safetensors.numpy.save_file(stray, file)
+  with pytest.raises(ValueError, match="lm_head"):
+    peft.read(tmp_path, *where)
+  without = {
+    k: v for k, v in tensors.items() if "layers.0.self_attn.q_proj" not in k
+  }
+  safetensors.numpy.save_file(without, file)
+  with pytest.raises(ValueError, match=r"layers \[0\] of .*attn/q"):
+    peft.read(tmp_path, *where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", parity.SUPPORTED)
+def test_transformers_loads_what_is_exported_with_equal_logits(
+  name, tmp_path, capsys
+):
+  import torch
+  import transformers
+
+  first, second = tmp_path / "a", tmp_path / "b"
+  first.mkdir()
+  parity.write(parity.small(name), first)
+  checkpoint, model, params = read(first)
+  write(second, checkpoint, params)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    second, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  want = parity.theirs(theirs, IDS)
+  worst = float(np.max(np.abs(logits(model, params) - want)))
+  parity.show(capsys, f"{name}, exported", {"logits": worst})
+  assert worst <= CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])
+def test_a_model_born_here_is_loaded_by_transformers(name, tmp_path):
+  import torch
+  import transformers
+
+  config = dataclasses.replace(worlds.MODELS[name], head_bias=False)
+  model = decoder.build(config, worlds.VOCAB)
+  params = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1)
+  raw = write_lib.describe(config, worlds.VOCAB)
+  write_lib.write(tmp_path, params, config, worlds.VOCAB, raw, "float32")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path, dtype=torch.float32
+  ).eval()
+  ids = [i % worlds.VOCAB for i in IDS]
+  got, want = logits(model, params, ids), parity.theirs(theirs, ids)
+  np.testing.assert_allclose(got, want, atol=CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTED)
+def test_peft_loads_our_adapter_with_equal_logits(name, tmp_path, capsys):
+  import peft as peft_library
+
+  base = tmp_path / "base"
+  base.mkdir()
+  theirs = parity.save(parity.small(name), base)
+  checkpoint, model, params = read(base)
+  adapter, about = adapter_of(params), options()
+  peft.write(tmp_path, adapter, *about_of(checkpoint, params), about)
+  got = logits(model, lora.graft(params, adapter, about["scale"]))
+  plain = parity.theirs(theirs, IDS)
+  adapted = peft_library.PeftModel.from_pretrained(theirs, tmp_path).eval()
+  want = parity.theirs(adapted, IDS)
+  worst = float(np.max(np.abs(got - want)))
+  parity.show(capsys, f"{name}, adapter", {"logits": worst})
+  assert worst <= CLOSE
+  assert np.max(np.abs(want - plain)) > 100 * CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_made_by_peft_is_read_with_equal_logits(name, tmp_path):
+  """With a rank and an alpha of its own for one module of every layer."""
+  import peft as peft_library
+  import torch
+
+  base = tmp_path / "base"
+  base.mkdir()
+  theirs = parity.save(parity.small(name), base)
+  checkpoint, model, params = read(base)
+  one = "o_proj" if name.startswith(("meta", "micro", "google")) else None
+  config = peft_library.LoraConfig(
+    r=4,
+    lora_alpha=12,
+    target_modules="all-linear",
+    rank_pattern={one: 2} if one else {},
+    alpha_pattern={one: 3} if one else {},
+    task_type="CAUSAL_LM",
+  )
+  adapted = peft_library.get_peft_model(theirs, config).eval()
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for key, p in adapted.named_parameters():
+      if "lora_" in key:
+        p.copy_(0.1 * torch.randn_like(p))
+  adapted.save_pretrained(tmp_path / "adapter")
+  back, rank, scale = peft.read(
+    pathlib.Path(tmp_path / "adapter"), *about_of(checkpoint, params)
+  )
+  assert (rank, scale) == (4, 3.0)
+  got = logits(model, lora.graft(params, back, scale))
+  np.testing.assert_allclose(got, parity.theirs(adapted, IDS), atol=CLOSE)
