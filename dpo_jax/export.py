@@ -15,7 +15,7 @@ import json
 import jax
 from etils import epath
 
-from dpo_jax import lookup
+from dpo_jax import lookup, tree
 from dpo_jax.config import origin, saved
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.models import families, peft, write
@@ -87,8 +87,8 @@ def _same(folder, about):
 def _write(config, workdir, folder, about):
   setup = build.prepare_model(config)
   raw = _config_json(setup)
-  base = None if config.lora is None else trained.initial(setup)
-  params = trained.trained(setup, base, workdir)
+  base = trained.initial(setup) if setup.trained.on_base else None
+  params = trained.restored(setup, base, workdir)
   partial = folder.parent / f"{folder.name}.part"
   if partial.exists():
     partial.rmtree()
@@ -101,7 +101,7 @@ def _write(config, workdir, folder, about):
     write.write(partial, params, model.config, model.vocab_size, raw, dtype)
   tokenizer = vocabulary.load(config.tokenizer)
   tokenizer.save_pretrained(partial)
-  generation = _generation(_origin(config), tokenizer)
+  generation = _generation(_origin(setup.source), tokenizer)
   write.write_json(partial / "generation_config.json", generation)
   write.write_json(partial / "dpo_jax.json", about)
   (partial / "README.md").write_text(_card(config, about["step"]))
@@ -114,20 +114,19 @@ def _config_json(setup):
   Raises: ValueError if no published architecture is this model.
   """
   model = setup.model
-  there = _origin(setup.config)
-  if there is not None:
-    return there.raw
+  checkpoint_there = _origin(setup.source)
+  if checkpoint_there is not None:
+    return checkpoint_there.raw
   raw = write.describe(model.config, model.vocab_size)
   bos, eos = setup.tokenizer.bos_id, setup.tokenizer.eos_id
   return {**raw, "bos_token_id": bos, "eos_token_id": eos}
 
 
-def _origin(config):
+def _origin(source):
   """The checkpoint that a run, or the run it started from, began with."""
-  there = trained.pretrained(config.init_from)
-  if there is None and config.init_from is not None:
-    return _origin(saved.saved_config(config.init_from))
-  return there
+  if source.run is not None:
+    return _origin(source.run[1])
+  return trained.pretrained(source.spec)
 
 
 def _generation(there, tokenizer):
@@ -150,17 +149,14 @@ def write_adapter(folder, setup, adapter):
 
   Args:
     folder: epath.Path that exists.
-    setup: build.Setup of a config with lora, init_from = "hf:…".
+    setup: base.Setup of a config with lora, init_from = "hf:…".
     adapter: tree of arrays.
   """
-  config, model = setup.config, setup.model
-  shapes = {p: x.shape for p, x in trained.flat_shapes(setup).items()}
+  model = setup.model
+  shapes = {p: x.shape for p, x in tree.named(trained.model_shapes(setup))}
   about = {
-    "rank": config.lora.rank,
-    "alpha": config.lora.alpha,
-    "rank_stabilised": config.lora.rank_stabilised,
-    "scale": trained.scale(config),
-    "base": origin.parse(config.init_from)[1],
+    **setup.trained.adapter,
+    "base": origin.parse(setup.source.spec)[1],
   }
   table = families.find(_config_json(setup)).table
   peft.write(

@@ -2,13 +2,14 @@
 
 import json
 
+import jax
 from etils import epath
 
 from dpo_jax import loop
-from dpo_jax.config import load
+from dpo_jax.algos import base, terms
+from dpo_jax.config import load, saved
 from dpo_jax.eval import evaluation, rewards
-from dpo_jax.run import build, trained
-from dpo_jax.run import together as together_lib
+from dpo_jax.run import build, together, trained
 from dpo_jax.train import checkpoint
 
 
@@ -35,19 +36,22 @@ def sweep(config, overrides, workdir):
   configs = [_sharing(load.at(config, point), workdir) for point in overrides]
   for here in configs:
     build.check(here)
-  groups = together_lib.groups(configs, config.sweep.together)
+  grouped = groups(configs, config.sweep.together)
   names = [load.point_name(point) for point in overrides]
   if len(set(names)) < len(names):
     raise ValueError(f"the sweep names a point twice: {sorted(names)}")
   samples = config.sample.prompts is not None
   _describe(config, overrides, names, workdir, "reference" if samples else None)
-  run, failed = None, []
+  before = run = None
+  failed = []
   if samples:
     print("── reference", flush=True)
-    run = _reference(_sharing(config, workdir), workdir / "reference")
-  for group in groups:
-    run = together_lib.prepare_point(configs[group[0]], run)
-    runs = together_lib.beside([configs[index] for index in group], run)
+    before = _sharing(config, workdir)
+    run = _reference(before, workdir / "reference")
+  for group in grouped:
+    first = configs[group[0]]
+    before, run = first, _kept(prepare_point(first, before, run))
+    runs = beside([configs[index] for index in group], run)
     folders = [workdir / names[index] for index in group]
     for part in _parts(runs, folders, config.sweep.together):
       code, more = _train(*part)
@@ -59,42 +63,129 @@ def sweep(config, overrides, workdir):
   return 1 if failed else 0
 
 
-def _initial(setup):
-  """What all points start from, kept: a large model takes a while to load."""
-  return setup.once("initial", lambda: trained.initial(setup))
-
-
 def _reference(config, folder):
   """Evaluates the policy that all points start from; returns its Run."""
-  run = build.prepare(config)
-  ref = _initial(run.setup)
-  made = evaluation.made_of(0, run.loader.fingerprint, ref)
-  if evaluation.done(config, folder, made):
+  run = _kept(build.prepare(config))
+  setup, ref, made = run.setup, run.setup.base, _made(run, step=0)
+  if evaluation.done(setup.asked, folder, made):
     print("done before, skipped")
   else:
-    evaluation.evaluate(run.setup, ref, ref, folder, made)
+    start = setup.trained.init(ref, jax.random.key(setup.source.seed))
+    evaluation.evaluate(run, start, ref, folder, made)
   return run
+
+
+def prepare_point(config, before, run):
+  """The Run of one point of a sweep.
+
+  Args:
+    config: of this point.
+    before, run: config and Run of the point before it, or None. Where the two
+      differ in traced fields only (β, label smoothing, learning rate), data and
+      compiled functions are shared.
+  """
+  if run is None or _untraced(config) != _untraced(before):
+    return build.prepare(config)
+  return build.sharing(config, run)
+
+
+def beside(configs, run):
+  """The Runs of the points of a group.
+
+  Args:
+    configs: of the points.
+    run: Run of the first.
+  Returns: list of Run, which share data and compiled functions, and what they
+    start from unless init_seed gives each its own.
+  """
+  run = _kept(run)
+  runs = [build.sharing(config, run) for config in configs]
+  seeds = {config.init_seed for config in configs}
+  if len(seeds) == 1 or run.setup.source.spec is not None:
+    return runs
+  bare = [r._replace(setup=r.setup._replace(base=None)) for r in runs]
+  return [_kept(r) for r in bare]
+
+
+def _kept(run):
+  """The Run with its base loaded: a large model takes a while."""
+  if run.setup.base is not None:
+    return run
+  base = trained.initial(run.setup)
+  return run._replace(setup=run.setup._replace(base=base))
+
+
+def _untraced(config):
+  """The fields of a config that are compiled in, flat."""
+  flat = saved.flatten(config.to_dict())
+  numeric = base.numeric_fields(config.loss)
+  traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
+  out = {k: v for k, v in flat.items() if k not in traced}
+  # Of a mixture the heaviest term's metrics are reported.
+  order = [part.name for part in terms.of(config.loss)]
+  return {**out, **dict.fromkeys(traced), "loss order": order}
+
+
+def _compiled(config):
+  """The fields in which points that are stacked must agree, flat."""
+  fields = _untraced(config)
+  # One store of log-probs serves one reference.
+  own_reference = config.init_from is None and config.ref == "cached"
+  return fields if own_reference else {**fields, "init_seed": None}
+
+
+def groups(configs, together):
+  """Indices of the points that may be trained in one program, group by group.
+
+  They differ in traced fields and init_seed alone.
+
+  Args:
+    configs: of all points.
+    together: config.sweep.together; with 1, each is a group of its own.
+  Raises: ValueError if no two points may be trained together.
+  """
+  if together == 1:
+    return [[index] for index in range(len(configs))]
+  if configs[0].log.wandb is not None:
+    raise ValueError(
+      f"log.wandb = {configs[0].log.wandb!r} follows one run at a time: set "
+      "sweep.together = 1, or log.tensorboard in its place"
+    )
+  fields, alike = [_compiled(config) for config in configs], {}
+  for index, here in enumerate(fields):
+    key = json.dumps(here, sort_keys=True, default=str)
+    alike.setdefault(key, []).append(index)
+  if len(alike) < len(configs):
+    return list(alike.values())
+  why = "there is one point"
+  if len(configs) > 1:
+    differ = [k for k, v in fields[0].items() if fields[1].get(k) != v]
+    why = f"the points differ in {', '.join(differ)}, which is compiled in"
+    if differ == ["init_seed"]:
+      why = "each init_seed has a reference of its own, and ref = 'cached'"
+  raise ValueError(
+    f"sweep.together = {together} has no effect: {why}; set it to 1, or sweep "
+    "over the loss's numbers, optim.learning_rate or init_seed"
+  )
 
 
 def _parts(runs, folders, together):
   """Yields (runs, folders) to train at once: what is not done, at one step."""
   steps = {}
   for run, folder in zip(runs, folders, strict=True):
-    made = _made(run)
-    if evaluation.done(run.setup.config, folder, made):
+    if evaluation.done(run.setup.asked, folder, _made(run, run.total)):
       print(f"── {folder.name}\ndone before, skipped", flush=True)
     else:
       step = checkpoint.latest_step(folder)
       steps.setdefault(step, []).append((run, folder))
-  for there in steps.values():
-    for first in range(0, len(there), together):
-      yield zip(*there[first : first + together], strict=True)
+  for waiting in steps.values():
+    for first in range(0, len(waiting), together):
+      yield zip(*waiting[first : first + together], strict=True)
 
 
-def _made(run):
+def _made(run, step):
   """How the policy of a point is made, see evaluation.made_of."""
-  ref = _initial(run.setup)
-  return evaluation.made_of(run.total, run.loader.fingerprint, ref)
+  return evaluation.made_of(step, run.feed.fingerprint, run.setup.base)
 
 
 def _train(runs, folders):
@@ -109,17 +200,11 @@ def _train(runs, folders):
     if result.failure is not None:
       print(f"{folder.name}: {result.failure}", flush=True)
       failed.append(folder.name)
-    elif not result.exit_code:
-      _evaluate(run, folder, result.state)
+    elif not result.exit_code and evaluation.asked_for(run):
+      made = _made(run, run.total)
+      base = run.setup.base
+      evaluation.evaluate(run, result.state.params, base, folder, made)
   return max(result.exit_code for result in results), failed
-
-
-def _evaluate(run, folder, state):
-  """Evaluates a trained point, if there is something to evaluate it on."""
-  config, ref = run.setup.config, _initial(run.setup)
-  if config.data.eval is not None or config.sample.prompts is not None:
-    policy = trained.policy(run.setup, ref, state.params)
-    evaluation.evaluate(run.setup, policy, ref, folder, _made(run))
 
 
 def program(config, overrides, workdir):
@@ -127,18 +212,23 @@ def program(config, overrides, workdir):
 
   Args: as for `sweep`, of points that can be trained in one program; workdir
     gets the reference's log-probs, if they are cached.
-  Returns: (Run of the first point, together.Program); build.place_batch places
-    a batch of the Run's loader.
+  Returns: (Run of the first point, together.Program); the Run's feed gives its
+    batches.
   Raises: ValueError if they cannot.
   """
   workdir = epath.Path(workdir)
   configs = [_sharing(load.at(config, point), workdir) for point in overrides]
   for here in configs:
     build.check(here)
-  if len(together_lib.groups(configs, len(configs))) > 1:
+  if len(groups(configs, len(configs))) > 1:
     raise ValueError(f"these points are not of one program: {overrides}")
-  run = build.prepare(configs[0])
-  return loop.program(together_lib.beside(configs, run), workdir)
+  begun = [
+    loop.begin(run, workdir)
+    for run in beside(configs, build.prepare(configs[0]))
+  ]
+  runs, states = map(list, zip(*begun, strict=True))
+  del begun
+  return runs[0], together.program(runs, states)
 
 
 def _sharing(config, workdir):

@@ -83,14 +83,14 @@ def evaluate(config, workdir, module):
   from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
 
-  setup = build.prepare_model(config)
-  ref = trained.initial(setup)
-  policy = trained.saved(setup, ref, workdir)
-  meta = checkpoint.check_run(workdir, config.to_dict(), ref)
-  made = evaluation.made_of(meta["step"], meta["data_fingerprint"], ref)
+  measured = build.prepare_measured(config)
+  base = trained.initial(measured.setup)
+  params = trained.restored(measured.setup, base, workdir)
+  meta = checkpoint.check_run(workdir, config.to_dict(), base)
+  made = evaluation.made_of(meta["step"], meta["data_fingerprint"], base)
   if config.ref == "ema":
     print("against the reference that the run began with")
-  result = evaluation.evaluate(setup, policy, ref, workdir, made)
+  result = evaluation.evaluate(measured, params, base, workdir, made)
   for name, value in result.get("comparisons", {}).items():
     print(f"{name:24} {value:.4g}")
   for name, value in result.get("means", {}).items():
@@ -109,7 +109,9 @@ def sample(config, workdir, module):
   setup = build.prepare_model(config)
   step = checkpoint.latest_step(workdir)
   if step is not None:
-    policy = trained.saved(setup, trained.initial(setup), workdir)
+    base = trained.initial(setup)
+    params = trained.restored(setup, base, workdir)
+    policy = setup.trained.model(base, params)
     print(f"the policy of {workdir}, step {step}")
   elif config.init_from is not None:
     policy = trained.initial(setup)
@@ -170,8 +172,9 @@ def audit(config, workdir, module):
   if "audit" not in config:
     raise ValueError("audit needs a config that starts from configs/base.py")
   build.check(config)
-  scored = "scores" in algos.needs_of(config)
-  reports = audit.audit(config, algos.kind_of(config), scored)
+  algorithm = algos.make(config, apply=None)
+  scored = "scores" in algorithm.needs
+  reports = audit.audit(config, algorithm.data, scored)
   for report in reports:
     print(text.text(report))
   print(text.verdict(reports))

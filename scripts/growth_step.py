@@ -83,7 +83,7 @@ def measure(length, examples, layers, devices):
     *(build.hyper_params(config), {}),
   )
   state = build.initial_state(run, trained.initial(setup))
-  step = build.train_step(run, state)
+  step = run.step
   batch, stats = build.place_batch(setup, loader, 0)
   moving, frozen = state.replace(frozen={}), state.frozen
   begin = time.perf_counter()

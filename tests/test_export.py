@@ -131,8 +131,8 @@ def test_a_run_starts_from_an_exported_peft_adapter_which_is_its_reference(
     logps(next_run.setup, initial), logps(setup, policy), atol=2e-5
   )
   state = build.initial_state(next_run, initial)
-  batch, _ = build.place_batch(next_run.setup, next_run.loader, 0)
-  step = build.train_step(next_run, state)
+  batch, _ = next_run.feed.batch(0, None)
+  step = next_run.step
   _, metrics = step(state, batch, next_run.hparams)
   # A new adapter adds 0; what is left is f32 rounding of log-probs near 100.
   assert abs(float(metrics["rewards/margins"])) < 1e-5

@@ -238,10 +238,10 @@ def test_names_of_points_are_short_where_that_is_clear():
 def test_assembly_tells_traced_fields_from_compiled_ones():
   run = build.prepare(load())
   assert (
-    together_lib.prepare_point(load("loss.beta=2.0"), run).loader is run.loader
+    sweeps.prepare_point(load("loss.beta=2.0"), run).loader is run.feed.loader
   )
-  other = together_lib.prepare_point(load("data.batch_size=4"), run)
-  assert other.loader is not run.loader
+  other = sweeps.prepare_point(load("data.batch_size=4"), run)
+  assert other.loader is not run.feed.loader
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,7 @@ def test_points_that_got_apart_go_on_apart(tmp_path, monkeypatch):
 
 def test_runs_at_different_steps_do_not_train_together(tmp_path):
   config = load("data.eval=None", "train.steps=1")
-  runs = together_lib.beside(
+  runs = sweeps.beside(
     [load_lib.at(config, point) for point in POINTS], build.prepare(config)
   )
   folders = [tmp_path / "a", tmp_path / "b"]

@@ -24,7 +24,7 @@ def load(arg, *overrides):
 def terms_of(config):
   """Shapes of the Terms of the first batch of a config's data."""
   run = build.prepare(config)
-  batch, _ = run.loader.batch(0)
+  batch, _ = run.feed.loader.batch(0)
   params = jax.eval_shape(run.setup.model.init, jax.random.key(0))
 
   def terms(params, batch):

@@ -1,19 +1,18 @@
 """The algorithms, by the name that `config.algo` takes."""
 
-from dpo_jax.algos import preference, sft, terms
+from dpo_jax import lookup
+from dpo_jax.algos import preference, sft
 
 ALGOS = {"preference": preference.make, "sft": sft.make}
 
 
-def kind_of(config):
-  """What the examples of a config are made of: "sft", or losses.Loss.data."""
-  if config.algo == "sft":
-    return "sft"
-  return terms.kind_of(config.loss)
+def make(config, apply):
+  """The Algorithm that `config.algo` names, of all parameters of a policy.
 
-
-def needs_of(config):
-  """The names that the losses of a config need, see losses.Loss.needs."""
-  if config.algo == "sft":
-    return set()
-  return {n for p in terms.of(config.loss) for n in p.loss.needs}
+  Args:
+    config: locked ConfigDict.
+    apply: (params, batch) -> (hidden, Head); None where only what the
+      algorithm needs is asked for.
+  Raises: ValueError for what the algorithm cannot do.
+  """
+  return lookup.lookup(ALGOS, config.algo, "algo")(config, apply)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from dpo_jax.ops import logprobs
@@ -18,7 +19,8 @@ class Terms(NamedTuple):
     losses: {name: (values, weights)}; the loss is the sum of their means.
     metrics: {name: (values, weights)}.
     peaks: {name: (values, weights)}: metrics of the largest value.
-    kept: what of state.extra is new, of a batch-level algorithm.
+    kept: what of state.extra is new; of a batch-level algorithm alone, which
+      sees the whole batch. Others keep what they want in `update`.
   """
 
   losses: dict
@@ -33,62 +35,87 @@ def no_extra(params):
   return {}
 
 
-def no_update(extra, params, step):
-  """For algorithms that keep nothing of the policy."""
-  del params, step
+def no_update(extra, params, step, metrics):
+  """For algorithms that keep nothing of the policy, nor of its metrics."""
+  del params, step, metrics
   return extra
 
 
+def no_preparation(batch, frozen, extra):
+  """For algorithms that need nothing beside the batch."""
+  del frozen, extra
+  return batch
+
+
 class Algorithm(NamedTuple):
-  """An algorithm as pure functions.
+  """An algorithm as pure functions, and what it needs of a run.
 
   Attributes:
-    features: (params, frozen, batch, hparams) -> (moving, fixed), trees of
-      arrays whose first axis is the rows; `moving` is differentiated.
+    data: what its batches are made of, a key of run.feed.FEEDS: "sft", a kind
+      of comparison (losses.Loss.data), or a feed that samples the policy.
+    features: (params, frozen, batch, hparams, rng) -> (moving, fixed), trees of
+      arrays whose first axis is the rows; `moving` is differentiated. `rng` is
+      of the update: fold the example's id into it.
     combine: (moving, fixed, extra, hparams) -> Terms.
     prepare: (batch, frozen, extra) -> batch, without gradient: reference
       log-probs, advantages.
+    needs: names of what it reads beside log-probs, see losses.Loss.needs.
+    heads: names of scalar heads that it trains beside the model's tree; with
+      any, `params` is {"model": …, "value": …}, see run.trained.with_heads.
     batch_level: the examples of a batch are coupled, so `combine` must see the
       features of the whole global batch at once.
     extra: trained parameters -> what the state keeps between steps.
-    update: (extra, trained parameters, steps done) -> extra, after an update.
-    at_reference: (hparams, largest |Δ|) -> (lowest, at Δ = 0, highest) loss
-      where policy = reference up to rounding, or None if that depends on data.
-    rollout: (state, prompts, rng) -> examples, for on-policy algorithms.
+    update: (extra, trained parameters, steps done, metrics) -> extra, after an
+      update; metrics are those of the whole batch. An update that is refused
+      for not being finite changes nothing of it.
+    first: (hparams, largest |Δ|) -> (lowest, at Δ = 0, highest) loss at step 0,
+      where policy = reference up to rounding; None if that depends on data.
+    held_out: whether data.eval is measured by `combine`.
   """
 
+  data: str
   features: Callable
   combine: Callable
-  prepare: Callable
+  prepare: Callable = no_preparation
+  needs: frozenset = frozenset()
+  heads: tuple = ()
   batch_level: bool = False
   extra: Callable = no_extra
   update: Callable = no_update
-  at_reference: Callable | None = None
-  rollout: Callable | None = None
+  first: Callable | None = None
+  held_out: bool = True
 
   def objective(self, params, frozen, batch, hparams, extra=None):
-    """Terms of one prepared batch: `combine` of its `features`."""
-    moving, fixed = self.features(params, frozen, batch, hparams)
+    """Terms of one prepared batch at step 0: `combine` of its `features`."""
+    moving, fixed = self.features(params, frozen, batch, hparams, rng_of(0))
     return self.combine(moving, fixed, extra or {}, hparams)
 
 
-def on_adapter(algorithm, policy):
-  """The algorithm that trains an adapter on a frozen base.
+def rng_of(step):
+  """The typed key of update `step`, which depends on nothing else."""
+  return jax.random.fold_in(jax.random.key(0), step)
+
+
+def on(algorithm, policy):
+  """An algorithm of all parameters of a policy as one of what is trained.
 
   Args:
-    algorithm: Algorithm on all parameters of a policy.
-    policy: (base, adapter) -> the policy's parameters.
-  Returns: Algorithm whose `frozen` has the "base", the reference.
+    algorithm: Algorithm.
+    policy: (base or None, trained parameters) -> parameters of the policy.
+  Returns: Algorithm. Where `frozen` has the "base" of what is trained, it is
+    the reference too.
   """
 
-  def features(params, frozen, batch, hparams):
-    params = policy(frozen["base"], params)
-    return algorithm.features(params, frozen, batch, hparams)
+  def features(params, frozen, batch, hparams, rng):
+    params = policy(frozen.get("base"), params)
+    return algorithm.features(params, frozen, batch, hparams, rng)
 
   def prepare(batch, frozen, extra):
+    base = frozen.get("base")
     if "ref" in extra:
-      extra = {**extra, "ref": policy(frozen["base"], extra["ref"])}
-    return algorithm.prepare(batch, {"ref": frozen["base"]}, extra)
+      extra = {**extra, "ref": policy(base, extra["ref"])}
+    frozen = frozen if base is None else {"ref": base}
+    return algorithm.prepare(batch, frozen, extra)
 
   return algorithm._replace(features=features, prepare=prepare)
 
@@ -106,12 +133,6 @@ def numeric_fields(loss):
     elif not isinstance(value, str):
       fields[name] = value
   return fields
-
-
-def no_preparation(batch, frozen, extra):
-  """For algorithms that need nothing beside the batch."""
-  del frozen, extra
-  return batch
 
 
 def scored_mask(batch):

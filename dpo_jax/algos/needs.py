@@ -16,14 +16,14 @@ class Scored(NamedTuple):
     batch: rows, see data.rows; prepared.
     token_logps, ref_token_logps: f32[R, S] in nats; zeros without a reference.
     outputs: (hidden, Head) of the policy.
-    step: i32, updates done.
+    rng: typed key of the update.
   """
 
   batch: dict
   token_logps: jax.Array
   ref_token_logps: jax.Array
   outputs: Any
-  step: jax.Array
+  rng: jax.Array
 
 
 def of_completions(scored, values):
@@ -95,10 +95,10 @@ def _place(batch):
   return index - start
 
 
-def _random_rank(batch, step):
+def _random_rank(batch, rng):
   """i32[R, S]: the place of a token in a random order of its completion.
 
-  Drawn from the example's id, the completion, the token's place and the step:
+  Drawn from `rng`, the example's id, the completion and the token's place:
   never from where the example lies in a batch.
   """
   slot, place = batch["target_slot"], _place(batch)
@@ -106,10 +106,9 @@ def _random_rank(batch, step):
   example = jnp.repeat(batch["example_id"], count, axis=1)  # by slot
   known = jnp.minimum(slot, example.shape[1] - 1)
   example = jnp.take_along_axis(example, known, axis=1)
-  step_key = jax.random.fold_in(jax.random.key(0), step)
 
   def draw(example, completion, place):
-    key = step_key
+    key = rng
     for part in (example, completion, place):
       key = jax.random.fold_in(key, part)
     return jax.random.uniform(key)
@@ -129,10 +128,10 @@ NEEDS = {
   "prefix_logps": lambda s: _first(s, s.token_logps, _place(s.batch)),
   "ref_prefix_logps": lambda s: _first(s, s.ref_token_logps, _place(s.batch)),
   "common_logps": lambda s: _first(
-    s, s.token_logps, _random_rank(s.batch, s.step)
+    s, s.token_logps, _random_rank(s.batch, s.rng)
   ),
   "ref_common_logps": lambda s: _first(
-    s, s.ref_token_logps, _random_rank(s.batch, s.step)
+    s, s.ref_token_logps, _random_rank(s.batch, s.rng)
   ),
   "sum_sq_probs": sum_sq_probs,
   "sequence_kl": sequence_kl,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dpo_jax.algos import base, diagnostics
 from dpo_jax.algos import needs as needs_lib
-from dpo_jax.algos import terms as parts_lib
+from dpo_jax.algos import terms as terms_lib
 from dpo_jax.data.read import sources
 from dpo_jax.ops import logprobs
 
@@ -26,9 +26,9 @@ def make(config, apply):
     config: reads loss, ref, ref_mix, ref_every, lora, data and log.tokens.
     apply: (params, batch) -> (hidden, Head).
   """
-  parts = parts_lib.of(config.loss)
+  parts = terms_lib.of(config.loss)
   wanted = {name for part in parts for name in part.loss.needs}
-  parts_lib.check_reference(config, parts, wanted)
+  terms_lib.check_reference(config, parts, wanted)
   with_ref = config.ref != "none"
   specs = filter(None, (config.data.train, config.data.eval))
   count = max((len(sources.parse(spec)) for spec in specs), default=1)
@@ -45,11 +45,13 @@ def make(config, apply):
     "tokens": config.log.tokens,
   }
   return base.Algorithm(
+    data=terms_lib.kind_of(config.loss),
     features=functools.partial(features, apply=apply, **options),
     combine=functools.partial(
       combine, parts=parts, sources_count=count, with_ref=with_ref
     ),
     prepare=prepare,
+    needs=frozenset(wanted),
     batch_level=any(part.loss.batch_level for part in parts),
     extra=functools.partial(
       _extra, ema=config.ref == "ema", kept="running" in wanted
@@ -59,7 +61,7 @@ def make(config, apply):
     )
     if config.ref == "ema"
     else base.no_update,
-    at_reference=functools.partial(_at_reference, parts=parts),
+    first=functools.partial(_first, parts=parts),
   )
 
 
@@ -89,7 +91,7 @@ def reference_logps(batch, frozen, extra, *, apply, outputs):
 
 
 def features(
-  params, frozen, batch, hparams, *, apply, wanted, with_ref, tokens
+  params, frozen, batch, hparams, rng, *, apply, wanted, with_ref, tokens
 ):
   """What the losses read of each comparison.
 
@@ -100,13 +102,14 @@ def features(
     params: the policy.
     frozen: unused here; `prepare` has read the reference from it.
     batch: rows with ref_token_logps, see data.rows.
-    hparams: reads "step".
+    hparams: unused here; `combine` reads them.
+    rng: of this update, for losses that draw tokens.
     wanted: names of needs.NEEDS.
     tokens: whether to add the entropy and the top-1 hits of the scored tokens.
   Returns: (moving, fixed): dicts of arrays [R, Q, …]; losses are differentiated
     through `moving` alone.
   """
-  del frozen
+  del frozen, hparams
   outputs = apply(params, batch)
   if tokens:
     token_logps, *more = base.head_scores(outputs, batch)
@@ -114,8 +117,7 @@ def features(
     token_logps, more = base.head_logps(outputs, batch), ()
   # Without a reference the log-ratio of the loss is the policy's own log-prob.
   ref = batch["ref_token_logps"] if with_ref else jnp.zeros_like(token_logps)
-  step = hparams.get("step", 0)
-  scored = needs_lib.Scored(batch, token_logps, ref, outputs, step)
+  scored = needs_lib.Scored(batch, token_logps, ref, outputs, rng)
   pairs, count = batch["pairs"], base.completions(batch)
   ended = batch["ended"].reshape(batch["ended"].shape[0], -1)
   values = {
@@ -218,13 +220,15 @@ def _extra(params, *, ema, kept):
   return extra
 
 
-def _follow(extra, params, step, *, mix, every):
+def _follow(extra, params, step, metrics, *, mix, every):
   """The reference that follows the policy (TR-DPO).
 
       every `every` steps  π_ref ← α π + (1 − α) π_ref,  α = `mix`
 
   Source: arXiv:2404.09656.
   """
+
+  del metrics
 
   def blend(ref, new):
     mixed = mix * new.astype(jnp.float32) + (1 - mix) * ref.astype(jnp.float32)
@@ -233,7 +237,7 @@ def _follow(extra, params, step, *, mix, every):
   return {**extra, "ref": jax.tree.map(blend, extra["ref"], params)}
 
 
-def _at_reference(hparams, noise, *, parts):
+def _first(hparams, noise, *, parts):
   """The loss where policy = reference, and how far rounding may move it.
 
   Args:

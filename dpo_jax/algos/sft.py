@@ -16,18 +16,18 @@ def make(config, apply):
   if config.ref != "none":
     raise ValueError(f"ref = {config.ref!r} has no effect with algo 'sft'")
   return base.Algorithm(
-    functools.partial(features, apply=apply, tokens=config.log.tokens),
-    combine,
-    base.no_preparation,
+    data="sft",
+    features=functools.partial(features, apply=apply, tokens=config.log.tokens),
+    combine=combine,
   )
 
 
-def features(params, frozen, batch, hparams, *, apply, tokens):
+def features(params, frozen, batch, hparams, rng, *, apply, tokens):
   """Log-prob, length and weight of every completion, f32[R, P·C].
 
   With `tokens` the sums of entropy and top-1 hits too.
   """
-  del frozen, hparams
+  del frozen, hparams, rng
   outputs, more = apply(params, batch), ()
   if tokens:
     token_logps, *more = base.head_scores(outputs, batch)

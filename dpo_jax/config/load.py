@@ -1,6 +1,7 @@
 """A config from its file: argument, overrides, points of a sweep."""
 
 import ast
+import collections
 import copy
 import functools
 import importlib.util
@@ -141,3 +142,12 @@ def at(config, overrides):
         f"{node.get_type(name).__name__}"
       ) from error
   return config
+
+
+def plain(section):
+  """A section of a config as an immutable NamedTuple of its fields."""
+  fields = {
+    key: plain(value) if hasattr(value, "items") else value
+    for key, value in section.items()
+  }
+  return collections.namedtuple("Section", fields)(**fields)

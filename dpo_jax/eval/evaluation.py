@@ -9,7 +9,8 @@ from etils import epath
 
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.eval import frontier
-from dpo_jax.run import build, forward, held_out
+from dpo_jax.run import forward
+from dpo_jax.run import held_out as held_out_lib
 from dpo_jax.train import state as state_lib
 
 # Fields that change neither the policy nor what is measured of it.
@@ -21,20 +22,25 @@ _NO_MATTER = (
 )
 
 
-def evaluate(setup, params, ref, workdir, made):
+def asked_for(run):
+  """Whether a base.Measured names anything to evaluate on."""
+  return run.held_out is not None or run.setup.sample.prompts is not None
+
+
+def evaluate(run, params, base, workdir, made):
   """Writes evaluation.json, and samples.jsonl where there are prompts.
 
   Args:
-    setup: build.Setup.
-    params, ref: placed parameters of policy and reference.
+    run: base.Measured, or a Run.
+    params: what was trained, placed.
+    base: what it started from, of trained.initial; also the reference.
     workdir: run folder.
     made: plain dict of how the policy was made, as `done` compares it; "step"
       is the updates behind `params`.
   Returns: the content of evaluation.json.
   Raises: ValueError if the config names nothing to evaluate on.
   """
-  config = setup.config
-  if config.data.eval is None and config.sample.prompts is None:
+  if not asked_for(run):
     raise ValueError(
       "nothing to evaluate on: set data.eval (held-out comparisons) or "
       "sample.prompts (prompts to continue)"
@@ -42,11 +48,12 @@ def evaluate(setup, params, ref, workdir, made):
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   result = dict(made)
-  if config.data.eval is not None:
-    result["comparisons"] = _held_out(setup, params, ref, workdir)
-    result["count"] = build.held_out_loader(setup)[0].comparisons
-  if config.sample.prompts is not None:
-    summary, rows = frontier.measure(setup, params, ref)
+  if run.held_out is not None:
+    result["comparisons"] = _held_out(run, params, base, workdir)
+    result["count"] = run.held_out.loader()[0].comparisons
+  if run.setup.sample.prompts is not None:
+    policy = run.setup.trained.model(base, params)
+    summary, rows = frontier.measure(run.setup, policy, base)
     result |= summary
     if jax.process_index() == 0:
       _write(
@@ -54,7 +61,7 @@ def evaluate(setup, params, ref, workdir, made):
         "".join(json.dumps(row) + "\n" for row in rows),
       )
   # Written last: it says that the point is done, and with which config.
-  result["config"] = config.to_dict()
+  result["config"] = run.setup.asked
   if jax.process_index() == 0:
     text = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n"
     _write(workdir / "evaluation.json", text)
@@ -73,14 +80,14 @@ def made_of(step, data, ref):
   return {"step": step, "data": data, "reference": sums}
 
 
-def done(config, workdir, made):
-  """Whether `workdir` holds the evaluation that `config` asks for.
+def done(asked, workdir, made):
+  """Whether `workdir` holds the evaluation that a config asks for.
 
   Not if it was evaluated in another way, after fewer steps, or if data or
   reference are others now: training again says what is to be done about that.
 
   Args:
-    config: ConfigDict.
+    asked: the config as plain values.
     workdir: run folder.
     made: what `evaluate` was given, or would be.
   Raises: ValueError if the policy there is of another config.
@@ -91,24 +98,23 @@ def done(config, workdir, made):
   there = json.loads(path.read_text())
   if any(there.get(name) != value for name, value in made.items()):
     return False
-  saved, now = saved_lib.upgraded(there["config"]), config.to_dict()
-  saved_lib.check_config(saved, now, workdir)
-  return not saved_lib.differences(saved, now, _NO_MATTER)
+  there = saved_lib.upgraded(there["config"])
+  saved_lib.check_config(there, asked, workdir)
+  return not saved_lib.differences(there, asked, _NO_MATTER)
 
 
-def _held_out(setup, params, ref, workdir):
-  config = setup.config
-  loader, _ = build.held_out_loader(setup)
-  if config.ref == "cached":
-    forward.attach_reference(setup, ref, loader, workdir)
-  zero = jnp.zeros((), jnp.int32)
-  frozen = {"ref": ref} if config.ref in ("frozen", "base") else {}
-  algorithm = build.make_algorithm(setup)
+def _held_out(run, params, base, workdir):
+  setup, held_out = run.setup, run.held_out
+  if run.reference.cached:
+    store = run.reference.store or workdir / "ref_logps"
+    loader, _ = held_out.loader()
+    forward.attach_reference(setup, base, loader, store)
   # Measured from what the run began with, also where its reference moved on.
-  extra = algorithm.extra(ref)
+  start = setup.trained.init(base, jax.random.key(setup.source.seed))
+  extra, zero = held_out.algorithm.extra(start), jnp.zeros((), jnp.int32)
+  frozen = setup.trained.frozen(base)
   state = state_lib.TrainState(zero, params, {}, frozen, extra, zero)
-  hparams = build.hyper_params(config)
-  return held_out.evaluate(setup, algorithm, state, hparams, "policy")
+  return held_out_lib.evaluate(setup, held_out, state)
 
 
 def _plain(value):

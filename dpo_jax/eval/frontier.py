@@ -12,10 +12,10 @@ from dpo_jax.train import log
 
 
 def measure(setup, params, ref):
-  """Samples of a policy for the prompts of `config.sample`, and what they tell.
+  """Samples of a policy for `sample.prompts`, and what they tell.
 
   Args:
-    setup: build.Setup; config.sample says which prompts, how many draws and
+    setup: base.Setup; `sample` says which prompts, how many draws and
       which scorers.
     params, ref: placed parameters of policy and reference.
   Returns: (summary, rows). summary: "samples", "means" ({"mean", "se"} of every
@@ -24,7 +24,7 @@ def measure(setup, params, ref):
     samples are not the policy's. rows: a dict a sample, as generate.describe
     with "kl" and "log_ratio".
   """
-  options = setup.config.sample
+  options = setup.sample
   scorers = rewards.load_all(options.scorers)
   given = generate.prompts(setup)
   batches = -(-len(given) * options.draws // options.batch_size)

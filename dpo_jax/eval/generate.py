@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dpo_jax.data.read import pairs, sources
 from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import rewards
-from dpo_jax.models import sample
 from dpo_jax.ops import reduce
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.train import log
@@ -39,11 +38,11 @@ class Draw(NamedTuple):
 
 
 def prompts(setup):
-  """The prompts of `config.sample`: list of (text, ids), seeded and distinct.
+  """The prompts of `sample.prompts`: list of (text, ids), seeded and distinct.
 
   Raises: ValueError if there is no source of prompts, or none is usable.
   """
-  config, options = setup.config, setup.config.sample
+  options = setup.sample
   if options.prompts is None:
     raise ValueError(
       "sample.prompts is not set; give a source of prompts, for example "
@@ -51,7 +50,7 @@ def prompts(setup):
     )
   if any(w != 1 for w, _ in sources.parse(options.prompts, "sample.prompts")):
     raise ValueError("sample.prompts: weights have no effect; leave them out")
-  policy = sources.Policy(config.data.bad_records)
+  policy = sources.Policy(setup.data.bad_records)
   form = "prompt" if options.prefix is None else "sft"
   records = sources.load(options.prompts, form, policy, "sample.prompts")
   if options.prefix is None:
@@ -66,7 +65,7 @@ def prompts(setup):
   texts = list(dict.fromkeys(texts))
   order = np.random.default_rng(options.seed).permutation(len(texts))
   chosen = [texts[i] for i in order[: options.count]]
-  out = tokenize.prompts(chosen, setup.tokenizer, config.data, policy)
+  out = tokenize.prompts(chosen, setup.tokenizer, setup.data, policy)
   if not out:
     raise ValueError(
       f"sample.prompts = {options.prompts}: no usable prompt (skipped: "
@@ -82,14 +81,14 @@ def draws(setup, params, given, *, skip=0):
   it is drawn in, so a run that stopped goes on with `skip`.
 
   Args:
-    setup: build.Setup.
+    setup: base.Setup.
     params: placed parameters of the policy.
     given: list of (text, ids), as `prompts` returns.
     skip: draws that are there already.
   """
   if jax.process_count() > 1:
     raise ValueError("sampling runs in one process; sample the run afterwards")
-  options, eos = setup.config.sample, setup.tokenizer.eos_id
+  options, eos = setup.sample, setup.tokenizer.eos_id
   ways = mesh_lib.row_parallelism(setup.mesh)
   size = -(-options.batch_size // ways) * ways
   work = [
@@ -98,7 +97,7 @@ def draws(setup, params, given, *, skip=0):
     for k in range(options.draws)
   ][skip:]
   longest = max(len(ids) for _, ids in given)
-  compiled = setup.once("sample", lambda: sample.compiled(setup.model))
+  compiled = setup.programs.sample
   sharding = NamedSharding(setup.mesh, PartitionSpec(reduce.ROWS))
   for start in range(0, len(work), size):
     here = work[start : start + size]
@@ -138,14 +137,14 @@ def write(setup, params, identity, workdir):
   sample.labels other than "none" the comparisons go to `pairs.jsonl`.
 
   Args:
-    setup: build.Setup.
+    setup: base.Setup.
     params: placed parameters of the policy.
     identity: plain dict of what the draws depend on.
     workdir: folder.
   Returns: list of dicts, one a draw, as in the file.
   Raises: ValueError if the folder holds draws of something else.
   """
-  options = setup.config.sample
+  options = setup.sample
   scorers = rewards.load_all(options.scorers)
   if options.labels != "none" and not scorers:
     raise ValueError("sample.labels needs a scorer: set sample.scorers")

@@ -199,17 +199,19 @@ def _only_logit(logits):
 
 
 def _implicit(folder):
-  config = saved.saved_config(folder)
-  if "beta" not in config.loss:
+  config = saved.saved_config(folder).lock()
+  ours = jax.config.jax_default_matmul_precision
+  setup = build.prepare_model(config)
+  jax.config.update("jax_default_matmul_precision", ours)
+  beta = setup.asked["loss"].get("beta")
+  if beta is None:
     raise ValueError(f"scorer implicit:{folder}: its loss has no β")
   # As much as the model can read: a reward of part of a text is another's.
-  room = trained.shape(config)[0].max_positions - config.data.max_prompt_length
-  config.data.max_completion_length = room
-  ours = jax.config.jax_default_matmul_precision
-  setup = build.prepare_model(config.lock())
-  jax.config.update("jax_default_matmul_precision", ours)
+  room = setup.model.config.max_positions - setup.data.max_prompt_length
+  limits = setup.data._replace(max_completion_length=room)
   ref = trained.initial(setup)
-  policy = trained.saved(setup, ref, folder)
+  params = trained.restored(setup, ref, folder)
+  policy = setup.trained.model(ref, params)
 
   def score(prompts, completions):
     records = [
@@ -217,21 +219,21 @@ def _implicit(folder):
       for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
     ]
     examples, changed = tokenize.encode(
-      records, setup.tokenizer, config.data, sources.Policy("error")
+      records, setup.tokenizer, limits, sources.Policy("error")
     )
     cut = changed["completion cut"] + changed["prompt cut"]
     if cut:
       raise ValueError(
         f"scorer implicit:{folder}: {cut} texts are longer than its model can "
-        f"read: {config.data.max_prompt_length} tokens of prompt, {room} after"
+        f"read: {limits.max_prompt_length} tokens of prompt, {room} after"
       )
     loader = forward.loader_of(setup, examples)
     ratios = np.zeros(len(examples))
     for params, sign in ((policy, 1.0), (ref, -1.0)):
-      with jax.default_matmul_precision(config.precision):
+      with jax.default_matmul_precision(setup.precision):
         for index, logps in forward.token_logps(setup, params, loader):
           ratios[index] += sign * math.fsum(logps)
-    return config.loss.beta * ratios
+    return beta * ratios
 
   return score
 

@@ -1,81 +1,36 @@
-"""A config made into functions and data: what a run needs before it starts."""
+"""A config made into functions and data, once: what a run is before it starts.
+
+    prepare_model   a model on its devices, and what is trained of it
+    prepare         and the data, the algorithm, the optimiser: a Run
+
+After this only what saves the config reads it.
+"""
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dpo_jax import algos, lookup
 from dpo_jax.algos import base
-from dpo_jax.data.batch import loader as loader_lib
-from dpo_jax.data.batch import order, rows
-from dpo_jax.data.read import sources
-from dpo_jax.data.tokens import corpus, tokenize
-from dpo_jax.models import config as model_config
-from dpo_jax.models import decoder
+from dpo_jax.config import load, origin, saved
+from dpo_jax.data.tokens import comparisons
+from dpo_jax.models import decoder, lora, sample
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.run import checks, memory, trained
+from dpo_jax.run import base as plain
+from dpo_jax.run import checks, feed, forward, held_out, memory, together
+from dpo_jax.run import model as model_lib
+from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import optim
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 
 
-class Setup(NamedTuple):
-  """A model on its devices, before any data.
-
-  Attributes:
-    config: the locked ConfigDict.
-    mesh, mode: where and how steps run.
-    model: decoder.Model.
-    tokenizer: tokenize.Tokenizer.
-    cache: what was built once and serves again, by name: compiled functions,
-      the held-out loader. The points of a sweep share it.
-  """
-
-  config: Any
-  mesh: jax.sharding.Mesh
-  mode: str
-  model: decoder.Model
-  tokenizer: tokenize.Tokenizer
-  cache: dict
-
-  def once(self, name, make):
-    """cache[name], made by `make()` the first time."""
-    if name not in self.cache:
-      self.cache[name] = make()
-    return self.cache[name]
-
-
-class Run(NamedTuple):
-  """Everything a config builds, before the first step.
-
-  Attributes:
-    setup: Setup.
-    loader: of the training data; `about` describes it in a line.
-    total: updates of the run.
-    algorithm: base.Algorithm.
-    optimizer: optim.Optimizer.
-    hparams: traced scalars.
-    identity: the config and a fingerprint of the data, as plain values: what a
-      run that resumes must share.
-  """
-
-  setup: Setup
-  loader: loader_lib.Loader
-  about: str
-  total: int
-  algorithm: base.Algorithm
-  optimizer: optim.Optimizer
-  hparams: dict
-  identity: dict
-
-
 def check(config):
   """Refuses values that no run can have, before anything is built."""
   checks.values(config)
-  lookup.lookup(algos.ALGOS, config.algo, "algo")(config, apply=None)
+  algos.make(config, apply=None)
 
 
 def prepare_model(config):
@@ -85,20 +40,97 @@ def prepare_model(config):
   """
   checks.values(config)
   jax.config.update("jax_default_matmul_precision", config.precision)
+  return setup_on(config, *mesh_of(config))
+
+
+def mesh_of(config):
+  """(mesh, mode) of a config."""
   mode = lookup.lookup(run_lib.MODES, config.mesh.mode, "mesh.mode")
   mesh = mesh_lib.make(config.mesh)
   if mode == "pmap" and config.mesh.fsdp * config.mesh.tensor > 1:
     raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
   if mode == "pmap" and jax.process_count() > 1:
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
-  model, tokenizer = trained.build_model(config)
-  device = mesh.devices.flat[0]
-  model = decoder.with_kernel(
-    model, device, config.data.shared, config.sweep.together
+  return mesh, mode
+
+
+def setup_on(config, mesh, mode):
+  """The Setup of a config on a mesh.
+
+  Args:
+    mode: of run.MODES.
+  """
+  data = load.plain(config.data)
+  model, tokenizer = model_lib.build(
+    config.model.to_dict(),
+    config.init_from,
+    config.tokenizer,
+    data.max_prompt_length + data.max_completion_length,
   )
-  rows_at_most = -(-config.data.batch_size // mesh_lib.row_parallelism(mesh))
-  model = memory.forward_only(model, config, rows_at_most)
-  return Setup(config, mesh, mode, model, tokenizer, {})
+  points = config.sweep.together
+  model = decoder.with_kernel(model, mesh.devices.flat[0], data.shared, points)
+  rows_at_most = -(-data.batch_size // mesh_lib.row_parallelism(mesh))
+  asked = memory.Asked(config.model.remat, config.model.head_chunk, points)
+  model = memory.forward_only(model, asked, rows_at_most)
+  heads = algos.make(config, apply=None).heads
+  setup = plain.Setup(
+    mesh=mesh,
+    mode=mode,
+    model=model,
+    tokenizer=tokenizer,
+    trained=trained_of(config, model, heads),
+    source=source_of(config, model),
+    programs=None,
+    data=data,
+    sample=load.plain(config.sample),
+    compute=asked,
+    precision=config.precision,
+    asked=config.to_dict(),
+  )
+  return setup._replace(programs=_programs(setup))
+
+
+def _programs(setup):
+  """The Programs of a Setup."""
+  mesh, apply = setup.mesh, setup.model.apply
+  shapes = trained_lib.model_shapes(setup)
+  return plain.Programs(
+    init=run_lib.jitted(
+      setup.model.init, jax.tree.map(lambda x: x.sharding, shapes)
+    ),
+    token_logps=run_lib.forward(
+      functools.partial(base.token_logps, apply), mesh
+    ),
+    token_kl=run_lib.forward(functools.partial(forward.kl, apply), mesh),
+    sample=sample.compiled(setup.model),
+  )
+
+
+def trained_of(config, model, heads):
+  """What a config trains of a model: the trained.Trained."""
+  if config.lora is None:
+    keeps = config.ref == "frozen"
+    trained = trained_lib.whole(keeps_reference=keeps)
+  else:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    lookup.lookup(lora.BASES, config.lora.base, "lora.base")
+    trained = trained_lib.adapter(shapes, load.plain(config.lora))
+  return trained_lib.with_heads(trained, heads, model.config.embed)
+
+
+def source_of(config, model):
+  """Where the base of a config comes from: the trained.Source."""
+  run, held = None, "float32"
+  if config.lora is not None:
+    held = lookup.lookup(lora.BASES, config.lora.base, "lora.base")
+  if config.init_from and origin.parse(config.init_from)[0] is None:
+    other = saved.saved_config(config.init_from)
+    heads = algos.make(other, apply=None).heads
+    trained = trained_of(other, model, heads)
+    run = trained, source_of(other, model), other.to_dict()
+  return trained_lib.Source(
+    config.init_from, config.init_adapter, config.init_seed, held, run
+  )
 
 
 def prepare(config):
@@ -107,112 +139,127 @@ def prepare(config):
   Raises: ValueError for what the user can mend.
   """
   setup = prepare_model(config)
-  trained_algorithm(setup)  # refuses what it cannot do before data are read
-  rows_at_once = (
-    mesh_lib.row_parallelism(setup.mesh) * config.train.accumulation
+  # Refuses what it cannot do before data are read.
+  algorithm = algorithm_of(config, setup)
+  make_feed = lookup.lookup(FEEDS, algorithm.data, "the algorithm's data")
+  source = make_feed(config, setup, algorithm)
+  total = total_steps(config, source.epoch)
+  optimizer = optim.make(config.optim, total)
+  shapes = trained_lib.trained_shapes(setup)
+  checks.freeze(config.optim.freeze, shapes, optimizer)
+  largest = max(source.shapes, key=lambda shape: shape.length)
+  setup, choice = memory.fitted(
+    setup, optimizer, largest, config.train.accumulation, algorithm.extra
   )
-  loader, about = build_loader(
-    config,
-    setup.tokenizer,
-    setup.model.config,
-    config.data.train,
-    training=True,
-    row_multiple=rows_at_once,
+  algorithm = algorithm_of(config, setup)  # of the model as it fits
+  run = plain.Run(
+    setup=setup,
+    feed=source,
+    held_out=held_out_of(config, setup, algorithm),
+    reference=reference_of(config),
+    about=(_about_loss(config), f"{source.about}; {choice}"),
+    total=total,
+    accumulation=config.train.accumulation,
+    algorithm=algorithm,
+    optimizer=optimizer,
+    hparams=hyper_params(config),
+    identity=config.to_dict() | {"data_fingerprint": source.fingerprint},
+    rhythm=rhythm_of(config),
+    create=None,
+    step=None,
+    stacked_step=None,
+  )
+  return _compiled(run)
+
+
+def prepare_measured(config):
+  """The base.Measured of a config; reads no data of the training."""
+  setup = prepare_model(config)
+  algorithm = algorithm_of(config, setup)
+  return plain.Measured(
+    setup, held_out_of(config, setup, algorithm), reference_of(config)
+  )
+
+
+def algorithm_of(config, setup):
+  """The Algorithm of a config, of what is trained."""
+  algorithm = algos.make(config, setup.model.apply)
+  return base.on(algorithm, setup.trained.policy)
+
+
+def loader_feed(config, setup, algorithm):
+  """The Feed of data.train: shuffled, endless, by a Loader."""
+  ways = mesh_lib.row_parallelism(setup.mesh) * config.train.accumulation
+  loader, about = feed.load(
+    *(setup, algorithm, config.data.train, "data.train", ways),
+    steps=functools.partial(total_steps, config),
   )
   about += "; " + decoder.attention_line(
     *(config.model.attention, setup.model, setup.mesh.devices.flat[0]),
-    *(config.data.shared, loader.shapes, (rows_at_once, config.mesh.tensor)),
+    *(config.data.shared, loader.shapes, (ways, config.mesh.tensor)),
   )
-  total = total_steps(config, loader.size)
-  optimizer = optim.make(config.optim, total)
-  shapes = trained.trained_shapes(setup)
-  checks.freeze(config.optim.freeze, shapes, optimizer)
-  largest = max(loader.shapes, key=lambda shape: shape.length)
-  setup, choice = memory.fitted(
-    setup, optimizer, largest, config.train.accumulation
+  return feed.of_loader(loader, about, setup.mesh, setup.mode)
+
+
+# Where batches come from, by the `data` of an algorithm: functions of (config,
+# Setup, Algorithm of what is trained).
+FEEDS = dict.fromkeys(comparisons.FORMS, loader_feed)
+
+
+def held_out_of(config, setup, algorithm):
+  """The HeldOut of a config; None if it names no data.eval."""
+  if config.data.eval is None or not algorithm.held_out:
+    return None
+  rows = mesh_lib.row_parallelism(setup.mesh)
+  read = functools.partial(
+    feed.load, setup, algorithm, config.data.eval, "data.eval", rows
   )
-  about += f"; {choice}"
-  return Run(
-    setup=setup,
-    loader=loader,
-    about=about,
-    total=total,
-    algorithm=trained_algorithm(setup),
-    optimizer=optimizer,
+  sums = step_lib.sums(algorithm, axis_name=run_lib.axis_name(setup.mode))
+  return held_out.HeldOut(
+    loader=functools.cache(read),
+    algorithm=algorithm,
     hparams=hyper_params(config),
-    identity=config.to_dict() | {"data_fingerprint": loader.fingerprint},
+    sums=run_lib.evaluator(sums, setup.mesh, setup.mode),
   )
 
 
-def make_algorithm(setup):
-  """The Algorithm that `config.algo` names, of all parameters."""
-  make = lookup.lookup(algos.ALGOS, setup.config.algo, "algo")
-  return make(setup.config, setup.model.apply)
+def reference_of(config):
+  """The Reference of a config."""
+  return plain.Reference(
+    name=config.ref,
+    cached=config.ref == "cached",
+    store=config.ref_store,
+    in_step=config.ref in ("frozen", "base", "ema"),
+    kept=config.ref != "none" or config.lora is not None,
+  )
 
 
-def trained_algorithm(setup):
-  """The Algorithm of what is trained: of an adapter, where there is one."""
-  algorithm = make_algorithm(setup)
-  if setup.config.lora is None:
-    return algorithm
-  return base.on_adapter(algorithm, functools.partial(trained.policy, setup))
+def rhythm_of(config):
+  """The Rhythm of a config."""
+  return plain.Rhythm(
+    log=config.log.every,
+    evaluate=config.eval.every,
+    save=config.checkpoint.every,
+    keep=config.checkpoint.keep,
+    max_noise=config.train.max_noise,
+    max_skipped=config.train.max_skipped,
+    trace=config.log.profile,
+    trackers=load.plain(config.log),
+  )
 
 
-def build_loader(config, tokenizer, shape, spec, *, training, row_multiple):
-  """A Loader of one data set and a line that describes it.
-
-  Args:
-    shape: ModelConfig, for its windows.
-    spec: of the data.
-    training: shuffled, endless; or one pass in order.
-    row_multiple: of the rows of a batch.
-  """
-  policy = sources.Policy(config.data.bad_records)
-  field = "data.train" if training else "data.eval"
-  kind = algos.kind_of(config)
-  weights = tuple(weight for weight, _ in sources.parse(spec, field))
-  scored = "scores" in algos.needs_of(config)
-  examples, changed, cached = corpus.load(
-    *(spec, field, kind, scored, tokenizer, config.data, policy),
-    loud=jax.process_index() == 0,
+def step_of(config, algorithm):
+  """(step body, Optimizer) of a config whose length needs no data."""
+  if config.train.steps is None:
+    raise ValueError("set train.steps: the schedule of a train step needs it")
+  optimizer = optim.make(config.optim, config.train.steps)
+  body = step_lib.make(
+    algorithm,
+    optimizer,
+    accumulation=config.train.accumulation,
+    axis_name=run_lib.axis_name(config.mesh.mode),
   )
-  layout = rows.Layout(
-    config.data.packed,
-    config.data.shared,
-    row_multiple,
-    config.data.max_row_length,
-  )
-  size = order.epoch_size(order.mixture(examples.source, weights))
-  loader = loader_lib.Loader(
-    examples,
-    layout,
-    batch_size=config.data.batch_size,
-    seed=config.data.seed if training else None,
-    budget=config.data.max_shapes,
-    multiple=config.data.shape_multiple,
-    steps=total_steps(config, size) if training else None,
-    windows=shape.windows,
-    weights=weights,
-  )
-  notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
-  if size != len(examples):
-    notes["examples per epoch"] = size
-  shapes = ", ".join(
-    f"R{s.rows} T{s.length} S{s.scored} P{s.per_row} E{s.tile}"
-    for s in loader.shapes
-  )
-  about = (
-    f"{spec}: {len(examples)} examples, {loader.comparisons} comparisons; "
-    f"shapes {shapes}; fill {loader.fill:.2f}"
-  )
-  if notes:
-    about += "; " + ", ".join(f"{n} {what}" for what, n in notes.items())
-  if len(weights) > 1:
-    named = enumerate(part for _, part in sources.parse(spec, field))
-    about += "; " + ", ".join(f"source{k} is {part}" for k, part in named)
-  if cached is not None:
-    about += f"; tokens in {cached}"
-  return loader, about
+  return body, optimizer
 
 
 def total_steps(config, size):
@@ -230,6 +277,32 @@ def hyper_params(config):
   return {k: jnp.float32(v) for k, v in numeric.items()}
 
 
+def sharing(config, run):
+  """The Run of a config that differs from another's in traced fields alone.
+
+  And in init_seed. Data and compiled functions are shared.
+  """
+  checks.values(config)
+  setup, hparams = run.setup, hyper_params(config)
+  measured = run.held_out and run.held_out._replace(hparams=hparams)
+  return run._replace(
+    setup=setup._replace(
+      source=setup.source._replace(seed=config.init_seed),
+      asked=config.to_dict(),
+    ),
+    held_out=measured,
+    about=(_about_loss(config), run.about[1]),
+    hparams=hparams,
+    identity=config.to_dict() | {"data_fingerprint": run.feed.fingerprint},
+  )
+
+
+def _about_loss(config):
+  fields = saved.flatten(config.loss.to_dict())
+  named = "".join(f", {k} {v}" for k, v in fields.items() if k != "name")
+  return f"loss {config.loss.name}{named}; reference {config.ref}"
+
+
 def initial_state(run, initial):
   """A TrainState at step 0.
 
@@ -238,101 +311,38 @@ def initial_state(run, initial):
     initial: of trained.initial. It is the frozen part where that is needed, and
       copied where it is trained, since a step donates what it trains.
   """
-  setup = run.setup
+  state = run.create(initial, jax.random.key(run.setup.source.seed))
+  return state.replace(frozen=run.setup.trained.frozen(initial))
 
-  def create(params):
-    params = jax.tree.map(jnp.copy, params)
+
+def _compiled(run):
+  """The Run with its compiled functions."""
+  setup = run.setup
+  body = step_lib.make(
+    run.algorithm,
+    run.optimizer,
+    accumulation=run.accumulation,
+    axis_name=run_lib.axis_name(setup.mode),
+  )
+
+  def create(initial, rng):
+    params = jax.tree.map(jnp.copy, setup.trained.init(initial, rng))
     extra = run.algorithm.extra(params)
     return state_lib.create(params, run.optimizer, {}, extra)
 
-  def build():
-    shapes = trained.sharded(setup, jax.eval_shape(create, params))
-    return run_lib.jitted(create, jax.tree.map(lambda x: x.sharding, shapes))
+  start = trained_lib.base_shapes(setup), jax.random.key(0)
+  state = trained_lib.sharded(setup, jax.eval_shape(create, *start))
+  shardings = jax.tree.map(lambda x: x.sharding, state)
 
-  params = initial if setup.config.lora is None else trained.adapter(setup)
-  state = setup.once("create", build)(params)
-  return state.replace(frozen=frozen(setup, initial))
+  @functools.cache
+  def stacked_step(count, shared):
+    return run_lib.parallelize(
+      together.over_points(body, count, shared=shared),
+      *(setup.mesh, setup.mode, together.stacked_shapes(state, count)),
+    )
 
-
-def frozen(setup, initial):
-  """The part of a TrainState that is never trained nor saved."""
-  if setup.config.lora is not None:
-    return {"base": initial}
-  return {"ref": initial} if setup.config.ref == "frozen" else {}
-
-
-def place_batch(setup, loader, number):
-  """Batch `number` of a loader on the mesh, and its Stats."""
-  batch, stats = loader.batch(
-    number, functools.partial(mesh_lib.local_rows, setup.mesh)
+  return run._replace(
+    create=run_lib.jitted(create, shardings),
+    step=run_lib.parallelize(body, setup.mesh, setup.mode, state),
+    stacked_step=stacked_step,
   )
-  return run_lib.place_batch(batch, setup.mesh, setup.mode), stats
-
-
-def train_step(run, state):
-  """The compiled step over the mesh; donates its state."""
-  setup = run.setup
-
-  def build():
-    return run_lib.parallelize(step_body(run), setup.mesh, setup.mode, state)
-
-  return setup.once("step", build)
-
-
-def step_body(run):
-  """The step of one run, not yet compiled."""
-  return step_lib.make(
-    run.algorithm,
-    run.optimizer,
-    accumulation=run.setup.config.train.accumulation,
-    axis_name=run_lib.axis_name(run.setup.mode),
-  )
-
-
-def held_out_sums(setup, algorithm, of):
-  """The compiled (state, batch, hparams) -> sums of train.step.sums.
-
-  Args:
-    of: what the algorithm trains, "adapter" or "policy": each is compiled once.
-  """
-
-  def build():
-    sums = step_lib.sums(algorithm, axis_name=run_lib.axis_name(setup.mode))
-    return run_lib.evaluator(sums, setup.mesh, setup.mode)
-
-  return setup.once(f"sums of {of}", build)
-
-
-def held_out_loader(setup):
-  """(Loader, line about it) of data.eval."""
-  return setup.once(
-    "held out",
-    lambda: build_loader(
-      setup.config,
-      setup.tokenizer,
-      setup.model.config,
-      setup.config.data.eval,
-      training=False,
-      row_multiple=mesh_lib.row_parallelism(setup.mesh),
-    ),
-  )
-
-
-def step_flops(run, stats):
-  """FLOPs that a step needs, without an adapter's own.
-
-  Of products with weights one pass forward, one to the activations, and one to
-  the weights if they are trained; of attention three. One more of each for the
-  reference.
-  """
-  config = run.setup.config
-  by_weights, by_attention = model_config.matmul_flops(
-    run.setup.model.config,
-    run.setup.model.vocab_size,
-    stats.tokens,
-    stats.scored,
-    stats.visible,
-  )
-  ref = config.ref in ("frozen", "base", "ema")
-  passes = (2 if config.lora is not None else 3) + ref
-  return passes * by_weights + (3 + ref) * by_attention

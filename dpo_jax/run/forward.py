@@ -4,36 +4,27 @@ import dataclasses
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
 from dpo_jax.algos import base
 from dpo_jax.data.batch import loader as loader_lib
-from dpo_jax.data.batch import rows
 from dpo_jax.models import config as model_config
 from dpo_jax.ops import distributions
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.parallel import run as run_lib
-from dpo_jax.run import build, reference
+from dpo_jax.run import feed, reference
 from dpo_jax.train import health, log
 from dpo_jax.train import state as state_lib
 
 
 def loader_of(setup, examples):
   """A Loader of one pass over examples, in their order."""
-  data = setup.config.data
   return loader_lib.Loader(
     examples,
-    rows.Layout(
-      data.packed,
-      data.shared,
-      mesh_lib.row_parallelism(setup.mesh),
-      data.max_row_length,
-    ),
-    batch_size=data.batch_size,
+    feed.layout(setup.data, mesh_lib.row_parallelism(setup.mesh)),
+    batch_size=setup.data.batch_size,
     seed=None,
-    budget=data.max_shapes,
-    multiple=data.shape_multiple,
+    budget=setup.data.max_shapes,
+    multiple=setup.data.shape_multiple,
     windows=setup.model.config.windows,
   )
 
@@ -42,19 +33,26 @@ def token_logps(setup, params, loader, numbers=None):
   """Yields (example index, f32[scored tokens of it] in nats), once each.
 
   Args:
-    setup: build.Setup.
+    setup: base.Setup.
     params: placed parameters of its model.
     loader: an in-order Loader.
     numbers: of the batches to go over; None is all of them.
   """
-  apply = setup.model.apply
   numbers = range(loader.steps) if numbers is None else numbers
+  compiled = setup.programs.token_logps
+  yield from _over(setup, compiled, loader, numbers, params)
 
-  def logps(params, batch):
-    return base.token_logps(apply, params, batch)
 
-  for values in _over(setup, "token logps", logps, loader, numbers, params):
-    yield values[0], values[1]
+def kl(apply, params, ref, batch):
+  """(token KL, policy logps, ref logps), f32[R, S] each, see `token_kl`."""
+  per_token = distributions.token_kl(
+    *apply(params, batch),
+    *apply(ref, batch),
+    batch["source_index"],
+    base.scored_mask(batch),
+  )
+  policy = base.token_logps(apply, params, batch)
+  return per_token, policy, base.token_logps(apply, ref, batch)
 
 
 def token_kl(setup, params, ref, loader):
@@ -69,34 +67,21 @@ def token_kl(setup, params, ref, loader):
   Args: as `token_logps`, with two sets of parameters.
   Yields: (example index, kl, policy logps, ref logps), f32[scored tokens] each.
   """
-  apply = setup.model.apply
-
-  def values(params, ref, batch):
-    kl = distributions.token_kl(
-      *apply(params, batch),
-      *apply(ref, batch),
-      batch["source_index"],
-      base.scored_mask(batch),
-    )
-    policy = base.token_logps(apply, params, batch)
-    return kl, policy, base.token_logps(apply, ref, batch)
-
-  numbers = range(loader.steps)
-  yield from _over(setup, "token kl", values, loader, numbers, params, ref)
+  numbers, compiled = range(loader.steps), setup.programs.token_kl
+  yield from _over(setup, compiled, loader, numbers, params, ref)
 
 
-def _over(setup, name, fn, loader, numbers, *trees):
-  """Yields (example index, values…) of fn(*trees, batch) over some batches."""
-  compiled = setup.once(name, lambda: run_lib.forward(fn, setup.mesh))
+def _over(setup, compiled, loader, numbers, *trees):
+  """Yields (example index, values…) of compiled(*trees, batch) over batches."""
   for number in numbers:
-    batch, _ = build.place_batch(setup._replace(mode="jit"), loader, number)
+    batch, _ = feed.place(loader, number, setup.mesh, "jit")
     out = jax.tree.leaves(compiled(*trees, batch))
     columns = [dict(loader.unpack(number, np.asarray(x))) for x in out]
     for index in columns[0]:
       yield index, *(column[index] for column in columns)
 
 
-def attach_reference(setup, params, loader, workdir, stop=None):
+def attach_reference(setup, params, loader, folder, stop=None):
   """Gives a loader's examples the log-probs of the reference.
 
   Taken from the store as far as they are there; the rest is computed and
@@ -104,18 +89,16 @@ def attach_reference(setup, params, loader, workdir, stop=None):
   All processes call this together; each writes a share of the blocks.
 
   Args:
-    setup: build.Setup.
+    setup: base.Setup.
     params: of the reference.
     loader: Loader, for training or of one pass.
-    workdir: run folder, which holds the store unless config.ref_store says
-      where it is; all processes see the same one.
+    folder: of the store; all processes see the same one.
     stop: health.Stop, or None.
   Raises: ValueError if the folder of the entry holds something else;
     health.Stopped after a signal, in a single process.
   """
   if loader.has_reference:
     return
-  folder = setup.config.ref_store or epath.Path(workdir) / "ref_logps"
   in_order = loader.in_order()
   entry = reference.entry(
     folder, _made_of(setup, params, in_order), in_order.counts
@@ -142,7 +125,7 @@ def _made_of(setup, params, loader):
     "params": state_lib.fingerprint(params),
     "model": _function(setup.model.config),
     "vocab_size": setup.model.vocab_size,
-    "precision": setup.config.precision,
+    "precision": setup.precision,
   }
 
 

@@ -1,28 +1,45 @@
-"""Held-out means of an objective: of comparisons, or of SFT completions."""
+"""Held-out means of an algorithm: of comparisons, or of SFT completions."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
-from dpo_jax.run import build
+from dpo_jax.algos import base
+from dpo_jax.run import feed
 from dpo_jax.train import step
 
 
-def evaluate(setup, algorithm, state, hparams, of):
+class HeldOut(NamedTuple):
+  """What is measured on data.eval.
+
+  Attributes:
+    loader: () -> (Loader of one pass, line about it); read when first asked
+      for, and kept.
+    algorithm, hparams: as in training.
+    sums: the compiled (state, batch, hparams) -> sums of train.step.sums.
+  """
+
+  loader: Callable
+  algorithm: base.Algorithm
+  hparams: dict
+  sums: Callable
+
+
+def evaluate(setup, held_out, state):
   """Means over the whole of data.eval.
 
   Args:
     setup: build.Setup.
-    algorithm: its Algorithm.
+    held_out: HeldOut.
     state: TrainState; params, frozen and extra are read.
-    hparams: as in training.
-    of: what state.params is, "adapter" or "policy".
   Returns: {metric: float}; "loss" is the sum of the means of all losses.
   """
-  loader, _ = build.held_out_loader(setup)
-  sums = build.held_out_sums(setup, algorithm, of)
+  loader, _ = held_out.loader()
   nums, dens = {}, {}
   for number in range(loader.steps):
-    batch, _ = build.place_batch(setup, loader, number)
-    parts = jax.device_get(sums(state, batch, hparams))
+    batch, _ = feed.place(loader, number, setup.mesh, setup.mode)
+    parts = jax.device_get(held_out.sums(state, batch, held_out.hparams))
     for total, part in zip((nums, dens), parts, strict=True):
       for name, value in part.items():
         total[name] = total.get(name, 0.0) + float(value)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import lookup, tree
+from dpo_jax import tree
 from dpo_jax.models import config as model_config
 from dpo_jax.models import decoder
 from dpo_jax.parallel import mesh as mesh_lib
@@ -34,6 +34,19 @@ _LIMITS = (
 # (27.7 of 38.3 GiB, Pythia-1.4b on an H100).
 _SHARE, _SHARE_OF_OWN = 0.8, 0.9
 _SMALLEST, _LARGEST = 64, 1024  # positions of a row per step of the head
+
+
+class Asked(NamedTuple):
+  """How the config asks a step to be computed.
+
+  Attributes:
+    remat, head_chunk: of config.model; "auto" and None are for `choose`.
+    points: of a sweep that train together.
+  """
+
+  remat: str
+  head_chunk: int | None
+  points: int
 
 
 class Choice(NamedTuple):
@@ -85,42 +98,42 @@ def of_device(device, sharing):
   return total // sharing
 
 
-def fitted(setup, optimizer, shape, accumulation):
+def fitted(setup, optimizer, shape, accumulation, extra):
   """(Setup whose model fits the memory, Choice).
 
   Args:
-    setup: build.Setup.
+    setup: base.Setup.
     optimizer: train.optim.Optimizer.
     shape: rows.Shape of the largest batch.
     accumulation: microbatches of a step.
+    extra: of the Algorithm: what it keeps of the trained parameters.
   """
   mesh, sizes = setup.mesh, mesh_lib.sizes(setup.mesh)
-  found = choose(
+  choice = choose(
     setup.model,
     shape,
-    fixed=_fixed(setup, optimizer),
-    points=setup.config.sweep.together,
+    fixed=_fixed(setup, optimizer, extra),
     rows=shape.rows // (mesh_lib.row_parallelism(mesh) * accumulation),
     tensor=sizes["tensor"],
     accumulation=accumulation,
     available=_available(mesh),
-    asked=setup.config.model,
+    asked=setup.compute,
   )
-  changes = {"remat": found.remat, "head_chunk": found.head_chunk}
-  if setup.config.model.remat == "auto" and found.remat != "none":
+  changes = {"remat": choice.remat, "head_chunk": choice.head_chunk}
+  if setup.compute.remat == "auto" and choice.remat != "none":
     changes["unroll"] = 1  # XLA computes nothing again without a loop
-  return setup._replace(model=_with(setup.model, **changes)), found
+  return setup._replace(model=_with(setup.model, **changes)), choice
 
 
-def forward_only(model, config, rows):
+def forward_only(model, asked, rows):
   """The Model for passes without gradient, where a chunked head costs nothing.
 
   Args:
     model: Model.
-    config: of the run; its model.head_chunk stays.
+    asked: Asked; a head_chunk that it names stays.
     rows: of a batch, at most.
   """
-  if config.model.head_chunk is not None:
+  if asked.head_chunk is not None:
     return model
   vocab = model_config.padded_vocab(model.vocab_size)
   return _with(model, head_chunk=_chunk(vocab, rows))
@@ -145,27 +158,21 @@ def _available(mesh):
   return least * 2**20 or None
 
 
-def _fixed(setup, optimizer):
+def _fixed(setup, optimizer, extra):
   """Bytes of a device for the state, the gradient and a copy of that."""
-  config = setup.config
-  trained, _ = tree.split(trained_lib.trained_shapes(setup), optimizer.trains)
-  moments = jax.eval_shape(optimizer.tx.init, trained)
-  slots = tree.nbytes(moments) / tree.nbytes(trained)
-  points = config.sweep.together
-  # Parameters, also those that are frozen; then what there is of the trained.
-  total = _of_shards(trained_lib.trained_shapes(setup)) * points
-  total += (2 + slots) * _of_shards(trained) * points
+  shapes = trained_lib.trained_shapes(setup)
+  updated, _ = tree.split(shapes, optimizer.trains)
+  moments = jax.eval_shape(optimizer.tx.init, updated)
+  slots = tree.nbytes(moments) / tree.nbytes(updated)
+  kept = trained_lib.sharded(setup, jax.eval_shape(extra, shapes))
+  # Parameters, also those that are not updated; then what there is of the rest.
+  of_a_point = _of_shards(shapes) + _of_shards(kept)
+  of_a_point += (2 + slots) * _of_shards(updated)
   # Points of other seeds start from other weights.
-  starts = points if config.init_from is None else 1
-  if config.lora is not None:
-    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "nf4": 4}
-    held = lookup.lookup(bits, config.lora.base, "lora.base")
-    total += _of_shards(trained_lib.whole(setup)) * held / 32 * starts
-  if config.ref == "frozen":
-    total += _of_shards(trained_lib.whole(setup)) * starts
-  if config.ref == "ema":
-    total += _of_shards(trained) * points
-  return total
+  starts = setup.compute.points if setup.source.spec is None else 1
+  model = _of_shards(trained_lib.model_shapes(setup))
+  frozen = model * setup.trained.frozen_bits / 32
+  return setup.compute.points * of_a_point + starts * frozen
 
 
 def _of_shards(shapes):
@@ -177,7 +184,7 @@ def _of_shards(shapes):
 
 
 def choose(
-  model, shape, *, fixed, rows, tensor, accumulation, available, points, asked
+  model, shape, *, fixed, rows, tensor, accumulation, available, asked
 ):
   """The cheapest way to compute a step that fits.
 
@@ -192,8 +199,7 @@ def choose(
     tensor: how many ways heads, mlp and vocabulary are split.
     accumulation: microbatches of a step; passes without gradient have one.
     available: of `of_device`.
-    points: of a sweep that train together.
-    asked: config.model.
+    asked: Asked.
   """
   remats = ("none", "names", "full")
   if asked.remat != "auto":
@@ -206,13 +212,13 @@ def choose(
   budget = None if available is None else share * available
   for remat in remats:
     for chunk in chunks:
-      needed = fixed + points * _moving(
+      needed = fixed + asked.points * _moving(
         model, shape, rows, tensor, accumulation, remat, chunk
       )
-      found = Choice(remat, chunk, round(needed), available)
+      choice = Choice(remat, chunk, round(needed), available)
       if budget is None or needed <= budget:
-        return found
-  return found
+        return choice
+  return choice
 
 
 def _moving(model, shape, rows, tensor, accumulation, remat, chunk):

@@ -1,65 +1,83 @@
 """What a run leaves in its folder while it trains."""
 
+import contextlib
 import functools
 import json
+from typing import NamedTuple
 
 import jax
 from etils import epath
 
 from dpo_jax import tree
-from dpo_jax.config import saved
+from dpo_jax.models import config as model_config
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.run import build, held_out, invariants
-from dpo_jax.train import log, profile, trackers
+from dpo_jax.run import held_out
+from dpo_jax.train import health, log, profile, trackers
+from dpo_jax.train import state as state_lib
+
+
+class Result(NamedTuple):
+  """What a run leaves in memory.
+
+  Attributes:
+    state: the last TrainState.
+    evaluation: metrics of the last evaluation, or None.
+    exit_code: 0, or the code of the signal that stopped it.
+    failure: FloatingPointError that ended it, or None.
+  """
+
+  state: state_lib.TrainState
+  evaluation: dict | None
+  exit_code: int
+  failure: FloatingPointError | None
 
 
 class Recorder:
-  """Logs, evaluates and saves one run, until it fails.
+  """Logs, evaluates and saves one run, until it fails."""
 
-  Attributes:
-    run, workdir: Run and its folder.
-    logger: log.Logger.
-    evaluation: metrics of the last evaluation, or None.
-    failure: FloatingPointError after train.max_skipped updates in a row that
-      were not finite, or None. A run that failed gets nothing more.
-  """
-
-  def __init__(self, run, workdir, checkpoints, start, *, name):
+  def __init__(self, run, workdir, checkpoints, start, *, name=""):
     """Args:
-    run: Run, with what it must share to be resumed.
+    run: base.Run, with what it must share to be resumed.
     workdir: run folder; gets config.json and metrics.jsonl.
     checkpoints: checkpoint.Checkpointer of it.
     start: step that it starts from.
     name: what tells its lines on the console from others', or "".
     """
-    config, first = run.setup.config, jax.process_index() == 0
-    self.run, self.workdir, self._checkpoints = run, workdir, checkpoints
-    self.evaluation = self.failure = None
-    self._name, self._start = name, start
-    self.logger = log.Logger(
+    first = jax.process_index() == 0
+    self._run, self._workdir, self._checkpoints = run, workdir, checkpoints
+    self._evaluation = self._failure = None
+    self._name, asked = name, run.setup.asked
+    self._logger = log.Logger(
       workdir,
-      every=config.log.every,
+      every=run.rhythm.log,
       total=run.total,
       start=start,
       loud=first,
       name=name,
-      trackers=trackers.make(config, workdir, start) if first else (),
+      trackers=trackers.make(run.rhythm.trackers, asked, workdir, start)
+      if first
+      else (),
     )
     if first:
-      resolved = json.dumps(config.to_dict(), indent=2) + "\n"
+      resolved = json.dumps(asked, indent=2) + "\n"
       (epath.Path(workdir) / "config.json").write_text(resolved)
-    fields = saved.flatten(config.loss.to_dict())
-    named = "".join(f", {k} {v}" for k, v in fields.items() if k != "name")
-    self.logger.say(
-      f"{name}loss {config.loss.name}{named}; reference {config.ref}"
-    )
+    self._logger.say(f"{name}{run.about[0]}")
 
-  def describe(self, state, start, count):
+  @property
+  def failed(self):
+    """Whether train.max_skipped updates in a row were not finite.
+
+    A run that failed gets nothing more.
+    """
+    return self._failure is not None
+
+  def describe(self, state, start, count=1):
     """Says what is trained on what; `count` runs are, in one program."""
-    run, setup = self.run, self.run.setup
-    say, config = self.logger.say, setup.config
-    say(run.about)
-    of = f" on {tree.size(state.frozen):,} frozen" if config.lora else ""
+    run, setup, say = self._run, self._run.setup, self._logger.say
+    say(run.about[1])
+    of = ""
+    if setup.trained.on_base:
+      of = f" on {tree.size(state.frozen):,} frozen"
     times = f"{count} × " if count > 1 else ""
     size, sizes = tree.size(state.params) // count, mesh_lib.sizes(setup.mesh)
     say(
@@ -67,72 +85,98 @@ class Recorder:
       f"{jax.devices()[0].platform} device(s), mesh {sizes}, {setup.mode}; "
       f"steps {start} to {run.total}"
     )
-    if config.data.eval is not None:
-      say(f"eval {build.held_out_loader(setup)[1]}")
-    self.logger.status("compiling the first step …")
+    if run.held_out is not None:
+      say(f"eval {run.held_out.loader()[1]}")
+    self._logger.status("compiling the first step …")
 
-  def profile(self):
+  def trace(self, start):
     """The profile.Profile of this run."""
     return profile.Profile(
-      self.workdir,
-      self._start,
-      self.run.total,
-      self.logger.say,
-      wanted=self.run.setup.config.log.profile,
+      self._workdir,
+      start,
+      self._run.total,
+      self._logger.say,
+      wanted=self._run.rhythm.trace,
     )
 
   def step(self, number, metrics, stats):
     """Takes the metrics of step `number`, counted from 1."""
-    if self.failure:
+    if self.failed:
       return
-    run, flops = self.run, build.step_flops(self.run, stats)
+    run = self._run
     if number == 1 and "rewards/largest" in metrics:
-      bounds = functools.partial(run.algorithm.at_reference, run.hparams)
-      limit = run.setup.config.train.max_noise
-      line = invariants.first_step(metrics, bounds, limit)
-      self.logger.say(f"{self._name}{line}")
-    self._check(self.logger.step(number, metrics, stats, flops))
+      first = run.algorithm.first
+      bounds = first and functools.partial(first, run.hparams)
+      line = health.first_step(metrics, bounds, run.rhythm.max_noise)
+      self._logger.say(f"{self._name}{line}")
+    flops = step_flops(run, stats)
+    self._check(self._logger.step(number, metrics, stats, flops))
 
-  def flush(self):
-    """Logs the step that is waiting."""
-    if not self.failure:
-      self._check(self.logger.flush())
+  @contextlib.contextmanager
+  def paused(self):
+    """What happens inside does not count as training time."""
+    if not self.failed:
+      self._check(self._logger.flush())
+    with self._logger.paused():
+      yield
 
-  def evaluate(self, number, state):
-    """Logs metrics of data.eval after step `number`."""
-    if self.failure:
-      return
-    run, setup = self.run, self.run.setup
-    of = "policy" if setup.config.lora is None else "adapter"
-    self.evaluation = held_out.evaluate(
-      setup, run.algorithm, state, run.hparams, of
-    )
-    self.logger.evaluation(number, self.evaluation)
+  def pause(self, number, state, *, evaluates, saves, last):
+    """Evaluates and saves as `at`, outside of the training time."""
+    with self.paused():
+      self.at(number, state, evaluates=evaluates, saves=saves, last=last)
 
-  def save(self, state, *, wait):
-    """Saves a checkpoint, once the reference has proved to be what it was."""
-    if self.failure:
-      return
-    for params in state.frozen.values():
-      invariants.reference_is(params, self.run.identity["reference"])
-    self._checkpoints.save(state, self.run.identity, wait=wait)
+  def at(self, number, state, *, evaluates, saves, last):
+    """Evaluates and saves after step `number`; waits for what is `last`."""
+    run = self._run
+    if evaluates and not self.failed:
+      self._evaluation = held_out.evaluate(run.setup, run.held_out, state)
+      self._logger.evaluation(number, self._evaluation)
+    if saves and not self.failed:
+      # Once the reference has proved to be what it was.
+      for params in state.frozen.values():
+        health.reference_is(params, run.identity["reference"])
+      self._checkpoints.save(state, run.identity, wait=last)
 
-  def end(self, number, stopped):
-    """Says how the run ended after step `number`, unless it failed."""
-    if self.failure:
-      return
-    if stopped:
-      self.logger.say(
-        f"{self._name}stopped at step {number} of {self.run.total}, saved; the "
-        "same command resumes"
+  def end(self, number, state, stop):
+    """The Result after step `number`; says how the run ended."""
+    stopped = bool(stop) and number < self._run.total
+    if not self.failed and stopped:
+      self._logger.say(
+        f"{self._name}stopped at step {number} of {self._run.total}, saved; "
+        "the same command resumes"
       )
-    else:
-      self.logger.say(f"{self._name}done: {number} steps in {self.workdir}")
+    elif not self.failed:
+      self._logger.say(f"{self._name}done: {number} steps in {self._workdir}")
+    code = stop.exit_code if stop else 0  # a sweep must not go on to others
+    return Result(state, self._evaluation, code, self._failure)
+
+  def close(self):
+    """Waits until the trackers have written all."""
+    self._logger.close()
 
   def _check(self, logged):
-    limit = self.run.setup.config.train.max_skipped
+    limit = self._run.rhythm.max_skipped
     if logged and logged["skipped"] >= limit:
-      self.failure = FloatingPointError(
+      self._failure = FloatingPointError(
         f"{logged['skipped']:.0f} updates in a row were not finite; the last "
-        f"checkpoint is kept in {self.workdir}"
+        f"checkpoint is kept in {self._workdir}"
       )
+
+
+def step_flops(run, stats):
+  """FLOPs that a step needs, without an adapter's own.
+
+  Of products with weights one pass forward, one to the activations, and one to
+  the weights if they are trained; of attention three. One more of each for the
+  reference.
+  """
+  by_weights, by_attention = model_config.matmul_flops(
+    run.setup.model.config,
+    run.setup.model.vocab_size,
+    stats.tokens,
+    stats.scored,
+    stats.visible,
+  )
+  ref = run.reference.in_step
+  passes = (2 if run.setup.trained.on_base else 3) + ref
+  return passes * by_weights + (3 + ref) * by_attention

@@ -1,135 +1,80 @@
-"""Points of a sweep: what they share, and several of them in one program."""
+"""Several runs in one program: states, steps and folders, stacked.
 
-import collections
-import json
+The arrays of a stacked state have a first axis of runs; what is frozen has none
+where all share it, so that the reference is computed once. `program` gives
+one state and one step, `Recorders` one recorder: the loop sees a single run.
+"""
+
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.algos import base
-from dpo_jax.algos import terms as loss_parts
-from dpo_jax.config import saved
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.run import build as build_lib
-from dpo_jax.run import checks, stacked, trained
 
 
-def prepare_point(config, run):
-  """The Run of one point of a sweep.
-
-  Args:
-    config: of this point.
-    run: the point before it, or None. Where the two differ in traced fields
-      only (β, label smoothing, learning rate), data and compiled functions are
-      shared.
-  """
-  if run is None or _untraced(config) != _untraced(run.setup.config):
-    return build_lib.prepare(config)
-  checks.values(config)
-  return _sharing(config, run, run.setup.cache)
+def stacked(trees):
+  """One tree of arrays [points, …] of trees of arrays […]."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _sharing(config, run, cache):
-  """A Run with the data of another, and this cache."""
-  setup = run.setup._replace(config=config, cache=cache)
-  data = {"data_fingerprint": run.loader.fingerprint}
-  return run._replace(
-    setup=setup,
-    algorithm=build_lib.trained_algorithm(setup),
-    hparams=build_lib.hyper_params(config),
-    identity=config.to_dict() | data,
-  )
+def unstacked(tree, index):
+  """Run `index` of a stacked tree."""
+  return jax.tree.map(lambda x: x[index], tree)
 
 
-def _untraced(config):
-  """The fields of a config that are compiled in, flat."""
-  flat = saved.flatten(config.to_dict())
-  numeric = base.numeric_fields(config.loss)
-  traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
-  out = {k: v for k, v in flat.items() if k not in traced}
-  # Of a mixture the heaviest term's metrics are reported.
-  order = [part.name for part in loss_parts.of(config.loss)]
-  return {**out, **dict.fromkeys(traced), "loss order": order}
-
-
-def _compiled(config):
-  """The fields in which points that are stacked must agree, flat."""
-  fields = _untraced(config)
-  # One store of log-probs serves one reference.
-  own_reference = config.init_from is None and config.ref == "cached"
-  return fields if own_reference else {**fields, "init_seed": None}
-
-
-def groups(configs, together):
-  """Indices of the points that may be trained in one program, group by group.
-
-  They differ in traced fields and init_seed alone.
+def over_points(step, count, *, shared):
+  """The step of `count` runs over one batch.
 
   Args:
-    configs: of all points.
-    together: config.sweep.together; with 1, each is a group of its own.
-  Raises: ValueError if no two points may be trained together.
+    step: (state, batch, hparams) -> (state, metrics) of one run.
+    count: runs.
+    shared: whether all have one frozen part; else it is stacked too.
+  Returns: the same function of a stacked state and stacked hparams; metrics
+    are a list, the dict of each run. What depends on the batch and on a
+    shared frozen part alone, such as the reference's log-probs, is not stacked:
+    vmap leaves it as it is.
   """
-  if together == 1:
-    return [[index] for index in range(len(configs))]
-  if configs[0].log.wandb is not None:
-    raise ValueError(
-      f"log.wandb = {configs[0].log.wandb!r} follows one run at a time: set "
-      "sweep.together = 1, or log.tensorboard in its place"
-    )
-  fields, found = [_compiled(config) for config in configs], {}
-  for index, here in enumerate(fields):
-    key = json.dumps(here, sort_keys=True, default=str)
-    found.setdefault(key, []).append(index)
-  if len(found) < len(configs):
-    return list(found.values())
-  why = "there is one point"
-  if len(configs) > 1:
-    differ = [k for k, v in fields[0].items() if fields[1].get(k) != v]
-    why = f"the points differ in {', '.join(differ)}, which is compiled in"
-    if differ == ["init_seed"]:
-      why = "each init_seed has a reference of its own, and ref = 'cached'"
-  raise ValueError(
-    f"sweep.together = {together} has no effect: {why}; set it to 1, or sweep "
-    "over the loss's numbers, optim.learning_rate or init_seed"
-  )
+
+  def stacked_step(state, batch, hparams):
+    def one(moving, frozen, hparams):
+      state, metrics = step(moving.replace(frozen=frozen), batch, hparams)
+      return state.replace(frozen={}), metrics
+
+    every = jax.vmap(one, in_axes=(0, None if shared else 0, 0))
+    moving, metrics = every(state.replace(frozen={}), state.frozen, hparams)
+    metrics = [unstacked(metrics, index) for index in range(count)]
+    return moving.replace(frozen=state.frozen), metrics
+
+  return stacked_step
 
 
-def beside(configs, run):
-  """The Runs of the points of a group.
+def stacked_shapes(state, count):
+  """A state of `count` runs, abstract, each array sharded as it was.
 
   Args:
-    configs: of the points.
-    run: Run of the first.
-  Returns: list of Run, which share data and compiled functions, and what they
-    start from unless init_seed gives each its own.
+    state: TrainState of one of them, abstract or placed; its frozen part is
+      left out.
   """
-  setup = run.setup
-  seeds = {config.init_seed for config in configs}
-  if len(seeds) == 1 or setup.config.init_from is not None:
-    setup.once("initial", lambda: trained.initial(setup))
-    return [_sharing(config, run, setup.cache) for config in configs]
-  shared = {k: v for k, v in setup.cache.items() if k != "initial"}
-  runs = []
-  for config in configs:
-    checks.values(config)
-    here = setup._replace(config=config, cache=shared)
-    # What is built later goes to the first map, where all find it.
-    cache = collections.ChainMap(shared, {"initial": trained.initial(here)})
-    runs.append(_sharing(config, run, cache))
-  return runs
+
+  def wider(x):
+    spec = PartitionSpec(None, *x.sharding.spec)
+    sharding = NamedSharding(x.sharding.mesh, spec)
+    return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)
+
+  return jax.tree.map(wider, state.replace(frozen={}))
 
 
 class Program(NamedTuple):
-  """One or several runs as one compiled step.
+  """Several runs as one step.
 
   Attributes:
     step: (state, batch, hparams) -> (state, list of the metrics of each run);
       donates its state.
-    state, hparams: the first state, and the traced scalars; of several runs
-      they are stacked.
+    state, hparams: stacked.
     parts: state -> iterator of the TrainState of each run.
   """
 
@@ -140,52 +85,35 @@ class Program(NamedTuple):
 
 
 def program(runs, states):
-  """The Program of runs of one group.
+  """The Program of runs that differ in traced scalars and seeds alone.
 
   Args:
-    runs: list of Run.
+    runs: list of base.Run.
     states: their placed TrainStates; emptied, so that they are not kept beside
       the stacked one.
   """
-  if len(runs) > 1:
-    return _stacked(runs, states)
-  step = build_lib.train_step(runs[0], states[0])
-
-  def alone(state, batch, hparams):
-    state, metrics = step(state, batch, hparams)
-    return state, [metrics]
-
-  return Program(
-    alone, states.pop(), runs[0].hparams, lambda state: iter([state])
-  )
-
-
-def _stacked(runs, states):
   lead, count = runs[0], len(runs)
-  setup, shardings = lead.setup, jax.tree.map(lambda x: x.sharding, states[0])
+  shardings = jax.tree.map(lambda x: x.sharding, states[0])
   frozen = [state.frozen for state in states]
   shared = _same(frozen)
-  moving = _stack([s.replace(frozen={}) for s in states], setup.mesh)
-  frozen = frozen[0] if shared else _stack(frozen, setup.mesh)
-  state = moving.replace(frozen=frozen)
+  moving = _stack([s.replace(frozen={}) for s in states], lead.setup.mesh)
+  frozen = frozen[0] if shared else _stack(frozen, lead.setup.mesh)
   states.clear()
-
-  def build():
-    step = stacked.over_points(build_lib.step_body(lead), count, shared=shared)
-    return run_lib.parallelize(step, setup.mesh, setup.mode, state)
-
-  unstack = run_lib.jitted(stacked.unstack, shardings.replace(frozen={}))
-  unstack_frozen = run_lib.jitted(stacked.unstack, shardings.frozen)
+  own = run_lib.jitted(unstacked, shardings.replace(frozen={}))
+  own_frozen = run_lib.jitted(unstacked, shardings.frozen)
 
   def parts(state):
     moving, frozen = state.replace(frozen={}), state.frozen
     for index in range(count):
-      own = frozen if shared else unstack_frozen(frozen, index)
-      yield unstack(moving, index).replace(frozen=own)
+      mine = frozen if shared else own_frozen(frozen, index)
+      yield own(moving, index).replace(frozen=mine)
 
-  name = f"step of {count}, reference {'shared' if shared else 'of each'}"
-  hparams = stacked.stack([run.hparams for run in runs])
-  return Program(setup.once(name, build), state, hparams, parts)
+  return Program(
+    lead.stacked_step(count, shared),
+    moving.replace(frozen=frozen),
+    stacked([run.hparams for run in runs]),
+    parts,
+  )
 
 
 def _same(trees):
@@ -202,4 +130,49 @@ def _stack(trees, mesh):
     lambda x: NamedSharding(mesh, PartitionSpec(None, *x.sharding.spec)),
     trees[0],
   )
-  return run_lib.jitted(lambda *trees: stacked.stack(trees), shardings)(*trees)
+  return run_lib.jitted(lambda *trees: stacked(trees), shardings)(*trees)
+
+
+class Recorders:
+  """The recorders of several runs as one, see recorder.Recorder."""
+
+  def __init__(self, recorders, parts):
+    """Args:
+    recorders: list of recorder.Recorder.
+    parts: stacked state -> iterator of the state of each.
+    """
+    self._all, self._parts = recorders, parts
+
+  @property
+  def failed(self):
+    """Whether none of the runs goes on."""
+    return all(each.failed for each in self._all)
+
+  def describe(self, state, start):
+    """As of the first, whose data and model are those of all."""
+    self._all[0].describe(state, start, count=len(self._all))
+
+  def trace(self, start):
+    """As of the first."""
+    return self._all[0].trace(start)
+
+  def step(self, number, metrics, stats):
+    for each, own in zip(self._all, metrics, strict=True):
+      each.step(number, own, stats)
+
+  def pause(self, number, state, *, evaluates, saves, last):
+    """As of each; what happens inside counts as training time of none."""
+    with contextlib.ExitStack() as paused:
+      for each in self._all:
+        paused.enter_context(each.paused())
+      for each, part in zip(self._all, self._parts(state), strict=True):
+        each.at(number, part, evaluates=evaluates, saves=saves, last=last)
+
+  def end(self, number, state, stop):
+    """list of the Result of each."""
+    ended = zip(self._all, self._parts(state), strict=True)
+    return [each.end(number, part, stop) for each, part in ended]
+
+  def close(self):
+    for each in self._all:
+      each.close()

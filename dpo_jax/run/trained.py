@@ -1,24 +1,159 @@
-"""The parameters of a run: what it starts from, trains, and has saved.
+"""What a run trains, and the parameters it starts from and has saved.
 
-`config.init_from` names a pre-trained checkpoint (see config/origin.py), a run
-folder, or nothing. With `config.lora` a run trains an adapter on that base,
-which is its reference too; without, all parameters.
+A run starts from a base: all parameters of a model, random or of a checkpoint.
+It trains a copy of them (`whole`), an adapter on them (`adapter`), and perhaps
+scalar heads beside either (`with_heads`). Whoever needs the policy, its
+reference or its memory asks the `Trained`; nobody else asks whether there is an
+adapter or a head.
 """
 
-import dataclasses
+import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dpo_jax import lookup, tree
+from dpo_jax import tree
 from dpo_jax.config import origin
-from dpo_jax.config import saved as saved_lib
-from dpo_jax.data.tokens import tokenize
-from dpo_jax.models import axes, decoder, families, gguf, hf, lora, peft
-from dpo_jax.models import config as model_config
+from dpo_jax.models import axes, families, gguf, hf, lora, peft
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import checkpoint
+
+# Of a parameter of a base, by how it is held.
+_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "nf4": 4}
+
+
+class Trained(NamedTuple):
+  """What a run trains, as pure functions of a base and a trained tree.
+
+  Attributes:
+    init: (base, rng) -> the trained tree at step 0, whose policy is the base.
+    policy: (base, trained) -> parameters that the algorithm's `apply` takes.
+    model: (base, trained) -> those of the model alone, without heads.
+    merged: (base, trained) -> those of the model in f32, adapter merged in.
+    frozen: base -> what the state keeps of it and never trains.
+    on_base: whether the policy is a part on a frozen base.
+    frozen_bits: bits that `frozen` takes for each parameter of the model.
+    heads: names of the scalar heads beside the model's tree.
+    adapter: {"rank", "alpha", …, "scale"} of an adapter, else None.
+  """
+
+  init: Callable
+  policy: Callable
+  model: Callable
+  merged: Callable
+  frozen: Callable
+  on_base: bool
+  frozen_bits: int
+  heads: tuple = ()
+  adapter: dict | None = None
+
+
+def whole(*, keeps_reference):
+  """Trains all parameters.
+
+  Args:
+    keeps_reference: whether the base stays beside them, as the reference.
+  """
+  return Trained(
+    init=lambda base, rng: base,
+    policy=lambda base, trained: trained,
+    model=lambda base, trained: trained,
+    merged=lambda base, trained: trained,
+    frozen=lambda base: {"ref": base} if keeps_reference else {},
+    on_base=False,
+    frozen_bits=_BITS["float32"] if keeps_reference else 0,
+  )
+
+
+def adapter(shapes, options):
+  """Trains an adapter; the base is the reference too.
+
+  Args:
+    shapes: all parameters of the model in f32, abstract.
+    options: rank, alpha, rank_stabilised, targets and base, as config.lora.
+  """
+  scale = lora.scale_of(options.rank, options.alpha, options.rank_stabilised)
+
+  def graft(base, trained):
+    return lora.graft(base, trained, scale)
+
+  def merged(base, trained):
+    by_path = lora.flat(lora.merge(base, trained, scale))
+    return tree.map_named(
+      lambda path, x: lora.dequantize(by_path[path]).astype(x.dtype), shapes
+    )
+
+  return Trained(
+    init=lambda base, rng: lora.init(
+      rng, shapes, options.rank, options.targets
+    ),
+    policy=graft,
+    model=graft,
+    merged=merged,
+    frozen=lambda base: {"base": base},
+    on_base=True,
+    frozen_bits=_BITS[options.base],
+    adapter={
+      "rank": options.rank,
+      "alpha": options.alpha,
+      "rank_stabilised": options.rank_stabilised,
+      "scale": scale,
+    },
+  )
+
+
+def with_heads(inner, names, embed):
+  """Trains scalar heads too, which read the last hidden state.
+
+      value = hidden · kernel + bias, from kernel = 0
+
+  Args:
+    inner: Trained of the model.
+    names: of the heads, such as "value"; () is `inner` itself.
+    embed: D, width of the hidden state.
+  Returns: Trained whose trees, and whose policy, are {"model": …, name: …}.
+  """
+  if not names:
+    return inner
+
+  def init(base, rng):
+    def head():
+      return {"kernel": jnp.zeros(embed), "bias": jnp.zeros(())}
+
+    return {"model": inner.init(base, rng), **{name: head() for name in names}}
+
+  def policy(base, trained):
+    return {**trained, "model": inner.policy(base, trained["model"])}
+
+  return inner._replace(
+    init=init,
+    policy=policy,
+    model=lambda base, trained: inner.model(base, trained["model"]),
+    merged=lambda base, trained: inner.merged(base, trained["model"]),
+    heads=tuple(names),
+  )
+
+
+class Source(NamedTuple):
+  """Where a base comes from.
+
+  Attributes:
+    spec: "hf:NAME", "gguf:FILE", a run folder, or None for random parameters.
+    adapter: "hf:NAME" of a PEFT adapter that is merged into it, or None.
+    seed: of random parameters, and of an adapter's.
+    held: how the base is held, of lora.BASES.
+    run: of a run folder: (its Trained, its Source, its config as plain values).
+  """
+
+  spec: str | None
+  adapter: str | None
+  seed: int
+  held: str
+  run: tuple | None = None
 
 
 def pretrained(spec, field="init_from"):
@@ -34,75 +169,32 @@ def pretrained(spec, field="init_from"):
   return None
 
 
-def shape(config):
-  """(ModelConfig, vocabulary size or None) of a config.
+def partition_spec(mode, heads=()):
+  """Function (path, shape, sizes) -> PartitionSpec of the state's arrays.
 
-  config.model has the whole shape, or its RUNTIME fields only; then the shape
-  is that of init_from: a checkpoint's own config.json, or that of a run.
+  Args:
+    mode: "jit" or "pmap".
+    heads: of Trained; every device has all of them, and of what an algorithm
+      keeps that is no parameter.
   """
-  runtime = config.model.to_dict()
-  checkpoint_there = pretrained(config.init_from)
-  if set(runtime) - set(model_config.RUNTIME):
-    if checkpoint_there is not None:
-      raise ValueError(
-        f"init_from = {config.init_from!r} brings its own shape: config.model "
-        f"must have the fields {model_config.RUNTIME} only; select it by the "
-        f"config's argument, :model={config.init_from}"
-      )
-    return model_config.ModelConfig(**runtime), None
-  if checkpoint_there is not None:
-    found, vocab_size = checkpoint_there.config, checkpoint_there.vocab_size
-  elif config.init_from is not None:
-    found, vocab_size = shape(saved_lib.saved_config(config.init_from))
-  else:
-    raise ValueError(
-      "config.model has no shape and init_from is not set; name a pre-trained "
-      "model by the config's argument, :model=hf:NAME, or a preset"
-    )
-  runtime["unroll"] = min(runtime["unroll"], found.periods)
-  return dataclasses.replace(found, **runtime), vocab_size
-
-
-def build_model(config):
-  """(decoder.Model, tokenize.Tokenizer) of a config.
-
-  Raises: ValueError if the tokenizer has more tokens than the model, or the
-    data may be longer than its positions.
-  """
-  tokenizer = tokenize.load(config.tokenizer)
-  found, vocab_size = shape(config)
-  if vocab_size is None:
-    vocab_size = tokenizer.vocab_size
-  spare = set(range(vocab_size, tokenizer.vocab_size))
-  ends = {tokenizer.bos_id, tokenizer.eos_id}
-  if spare <= set(tokenizer.specials) and not spare & ends:
-    # Gemma 3 has a token for images, which its text models have no row for.
-    tokenizer = tokenizer._replace(vocab_size=vocab_size)
-  if tokenizer.vocab_size > vocab_size:
-    raise ValueError(
-      f"tokenizer = {config.tokenizer!r} has {tokenizer.vocab_size} tokens, "
-      f"but the model of init_from = {config.init_from!r} only {vocab_size}; "
-      "use its own tokenizer"
-    )
-  longest = config.data.max_prompt_length + config.data.max_completion_length
-  if longest > found.max_positions:
-    raise ValueError(
-      f"data.max_prompt_length + data.max_completion_length = {longest} is "
-      f"more than model.max_positions = {found.max_positions}"
-    )
-  return decoder.build(found, vocab_size), tokenizer
-
-
-def partition_spec(mode):
-  """Function (path, shape, sizes) -> PartitionSpec of the state's arrays."""
   if mode == "pmap":
     return lambda *_: PartitionSpec()
-  return axes.spec
+  of_head = re.compile(rf"(^|/)({'|'.join(heads)})/(kernel|bias)$")
+
+  def spec(path, shape, sizes):
+    known = tree.matches([pattern for pattern, _ in axes.AXES], path)
+    kept = path.startswith("extra/") and not known
+    if kept or (heads and of_head.search(path)):
+      return PartitionSpec()
+    return axes.spec(path, shape, sizes)
+
+  return spec
 
 
 def sharded(setup, shapes):
   """ShapeDtypeStructs with their shardings on the mesh."""
-  shardings = mesh_lib.shardings(setup.mesh, shapes, partition_spec(setup.mode))
+  spec = partition_spec(setup.mode, setup.trained.heads)
+  shardings = mesh_lib.shardings(setup.mesh, shapes, spec)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
@@ -110,161 +202,109 @@ def sharded(setup, shapes):
   )
 
 
-def whole(setup):
+def model_shapes(setup):
   """All parameters of the model in f32, abstract, with shardings."""
   return sharded(setup, jax.eval_shape(setup.model.init, jax.random.key(0)))
 
 
-def flat_shapes(setup):
-  """{path: ShapeDtypeStruct} of all parameters of the model."""
-  shapes = jax.eval_shape(setup.model.init, jax.random.key(0))
-  return dict(tree.named(shapes))
-
-
-def initial(setup):
-  """What a run starts from, born sharded: also its reference.
-
-  With config.lora it is the base, held as lora.base says.
-  """
-  if "initial" in setup.cache:
-    return setup.cache["initial"]
-  config, base = setup.config, base_kind(setup.config)
-  there = pretrained(config.init_from)
-  if config.init_adapter is not None:
-    if there is None or origin.parse(config.init_from)[0] != "hf":
-      raise ValueError("init_adapter needs its base: init_from = 'hf:…'")
-    params = hf.load(there, whole(setup), "float32")
-    return _held(setup, _with_peft(setup, there, params), base)
-  if there is not None:
-    return hf.load(there, whole(setup), base)
-  if config.init_from is not None:
-    return _held(setup, _of_run(setup, config.init_from), base)
-  shardings = jax.tree.map(lambda x: x.sharding, whole(setup))
-  init = setup.once("init", lambda: run_lib.jitted(setup.model.init, shardings))
-  return _held(setup, init(jax.random.key(config.init_seed)), base)
-
-
-def base_kind(config):
-  """How a run's initial parameters are held, of lora.BASES."""
-  if config.lora is None:
-    return "float32"
-  return lookup.lookup(lora.BASES, config.lora.base, "lora.base")
-
-
-def _held(setup, params, kind):
-  """Parameters as a base of this kind holds them."""
-  if kind == "float32":
-    return params
-
-  def convert(params):
-    return tree.map_named(lambda path, x: lora.store(path, x, kind), params)
-
-  shapes = jax.eval_shape(convert, params)
-  shardings = jax.tree.map(lambda x: x.sharding, sharded(setup, shapes))
-  return run_lib.jitted(convert, shardings)(params)
-
-
-def _of_run(setup, folder):
-  """The policy of another run, in f32; an adapter is merged into its base."""
-  saved = saved_lib.saved_config(folder)
-  if saved.get("lora") is None:
-    return checkpoint.load_params(folder, whole(setup))
-  there = setup._replace(config=saved, cache={})
-  base = initial(there)
-  return merged(there, base, trained(there, base, folder))
-
-
-def merged(setup, base, params):
-  """All parameters of a policy in f32, its adapter merged into them.
-
-  Args: see `policy`.
-  """
-  if setup.config.lora is None:
-    return params
-  shapes = whole(setup)
-  shardings = jax.tree.map(lambda x: x.sharding, shapes)
-
-  def merge(base, adapter):
-    by_path = lora.flat(lora.merge(base, adapter, scale(setup.config)))
-    return tree.map_named(
-      lambda path, x: lora.dequantize(by_path[path]).astype(x.dtype), shapes
-    )
-
-  return run_lib.jitted(merge, shardings)(base, params)
-
-
-def saved(setup, base, workdir):
-  """The policy saved last in a run's folder, as `policy` gives it.
-
-  Args:
-    base: of `initial`.
-    workdir: run folder.
-  """
-  return policy(setup, base, trained(setup, base, workdir))
-
-
-def trained(setup, base, workdir):
-  """What was trained and saved last in a run's folder: parameters or adapter.
-
-  Args: see `saved`; parameters need no base.
-  Raises: ValueError if there is none, or it is an adapter of another base.
-  """
-  if setup.config.lora is not None:
-    checkpoint.check_run(workdir, setup.config.to_dict(), base)
-  return checkpoint.load_params(workdir, trained_shapes(setup), "the run")
-
-
-def policy(setup, base, params):
-  """The parameters to apply the model to, from what is trained.
-
-  Args:
-    base: of `initial`.
-    params: of the TrainState.
-  """
-  if setup.config.lora is None:
-    return params
-  return lora.graft(base, params, scale(setup.config))
-
-
-def scale(config):
-  """The factor on the adapter's product."""
-  o = config.lora
-  return lora.scale_of(o.rank, o.alpha, o.rank_stabilised)
-
-
-def adapter(setup):
-  """A new adapter, born sharded; it adds nothing yet."""
-  shardings = jax.tree.map(lambda x: x.sharding, _adapter_shapes(setup))
-  return run_lib.jitted(lambda: _new_adapter(setup), shardings)()
-
-
-def _with_peft(setup, there, params):
-  """Parameters in f32 with the PEFT adapter of init_adapter merged in."""
-  spec = setup.config.init_adapter
-  found, _, factor = peft.read(
-    origin.folder(origin.parse(spec)[1], "init_adapter"),
-    families.find(there.raw).table,
-    setup.model.config,
-    {path: x.shape for path, x in flat_shapes(setup).items()},
-    setup.model.vocab_size,
-  )
-  shardings = jax.tree.map(lambda x: x.sharding, whole(setup))
-  merge = run_lib.jitted(lambda p, a: lora.merge(p, a, factor), shardings)
-  return merge(params, found)
-
-
-def _new_adapter(setup):
-  """A new adapter, to be traced."""
-  options = setup.config.lora
-  rng = jax.random.key(setup.config.init_seed)
-  shapes = jax.eval_shape(setup.model.init, rng)
-  return lora.init(rng, shapes, options.rank, options.targets)
+def base_shapes(setup):
+  """The base as it is held, abstract, with shardings."""
+  shapes = model_shapes(setup)
+  if setup.source.held == "float32":
+    return shapes
+  return sharded(setup, jax.eval_shape(_holds(setup.source.held), shapes))
 
 
 def trained_shapes(setup):
   """What a run trains, abstract, with shardings."""
-  return whole(setup) if setup.config.lora is None else _adapter_shapes(setup)
+  rng = jax.random.key(0)
+  shapes = jax.eval_shape(setup.trained.init, base_shapes(setup), rng)
+  return sharded(setup, shapes)
 
 
-def _adapter_shapes(setup):
-  return sharded(setup, jax.eval_shape(lambda: _new_adapter(setup)))
+def initial(setup):
+  """The base that a run starts from, born sharded: also its reference."""
+  if setup.base is not None:
+    return setup.base
+  source = setup.source
+  checkpoint_there = pretrained(source.spec)
+  if source.adapter is not None:
+    if checkpoint_there is None or origin.parse(source.spec)[0] != "hf":
+      raise ValueError("init_adapter needs its base: init_from = 'hf:…'")
+    params = hf.load(checkpoint_there, model_shapes(setup), "float32")
+    params = _with_peft(setup, checkpoint_there, params)
+  elif checkpoint_there is not None:
+    return hf.load(checkpoint_there, model_shapes(setup), source.held)
+  elif source.spec is not None:
+    params = _of_run(setup)
+  else:
+    params = setup.programs.init(jax.random.key(source.seed))
+  if source.held == "float32":
+    return params
+  return run_lib.jitted(_holds(source.held), _shardings(base_shapes(setup)))(
+    params
+  )
+
+
+def _holds(kind):
+  """The function that makes a base of f32 parameters, of lora.BASES."""
+
+  def convert(params):
+    return tree.map_named(lambda path, x: lora.store(path, x, kind), params)
+
+  return convert
+
+
+def _shardings(shapes):
+  return jax.tree.map(lambda x: x.sharding, shapes)
+
+
+def _of_run(setup):
+  """The policy of another run, in f32; an adapter is merged into its base."""
+  folder = setup.source.spec
+  trained, source, asked = setup.source.run
+  there = setup._replace(trained=trained, source=source, asked=asked)
+  base = initial(there) if trained.on_base else None
+  return merged(there, base, restored(there, base, folder, "init_from"))
+
+
+def merged(setup, base, params):
+  """The model's parameters in f32, of what was trained.
+
+  Args:
+    base: of `initial`; None where the policy is not on one.
+    params: of the TrainState.
+  """
+  if not (setup.trained.on_base or setup.trained.heads):
+    return params
+  shardings = _shardings(model_shapes(setup))
+  return run_lib.jitted(setup.trained.merged, shardings)(base, params)
+
+
+def restored(setup, base, workdir, field="the run"):
+  """What was trained and saved last in a run's folder.
+
+  Args:
+    base: of `initial`; None where the policy is not on one.
+    workdir: run folder.
+    field: what named the folder, for messages.
+  Raises: ValueError if there is nothing, or it is an adapter of another base.
+  """
+  if setup.trained.on_base:
+    checkpoint.check_run(workdir, setup.asked, base)
+  return checkpoint.load_params(workdir, trained_shapes(setup), field)
+
+
+def _with_peft(setup, checkpoint_there, params):
+  """Parameters in f32 with the PEFT adapter of init_adapter merged in."""
+  adapter, _, factor = peft.read(
+    origin.folder(origin.parse(setup.source.adapter)[1], "init_adapter"),
+    families.find(checkpoint_there.raw).table,
+    setup.model.config,
+    {path: x.shape for path, x in tree.named(model_shapes(setup))},
+    setup.model.vocab_size,
+  )
+  merge = run_lib.jitted(
+    lambda p, a: lora.merge(p, a, factor), _shardings(model_shapes(setup))
+  )
+  return merge(params, adapter)

@@ -1,4 +1,4 @@
-"""One writer per run folder, and a stop that loses nothing."""
+"""One writer per run folder, a stop that loses nothing, and what must hold."""
 
 import contextlib
 import fcntl
@@ -7,6 +7,8 @@ import signal
 import threading
 
 from etils import epath
+
+from dpo_jax.train import state as state_lib
 
 EXIT_INTERRUPTED = 130  # Ctrl-C; everything is saved
 EXIT_REQUEUE = 42  # SIGTERM or SIGUSR2; everything is saved, run it again
@@ -113,3 +115,59 @@ def stop_on_signal():
     yield stop
   finally:
     restore()
+
+
+def first_step(metrics, first, limit):
+  """A line about a run's first step, where policy = reference.
+
+  Args:
+    metrics: of the step, taken before its update: "loss"; and
+      "rewards/largest" and "drift/largest", the largest |reward| and |Δ|,
+      which would be 0 but for rounding: the noise floor of this dtype, mesh
+      and reference.
+    first: of algos.base.Algorithm, with its hparams bound; or None.
+    limit: of the rewards.
+  Raises: ValueError if rewards or loss are further off.
+  """
+  noise, loss = float(metrics["rewards/largest"]), float(metrics["loss"])
+  if not noise <= limit:
+    raise ValueError(
+      f"at step 0 policy and reference differ by rewards of up to {noise:.3g}, "
+      f"more than train.max_noise = {limit}: is the reference another model, "
+      "or of another precision? If this is the rounding of your dtype, raise "
+      "train.max_noise"
+    )
+  line = f"step 0: rewards within {noise:.2g} of 0 (policy = reference), loss "
+  bounds = None
+  if first is not None:
+    bounds = first(float(metrics["drift/largest"]))
+  if bounds is None:
+    return f"{line}{loss:.6g}"
+  low, expected, high = bounds
+  slack = 1e-3 * max(1.0, abs(expected))
+  if not low - slack <= loss <= high + slack:
+    raise ValueError(
+      f"at step 0 the loss is {loss:.6g}, where policy = reference gives "
+      f"{expected:.6g}: it does not see the rewards that are logged"
+    )
+  return f"{line}{loss:.6g} ({expected:.6g} without rounding)"
+
+
+def reference_is(params, fingerprint):
+  """Raises RuntimeError if the reference is not what it was.
+
+  Args:
+    params: of the reference.
+    fingerprint: of state.fingerprint, as plain values, when the run began.
+  """
+  changed = [
+    path
+    for path, value in state_lib.fingerprint(params).items()
+    if fingerprint.get(path) != value
+  ]
+  if changed:
+    raise RuntimeError(
+      f"the reference changed during the run, in {changed[0]} and "
+      f"{len(changed) - 1} more: nothing writes to it, so suspect the memory; "
+      "the last checkpoint is kept"
+    )

@@ -28,7 +28,6 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
 
   def step(state, batch, hparams):
     trained, rest = tree.split(state.params, optimizer.trains)
-    hparams = {**hparams, "step": state.step}
     grads, loss, metrics, kept = gradients(
       algorithm,
       lambda trained: tree.graft(rest, trained),
@@ -50,21 +49,18 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
       return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
     params = tree.graft(rest, guard(updated, trained))
-    extra = guard({**state.extra, **kept}, state.extra)
+    more = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+    metrics = {**metrics, **more}
+    extra = {**state.extra, **kept}
+    extra = algorithm.update(extra, params, state.step + 1, metrics)
     state = state.replace(
       step=state.step + 1,
       params=params,
       opt_state=guard(opt_state, state.opt_state),
-      extra=algorithm.update(extra, params, state.step + 1),
+      extra=guard(extra, state.extra),
       skipped=jnp.where(finite, 0, state.skipped + 1),
     )
-    more = {
-      "loss": loss,
-      "grad_norm": norm,
-      "learning_rate": rate,
-      "skipped": state.skipped.astype(jnp.float32),
-    }
-    return state, {**metrics, **more}
+    return state, {**metrics, "skipped": state.skipped.astype(jnp.float32)}
 
   return step
 
@@ -81,9 +77,11 @@ def gradients(
   Returns: (gradient, loss, metrics, what of state.extra is new).
   """
 
+  rng = base.rng_of(state.step)
+
   def features(trained, batch):
     batch = algorithm.prepare(batch, state.frozen, state.extra)
-    return algorithm.features(whole(trained), state.frozen, batch, hparams)
+    return algorithm.features(whole(trained), state.frozen, batch, hparams, rng)
 
   def combine(moving, fixed):
     return algorithm.combine(moving, fixed, state.extra, hparams)
@@ -103,6 +101,7 @@ def gradients(
 
     def local_loss(trained, batch):
       terms = combine(*features(trained, batch))
+      _refuse_kept(algorithm, terms)
       nums = reduce.numerators(_merged(terms))
       aux = nums, reduce.peaks(terms.peaks), terms.kept
       return _loss(reduce.divide(nums, totals)), aux
@@ -117,6 +116,16 @@ def gradients(
   means = reduce.divide(nums, totals)
   metrics = {**_metrics(means, totals), **reduce.pmax(peaks, axis_name)}
   return grads, _loss(means), metrics, kept
+
+
+def _refuse_kept(algorithm, terms):
+  """Raises ValueError for what only a part of the batch was asked for."""
+  if terms.kept and not algorithm.batch_level:
+    raise ValueError(
+      f"`combine` keeps {sorted(terms.kept)}, but sees one microbatch of one "
+      "device: set batch_level = True, or keep it in `update`, from the "
+      "metrics of the whole batch"
+    )
 
 
 def _coupled(features, combine, trained, batch, accumulation, axis_name):
@@ -167,7 +176,9 @@ def sums(algorithm, *, axis_name):
 
   def evaluate(state, batch, hparams):
     batch = algorithm.prepare(batch, state.frozen, state.extra)
-    found = algorithm.features(state.params, state.frozen, batch, hparams)
+    found = algorithm.features(
+      state.params, state.frozen, batch, hparams, base.rng_of(0)
+    )
     axis = axis_name
     if algorithm.batch_level:
       found, axis = reduce.gather_rows(found, axis), None

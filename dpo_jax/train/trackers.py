@@ -22,11 +22,12 @@ class Tracker(NamedTuple):
   close: Callable
 
 
-def make(config, workdir, start):
+def make(options, asked, workdir, start):
   """The trackers that `config.log` asks for.
 
   Args:
-    config: ConfigDict of the run; reads log, and is recorded with the run.
+    options: tensorboard and wandb, as in config.log.
+    asked: the config as plain values, which is recorded with the run.
     workdir: run folder; gets tensorboard/ or wandb/.
     start: step that the run starts from; later ones of an earlier try are
       replaced.
@@ -34,10 +35,10 @@ def make(config, workdir, start):
   Raises: ValueError naming the package to install.
   """
   workdir, trackers = epath.Path(workdir), []
-  if config.log.tensorboard:
+  if options.tensorboard:
     trackers.append(_tensorboard(workdir, start))
-  if config.log.wandb is not None:
-    trackers.append(_wandb(config, workdir))
+  if options.wandb is not None:
+    trackers.append(_wandb(options.wandb, asked, workdir))
   return trackers
 
 
@@ -57,7 +58,7 @@ def _tensorboard(workdir, start):
   return Tracker(write, writer.close)
 
 
-def _wandb(config, workdir):
+def _wandb(project, asked, workdir):
   try:
     import wandb
   except ImportError as error:
@@ -66,12 +67,12 @@ def _wandb(config, workdir):
   if not name.exists():
     name.write_text(uuid.uuid4().hex)
   run = wandb.init(
-    project=config.log.wandb,
+    project=project,
     name=workdir.name,
     id=name.read_text(),
     resume="allow",
     dir=str(workdir),
-    config=config.to_dict(),
+    config=asked,
   )
 
   def write(kind, step, values):

@@ -18,11 +18,11 @@ def compile_all(run, program, total):
 
   shapes = {}
   for number in range(total):
-    batch, _ = run.loader.batch(number)
+    batch, _ = run.feed.loader.batch(number)
     shapes.setdefault(tuple(x.shape for x in batch.values()), number)
   state = program.state
   for number in shapes.values():
-    batch, _ = build_lib.place_batch(run.setup, run.loader, number)
+    batch, _ = run.feed.batch(number, None)
     state, metrics = program.step(state, batch, program.hparams)
     protocol.note(f"batch {number}: loss {float(metrics[0]['loss']):.4f}")
   return len(shapes)
@@ -70,8 +70,8 @@ def build(job):
   params = trained.initial(run.setup)
   protocol.note("parameters are there")
   if config.ref == "cached":
-    forward.attach_reference(run.setup, params, run.loader, job["workdir"])
-  runs = together.beside([config, *others], run) if others else [run]
+    forward.attach_reference(run.setup, params, run.feed.loader, job["workdir"])
+  runs = sweeps.beside([config, *others], run) if others else [run]
 
   def program():
     states = [build_lib.initial_state(run, params) for run in runs]
@@ -86,14 +86,14 @@ def build(job):
   facts = {
     "compile_seconds": seconds,
     "compilations": shapes,
-    "fill": run.loader.fill,
+    "fill": run.feed.loader.fill,
     "about": run.about.partition(": ")[2],  # without the path
     "peaks": peaks,
     "attention": run.setup.model.config.attention,
     "remat": run.setup.model.config.remat,
     "head_chunk": run.setup.model.config.head_chunk,
     "flops": [
-      build_lib.step_flops(run, run.loader.batch(number)[1])
+      recorder.step_flops(run, run.feed.loader.batch(number)[1])
       for number in range(job["steps"])
     ],
   }
@@ -114,7 +114,7 @@ def main():
 
   run, (step, state, hparams, _), compilations, facts = build(job)
   batches = loader_lib.prefetch(
-    functools.partial(build_lib.place_batch, run.setup, run.loader),
+    functools.partial(build_lib.place_batch, run.setup, run.feed.loader),
     range(job["steps"]),
   )
   device = jax.devices()[0]

@@ -149,16 +149,16 @@ def test_a_run_counts_the_reference_pass_and_sets_its_precision(monkeypatch):
     config = load.load_config("configs/dpo.py:smoke", ["precision=default"])
     run = build.prepare(config)
     assert jax.config.jax_default_matmul_precision == "default"
-    _, stats = run.loader.batch(0)
+    _, stats = run.feed.loader.batch(0)
     one = sum_of_flops(
       run.setup.model.config, 257, stats.tokens, stats.scored, stats.visible
     )
-    assert build.step_flops(run, stats) == 4 * one
+    assert recorder.step_flops(run, stats) == 4 * one
     alone = build.prepare(load.load_config("configs/sft.py:smoke"))
-    _, stats = alone.loader.batch(0)
+    _, stats = alone.feed.loader.batch(0)
     one = sum_of_flops(
       run.setup.model.config, 257, stats.tokens, stats.scored, stats.visible
     )
-    assert build.step_flops(alone, stats) == 3 * one
+    assert recorder.step_flops(alone, stats) == 3 * one
   finally:
     jax.config.update("jax_default_matmul_precision", before)

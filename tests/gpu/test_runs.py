@@ -79,7 +79,7 @@ def test_the_state_is_donated():
   run = build.prepare(load("model.dtype=bfloat16"))
   state = build.initial_state(run, trained.initial(run.setup))
   program = together.program([run], [state])
-  batch, _ = build.place_batch(run.setup, run.loader, 0)
+  batch, _ = run.feed.batch(0, None)
   before = jax.tree.leaves(program.state.params)
   program.step(program.state, batch, program.hparams)
   assert all(leaf.is_deleted() for leaf in before)

@@ -134,8 +134,8 @@ def _free_step(peaks):
 
   def train_step(run, state):
     bounds = None
-    if run.algorithm.at_reference is not None:
-      bounds = run.algorithm.at_reference(run.hparams, NOISE)
+    if run.algorithm.first is not None:
+      bounds = run.algorithm.first(run.hparams, NOISE)
     loss = 0.0 if bounds is None else bounds[1]
 
     def step(state, batch, hparams):

@@ -149,7 +149,7 @@ def _state(plan):
 def data(plan):
   """Which examples come when, and as which arrays."""
   run, _ = run_of(plan)
-  parts = [run.total, _batches(run.loader)]
+  parts = [run.total, _batches(run.feed.loader)]
   if plan.config.data.eval is not None:
     parts.append(_batches(build.held_out_loader(run.setup)[0]))
   return parts
@@ -168,7 +168,7 @@ def step(plan):
   """The train step, with the values that it reads of the config."""
   run, precision = run_of(plan)
   setup, state = run.setup, _state(plan)
-  call = build.train_step(run, state)
+  call = run.step
   batch = run_lib.place_batch(_batch(run), setup.mesh, setup.mode)
   args = state, batch, run.hparams
   with jax.default_matmul_precision(precision):
@@ -183,7 +183,7 @@ def step(plan):
 
 def _batch(run):
   """A batch, with log-probs of a cached reference where the step needs them."""
-  batch, _ = run.loader.batch(0)
+  batch, _ = run.feed.loader.batch(0)
   if run.setup.config.ref != "cached":
     return batch
   shape = batch["target_index"].shape

@@ -26,9 +26,9 @@ def adapter_after_two_steps(overrides):
   )
   run = build.prepare(config)
   state = build.initial_state(run, trained.initial(run.setup))
-  step = build.train_step(run, state)
+  step = run.step
   for number in range(2):
-    batch, _ = build.place_batch(run.setup, run.loader, number)
+    batch, _ = run.feed.batch(number, None)
     state, _ = step(state, batch, run.hparams)
   kernel = jax.tree.leaves(state.frozen["base"]["layers"]["attn"]["q"])[0]
   return jax.device_get(state.params), kernel.sharding.spec

@@ -39,7 +39,7 @@ def prepared(*overrides, model="pythia-70m", lora=False):
 def choice(available, monkeypatch, *overrides, **kwargs):
   setup, optimizer, shape = prepared("mesh.data=8", *overrides, **kwargs)
   monkeypatch.setattr(memory, "of_device", lambda *_: available)
-  fitted, found = memory.fitted(setup, optimizer, shape, 1)
+  fitted, found = memory.fitted(setup, optimizer, shape, 1, algorithm.extra)
   assert fitted.model.config.remat == found.remat
   assert fitted.model.config.head_chunk == found.head_chunk
   return found
@@ -91,11 +91,11 @@ def test_the_estimate_is_near_what_the_compiler_says(remat, tmp_path):
     ),
   )
   run = build.prepare(config)
-  shape = run.loader.shapes[-1]
+  shape = run.feed.loader.shapes[-1]
   _, found = memory.fitted(run.setup, run.optimizer, shape, 1)
   state = build.initial_state(run, build.weights.initial(run.setup))
-  step = build.train_step(run, state)
-  batch, _ = build.place_batch(run.setup, run.loader, 0)
+  step = run.step
+  batch, _ = run.feed.batch(0, None)
   moving, frozen = state.replace(frozen={}), state.frozen
   with jax.set_mesh(run.setup.mesh):
     program = step.compiled.lower(moving, frozen, batch, run.hparams).compile()

@@ -71,9 +71,9 @@ def alone(run, workdir):
   """(metrics of each step, parameters) of one point by itself."""
   params = trained.initial(run.setup)
   if run.setup.config.ref == "cached":
-    forward.attach_reference(run.setup, params, run.loader, workdir)
+    forward.attach_reference(run.setup, params, run.feed.loader, workdir)
   state = build.initial_state(run, params)
-  step = build.train_step(run, state)
+  step = run.step
   found, state = steps(run, state, step, run.hparams)
   return found, tree.named(state.params)
 
@@ -81,7 +81,7 @@ def alone(run, workdir):
 def steps(run, state, step, hparams):
   found = []
   for number in range(STEPS):
-    batch, _ = build.place_batch(run.setup, run.loader, number)
+    batch, _ = run.feed.batch(number, None)
     state, metrics = step(state, batch, hparams)
     found.append(metrics)
   return jax.device_get(found), state
@@ -168,7 +168,7 @@ def test_points_in_one_program_equal_each_of_them_alone(case, start, tmp_path):
     run, program = sweeps.program(config, chosen, tmp_path)
     found, state = steps(run, program.state, program.step, program.hparams)
     configs = [load_lib.at(config, point) for point in chosen]
-    runs = together.beside(configs, build.prepare(configs[0]))
+    runs = sweeps.beside(configs, build.prepare(configs[0]))
     for index, part in enumerate(program.parts(state)):
       got = [step[index] for step in found], tree.named(part.params)
       assert_equal_up_to_rounding(got, alone(runs[index], tmp_path))
@@ -179,15 +179,15 @@ def flops(count, ref, start):
   """FLOPs of the step of `count` adapters, before the compiler sees it."""
   config = load(LORA, f"ref={ref}", start)
   configs = [load_lib.at(config, point) for point in POINTS[:count]]
-  runs = together.beside(configs, build.prepare(config))
+  runs = sweeps.beside(configs, build.prepare(config))
   states = [build.initial_state(r, trained.initial(r.setup)) for r in runs]
-  batch, _ = build.place_batch(runs[0].setup, runs[0].loader, 0)
+  batch, _ = runs[0].feed.batch(0, None)
   if ref == "cached":
     logps = np.zeros(batch["target_index"].shape, np.float32)
     batch = {**batch, "ref_token_logps": logps}
   if count == 1:
     (state,), hparams = states, runs[0].hparams
-    step = build.train_step(runs[0], state)
+    step = runs[0].step
   else:
     step, state, hparams, _ = together.program(runs, states)
   args = state.replace(frozen={}), state.frozen, batch, hparams
@@ -230,7 +230,7 @@ def test_points_share_a_program_where_they_compile_to_the_same(
   spec = f"{LORA},loss=dpo+bco" if mixed else LORA
   config = load(spec, "sweep.together=4", *fields)
   configs = [load_lib.at(config, point) for point in made]
-  assert together.groups(configs, config.sweep.together) == expected
+  assert sweeps.groups(configs, config.sweep.together) == expected
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ def nbytes(value):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "nf4"])
 def test_the_base_is_there_once_and_only_adapters_have_optimiser_state(kind):
   run, initial, state = start(config(f"lora.base={kind}"))
-  step = build.train_step(run, state)
-  batch, _ = build.place_batch(run.setup, run.loader, 0)
+  step = run.step
+  batch, _ = run.feed.batch(0, None)
   for _ in range(2):
     state, _ = step(state, batch, run.hparams)
   held, given = jax.tree.leaves(state.frozen), jax.tree.leaves(initial)
@@ -70,8 +70,8 @@ def test_training_an_adapter_leaves_no_second_copy_of_the_base_alive():
   gc.collect()
   before = {id(x) for x in jax.live_arrays()}
   run, initial, state = start(config())
-  step = build.train_step(run, state)
-  batch, _ = build.place_batch(run.setup, run.loader, 0)
+  step = run.step
+  batch, _ = run.feed.batch(0, None)
   state, _ = step(state, batch, run.hparams)
   gc.collect()
   alive = sum(x.nbytes for x in jax.live_arrays() if id(x) not in before)
@@ -82,8 +82,8 @@ def test_training_an_adapter_leaves_no_second_copy_of_the_base_alive():
 def test_policy_equals_reference_until_the_adapter_has_learned():
   """To rounding: the two passes are not fused alike on every processor."""
   run, initial, state = start(config("ref=base"))
-  step = build.train_step(run, state)
-  batch, _ = build.place_batch(run.setup, run.loader, 0)
+  step = run.step
+  batch, _ = run.feed.batch(0, None)
   before = state_lib.fingerprint(initial)
   state, first = step(state, batch, run.hparams)
   state, second = step(state, batch, run.hparams)

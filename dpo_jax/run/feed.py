@@ -1,0 +1,142 @@
+"""Where the batches of a run come from, whether or not they need its policy."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from dpo_jax.data.batch import loader as loader_lib
+from dpo_jax.data.batch import order, rows
+from dpo_jax.data.read import sources
+from dpo_jax.data.tokens import corpus
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import run as run_lib
+
+_AHEAD = 2  # batches that wait for their turn
+
+
+class Feed(NamedTuple):
+  """Batches by number, from 0.
+
+  Attributes:
+    batch: (number, state) -> (batch on the mesh, loader.Stats); numbers are
+      asked for in their order, from one where `boundary` holds.
+    ahead: how many may be made before their turn, by a thread, with None for
+      the state; 0 where they depend on the policy.
+    boundary: steps done -> whether a checkpoint may be taken there: whoever
+      starts from it is given the same batches.
+    about: a line for the log.
+    shapes: rows.Shape of the batches.
+    fingerprint: what a run that resumes must find again, in words.
+    epoch: examples in a pass over the data.
+    loader: loader.Loader of the data, where that is all there is; else None.
+  """
+
+  batch: Callable
+  ahead: int
+  boundary: Callable
+  about: str
+  shapes: list
+  fingerprint: str
+  epoch: int
+  loader: Any = None
+
+
+def of_loader(loader, about, mesh, mode):
+  """The Feed of a Loader: a pure function of the number."""
+  return Feed(
+    batch=lambda number, state: place(loader, number, mesh, mode),
+    ahead=_AHEAD,
+    boundary=lambda done: True,
+    about=about,
+    shapes=loader.shapes,
+    fingerprint=loader.fingerprint,
+    epoch=loader.size,
+    loader=loader,
+  )
+
+
+def place(loader, number, mesh, mode):
+  """Batch `number` of a loader on the mesh, and its Stats."""
+  batch, stats = loader.batch(
+    number, functools.partial(mesh_lib.local_rows, mesh)
+  )
+  return run_lib.place_batch(batch, mesh, mode), stats
+
+
+def load(setup, algorithm, spec, field, row_multiple, *, steps=None):
+  """(Loader of a data set, a line that describes it).
+
+  Args:
+    setup: build.Setup.
+    algorithm: base.Algorithm; its `data` and `needs` are read.
+    spec, field: the source and the field that names it.
+    row_multiple: of the rows of a batch.
+    steps: for training, which is shuffled and endless: function of the epoch's
+      size -> batches that will be asked for. None is one pass in order.
+  """
+  options = setup.data
+  policy = sources.Policy(options.bad_records)
+  weights = tuple(weight for weight, _ in sources.parse(spec, field))
+  examples, changed, cached = corpus.load(
+    *(spec, field, algorithm.data, "scores" in algorithm.needs),
+    *(setup.tokenizer, options, policy),
+    loud=jax.process_index() == 0,
+  )
+  size = order.epoch_size(order.mixture(examples.source, weights))
+  loader = loader_lib.Loader(
+    examples,
+    layout(options, row_multiple),
+    batch_size=options.batch_size,
+    seed=None if steps is None else options.seed,
+    budget=options.max_shapes,
+    multiple=options.shape_multiple,
+    steps=None if steps is None else steps(size),
+    windows=setup.model.config.windows,
+    weights=weights,
+  )
+  notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
+  if size != len(examples):
+    notes["examples per epoch"] = size
+  about = f"{spec}: {_about(loader, len(examples))}"
+  if notes:
+    about += "; " + ", ".join(f"{n} {what}" for what, n in notes.items())
+  if len(weights) > 1:
+    named = enumerate(part for _, part in sources.parse(spec, field))
+    about += "; " + ", ".join(f"source{k} is {part}" for k, part in named)
+  if cached is not None:
+    about += f"; tokens in {cached}"
+  return loader, about
+
+
+def _about(loader, count):
+  shapes = ", ".join(
+    f"R{s.rows} T{s.length} S{s.scored} P{s.per_row} E{s.tile}"
+    for s in loader.shapes
+  )
+  return (
+    f"{count} examples, {loader.comparisons} comparisons; "
+    f"shapes {shapes}; fill {loader.fill:.2f}"
+  )
+
+
+def layout(options, row_multiple):
+  """The rows.Layout of config.data's fields."""
+  return rows.Layout(
+    options.packed, options.shared, row_multiple, options.max_row_length
+  )
+
+
+@contextlib.contextmanager
+def opened(feed, start, total):
+  """Yields (number, state) -> (batch, Stats), for start … total − 1 in turn."""
+  if not feed.ahead:
+    yield feed.batch
+    return
+  batches = loader_lib.prefetch(
+    lambda number: feed.batch(number, None), range(start, total), feed.ahead
+  )
+  with contextlib.closing(batches):
+    yield lambda number, state: next(batches)

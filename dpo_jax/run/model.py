@@ -1,0 +1,75 @@
+"""The model and the tokenizer that a config names."""
+
+import dataclasses
+
+from dpo_jax.config import saved
+from dpo_jax.data.tokens import tokenize
+from dpo_jax.models import config as model_config
+from dpo_jax.models import decoder
+from dpo_jax.run import trained
+
+
+def shape(fields, init_from):
+  """(ModelConfig, vocabulary size or None).
+
+  Args:
+    fields: of config.model: the whole shape, or RUNTIME fields only; then the
+      shape is that of init_from, a checkpoint's own config.json, or a run's.
+    init_from: of the config.
+  Raises: ValueError if both bring a shape, or none does.
+  """
+  runtime = dict(fields)
+  pretrained = trained.pretrained(init_from)
+  if set(runtime) - set(model_config.RUNTIME):
+    if pretrained is not None:
+      raise ValueError(
+        f"init_from = {init_from!r} brings its own shape: config.model must "
+        f"have the fields {model_config.RUNTIME} only; select it by the "
+        f"config's argument, :model={init_from}"
+      )
+    return model_config.ModelConfig(**runtime), None
+  if pretrained is not None:
+    own, vocab_size = pretrained.config, pretrained.vocab_size
+  elif init_from is not None:
+    run = saved.saved_config(init_from)
+    own, vocab_size = shape(run.model.to_dict(), run.init_from)
+  else:
+    raise ValueError(
+      "config.model has no shape and init_from is not set; name a pre-trained "
+      "model by the config's argument, :model=hf:NAME, or a preset"
+    )
+  runtime["unroll"] = min(runtime["unroll"], own.periods)
+  return dataclasses.replace(own, **runtime), vocab_size
+
+
+def build(fields, init_from, tokenizer_name, longest):
+  """(decoder.Model, tokenize.Tokenizer).
+
+  Args:
+    fields, init_from: see `shape`.
+    tokenizer_name: of config.tokenizer.
+    longest: tokens of a prompt and a completion, at most.
+  Raises: ValueError if the tokenizer has more tokens than the model, or the
+    data may be longer than its positions.
+  """
+  tokenizer = tokenize.load(tokenizer_name)
+  own, vocab_size = shape(fields, init_from)
+  if vocab_size is None:
+    vocab_size = tokenizer.vocab_size
+  spare = set(range(vocab_size, tokenizer.vocab_size))
+  ends = {tokenizer.bos_id, tokenizer.eos_id}
+  if spare <= set(tokenizer.specials) and not spare & ends:
+    # Gemma 3 has a token for images, which its text models have no row for.
+    tokenizer = tokenizer._replace(vocab_size=vocab_size)
+  if tokenizer.vocab_size > vocab_size:
+    raise ValueError(
+      f"tokenizer = {tokenizer_name!r} has {tokenizer.vocab_size} tokens, "
+      f"but the model of init_from = {init_from!r} only {vocab_size}; "
+      "use its own tokenizer"
+    )
+  if longest > own.max_positions:
+    raise ValueError(
+      f"data.max_prompt_length + data.max_completion_length = {longest} is "
+      f"more than model.max_positions = {own.max_positions}"
+    )
+  return decoder.build(own, vocab_size), tokenizer
