@@ -174,7 +174,9 @@ def audit(config, workdir, module):
   build.check(config)
   algorithm = algos.make(config, apply=None)
   scored = "scores" in algorithm.needs
-  reports = audit.audit(config, algorithm.data, scored)
+  reports = audit.audit(
+    *(config.tokenizer, config.data, config.audit, algorithm.data, scored)
+  )
   for report in reports:
     print(text.text(report))
   print(text.verdict(reports))

@@ -15,47 +15,53 @@ _CONTEXT = 8  # tokens in front of one that its text is looked up behind
 _PART = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of a character
 
 
-def audit(config, kind, scored):
+def audit(name, options, limits, kind, scored):
   """The reports of data.train and, where it is set, data.eval.
 
   Args:
-    config: see `report`.
+    name: of the tokenizer.
+    options: the fields of config.data.
+    limits: the fields of config.audit.
     kind, scored: what the loss compares, see comparisons.arrange.
   """
-  tokenizer = tokenize.load(config.tokenizer)
-  fields = ["data.train"]
-  if config.data.eval is not None:
-    fields.append("data.eval")
-  return [report(config, kind, scored, tokenizer, field) for field in fields]
+  tokenizer = tokenize.load(name)
+  specs = {"data.train": options.train}
+  if options.eval is not None:
+    specs["data.eval"] = options.eval
+  return [
+    {
+      "tokenizer": _about(name, tokenizer),
+      **report(spec, field, tokenizer, options, limits, kind, scored),
+    }
+    for field, spec in specs.items()
+  ]
 
 
-def report(config, kind, scored, tokenizer, field):
+def report(spec, field, tokenizer, options, limits, kind, scored):
   """The report of a data set, as plain values.
 
   Args:
-    config: reads data, audit and tokenizer (its name).
-    kind, scored: see `audit`.
+    spec, field: the source, and "data.train" or "data.eval".
     tokenizer: tokenize.Tokenizer.
-    field: "data.train" or "data.eval".
-  Returns: {"field", "spec", "tokenizer", "shown": examples token by token,
+    options, limits, kind, scored: see `audit`.
+  Returns: {"field", "spec", "shown": examples token by token,
     "parts": [`audit_counts.summary` with "source", for each part of a mixture,
     then for all if there are several], "checks": see `audit_counts.checks`}.
   Raises: ValueError for what is wrong with a file, or with the config.
   """
-  spec = config.data[field.removeprefix("data.")]
   parts, shown = [], []
   every, skipped, first = [], collections.Counter(), {}
   for _, source in sources.parse(spec, field):
     policy = sources.Policy("skip")
     facts = []
-    each = _encoded(config, kind, tokenizer, source, policy, field)
+    each = _encoded(options, kind, tokenizer, source, policy, field)
     for record, made in each:
       error = comparisons.problem(made.example, kind, scored)
       if error is not None:
         policy.bad(error)
         continue
       facts.append(counts.facts_of(record, made, tokenizer))
-      if len(shown) < config.audit.show:
+      if len(shown) < limits.show:
         shown.append(_show(record, made, tokenizer))
     parts.append(
       {
@@ -66,24 +72,23 @@ def report(config, kind, scored, tokenizer, field):
     every += facts
     skipped += policy.skipped
     first = policy.first | first
-  found = counts.checks(parts, config.audit)
+  found = counts.checks(parts, limits)
   if len(parts) > 1:
     parts.append({"source": "all", **counts.summary(every, skipped, first)})
   return {
     "field": field,
     "spec": spec,
-    "tokenizer": _about(config.tokenizer, tokenizer),
     "shown": shown,
     "parts": parts,
     "checks": found,
   }
 
 
-def _encoded(config, kind, tokenizer, source, policy, field):
+def _encoded(options, kind, tokenizer, source, policy, field):
   """Yields (record, tokenize.Encoded) of the usable records of a source."""
   form = comparisons.FORMS[kind]
   records = list(sources.read(source, form, policy, field))
-  each = tokenize.encode_each(records, tokenizer, config.data)
+  each = tokenize.encode_each(records, tokenizer, options)
   for record, made in zip(records, each, strict=True):
     if made.error is None:
       yield record, made

@@ -26,6 +26,11 @@ TEMPLATES = {
 }
 
 
+def audited(config, kind, scored):
+  sections = config.tokenizer, config.data, config.audit
+  return audit.audit(*sections, kind, scored)
+
+
 def kind_of(config):
   return "sft" if config.algo == "sft" else "pairs"
 
@@ -64,7 +69,7 @@ def look(folders, tmp_path):
     for name, value in fields.items():
       group = config.audit if name in config.audit else config.data
       group[name] = value
-    (report,) = audit.audit(config, kind_of(config), False)
+    (report,) = audited(config, kind_of(config), False)
     return report
 
   return run
@@ -355,12 +360,12 @@ def test_the_report_is_plain_values(look):
 def test_the_held_out_data_is_audited_too(folders):
   config = base.get_config()
   config.data.train, config.data.eval = "toy:9", "toy:3"
-  reports = audit.audit(config, kind_of(config), False)
+  reports = audited(config, kind_of(config), False)
   assert [r["field"] for r in reports] == ["data.train", "data.eval"]
   assert [r["parts"][0]["examples"] for r in reports] == [9, 3]
   assert text_lib.verdict(reports) == "no limit is exceeded"
   config.data.eval = None
-  assert len(audit.audit(config, kind_of(config), False)) == 1
+  assert len(audited(config, kind_of(config), False)) == 1
 
 
 def test_every_limit_is_a_field_of_the_config():
@@ -397,5 +402,5 @@ def test_what_a_loss_cannot_use_is_skipped_with_its_reason(tmp_path, folders):
     ("mismatched", False, "bad label"),
     ("labels", True, "missing scores"),
   ):
-    (report,) = audit.audit(config, kind, scored)
+    (report,) = audited(config, kind, scored)
     assert reason in report["parts"][0]["skipped"]
