@@ -7,18 +7,11 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from dpo_jax.config import fields
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.eval import frontier
 from dpo_jax.run import build, forward, held_out
 from dpo_jax.train import state as state_lib
-
-# Fields that change neither the policy nor what is measured of it.
-_NO_MATTER = (
-  *("workdir", "ref_store", "audit."),
-  *("checkpoint.", "export.", "eval.", "log.", "mesh.", "sweep."),
-  *("data.token_cache", "train.max_noise", "model.unroll"),
-  *("model.attention", "model.remat", "model.head_chunk"),
-)
 
 
 def evaluate(setup, params, ref, workdir, made):
@@ -93,7 +86,8 @@ def done(config, workdir, made):
     return False
   saved, now = saved_lib.upgraded(there["config"]), config.to_dict()
   saved_lib.check_config(saved, now, workdir)
-  return not saved_lib.differences(saved, now, _NO_MATTER)
+  matters = fields.LENGTH, fields.MEASURE
+  return not saved_lib.differences(saved, now, *matters)
 
 
 def _held_out(setup, params, ref, workdir):
