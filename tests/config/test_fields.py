@@ -7,6 +7,7 @@ from configs import base, common
 from dpo_jax.config import fields, saved
 from dpo_jax.data.audit import counts
 from dpo_jax.models import config as model_config
+from dpo_jax.train import optimizers
 
 DECIDES = (
   *(fields.POLICY, fields.LENGTH, fields.MEASURE),
@@ -19,7 +20,7 @@ SELECTED = ("loss.", "model.", "optim.")
 def paths():
   """The fields of configs/base.py, with an adapter, of every optimiser."""
   out = {"lora"}
-  for name in common.OPTIMIZERS:
+  for name in optimizers.OPTIMIZERS:
     config = base.get_config()
     config.optim, config.lora = common.optim(name), common.lora()
     out |= saved.flatten(config.to_dict()).keys()
