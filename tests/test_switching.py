@@ -67,6 +67,8 @@ def test_a_divergence_is_selected_with_its_own_fields(divergence):
     ("loss=dpo", ("ref=base",), "config.lora is not set"),
     ("lora", ("ref=frozen",), "set ref = 'base'"),
     ("ref=ema", ("ref_mix=1.5",), "ref_mix = 1.5 must be in"),
+    ("ref=ema", ("ref_every=None",), "ref_every = None with ref = 'ema'"),
+    ("lora,ref=ema", (), "ref_mix = 0.6: a mean of adapters' factors"),
     ("loss=exo", ("loss.label_smoothing=0",), "EXO needs it above 0"),
     ("loss=0.5*dpo+nll", ("loss.dpo.beta=0",), "loss.dpo.beta = 0.0 must be"),
     ("loss=discopop", ("loss.temperature=2",), "must be at most 1"),

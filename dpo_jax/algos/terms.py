@@ -108,10 +108,12 @@ def _check_ranges(loss, fields, prefix):
 
 
 def check_reference(config, parts, wanted):
-  """Raises ValueError where config.ref does not fit the losses.
+  """Raises ValueError where config.ref does not fit what is trained.
+
+  What its own fields may be is of run.checks.
 
   Args:
-    config: reads ref, ref_mix, ref_every and lora.
+    config: reads ref and lora.
     parts: of `of`.
     wanted: names that the losses need.
   """
@@ -138,19 +140,4 @@ def check_reference(config, parts, wanted):
     raise ValueError(
       "ref = 'frozen' would be a second copy of the adapter's base: set ref = "
       "'base'"
-    )
-  following = config.ref == "ema"
-  for field in ("ref_mix", "ref_every"):
-    if (config[field] is not None) != following:
-      raise ValueError(
-        f"{field} = {config[field]} with ref = {config.ref!r}: it is of "
-        "ref = 'ema', which needs it (TR-DPO: ref_mix 0.6, ref_every 512)"
-      )
-  if following and not 0 < config.ref_mix <= 1:
-    raise ValueError(f"ref_mix = {config.ref_mix} must be in (0, 1]")
-  if following and config.lora is not None and config.ref_mix != 1:
-    raise ValueError(
-      f"ref_mix = {config.ref_mix}: a mean of adapters' factors is not the "
-      "mean of the weights; with an adapter set ref_mix = 1, a copy every "
-      "ref_every steps"
     )

@@ -62,7 +62,8 @@ def _sampling(options):
 def _effects(config):
   """Yields (whether a field has an effect, what to say if it has none).
 
-  Of fields that are None, or another default, unless they are set.
+  Of fields that are None, or another default, unless they are set; and of those
+  that a reference needs.
   """
   c = config
   if c.data.max_row_length is not None:
@@ -73,10 +74,20 @@ def _effects(config):
   if c.ref_store is not None:
     why = f"ref_store has no effect with ref = {c.ref!r}"
     yield c.ref == "cached", why
+  # Of the reference that follows the policy.
   for field in ("ref_mix", "ref_every"):
-    if c[field] is not None:
-      why = f"{field} = {c[field]} with ref = {c.ref!r}: it is of ref = 'ema'"
-      yield c.ref == "ema", why
+    yield (
+      (c[field] is not None) == (c.ref == "ema"),
+      f"{field} = {c[field]} with ref = {c.ref!r}: it is of ref = 'ema', which "
+      "needs it (TR-DPO: ref_mix 0.6, ref_every 512)",
+    )
+  if c.ref == "ema" and c.lora is not None:
+    yield (
+      c.ref_mix == 1,
+      f"ref_mix = {c.ref_mix}: a mean of adapters' factors is not the mean of "
+      "the weights; with an adapter set ref_mix = 1, a copy every ref_every "
+      "steps",
+    )
   if c.init_seed != 0:
     yield (
       c.init_from is None or c.lora is not None,
