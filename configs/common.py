@@ -8,39 +8,18 @@ from ml_collections import config_dict
 from configs import losses
 from dpo_jax import lookup
 from dpo_jax.models import config as model_config
-
-# The constants of the DPO paper's appendix B, and of AdamW.
-OPTIMIZERS = {
-  "rmsprop": {
-    "learning_rate": 1e-6,
-    "decay": 0.99,
-    "eps": 1e-8,
-    "moments": "float32",
-  },
-  "adamw": {
-    "learning_rate": 1e-6,
-    "b1": 0.9,
-    "b2": 0.999,
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "moments": "float32",  # how they are kept: float32 or bfloat16
-  },
-  "sgd": {"learning_rate": 1e-2},
-}
-
+from dpo_jax.train import optimizers
 
 loss = losses.loss
 
 
 def optim(name):
   """config.optim for an optimiser: the common fields and its own."""
-  fields = lookup.lookup(OPTIMIZERS, name, "optim")
-  o = config_dict.ConfigDict({"name": name, **fields})
-  o.warmup = 150  # steps of linear warm-up
-  o.schedule = "constant"  # after warm-up: constant, linear or cosine
-  o.clip_norm = config_dict.placeholder(float)  # global norm, None: no clipping
-  o.clip_norm = 10.0
-  o.freeze = ()  # path regexes of parameters that are not trained
+  kind = lookup.lookup(optimizers.OPTIMIZERS, name, "optim")
+  fields = {"name": name, **kind.defaults, **optimizers.COMMON}
+  optional = {"clip_norm": config_dict.placeholder(float)}
+  o = config_dict.ConfigDict(fields | optional)
+  o.clip_norm = fields["clip_norm"]
   return o
 
 

@@ -16,18 +16,13 @@ import jax
 from etils import epath
 
 from dpo_jax import lookup, tree
-from dpo_jax.config import origin, saved
+from dpo_jax.config import fields, origin, saved
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.models import families, peft, write
 from dpo_jax.run import build, trained
 from dpo_jax.train import checkpoint
 
 FORMS = ("merged", "adapter")
-# Fields that change nothing of what is written.
-_NO_MATTER = (
-  *("workdir", "ref_store", "audit.", "sample.", "export.folder"),
-  *("export.push", "checkpoint.", "eval.", "log.", "mesh.", "data.eval"),
-)
 
 
 def publish(config, workdir):
@@ -79,9 +74,12 @@ def _same(folder, about):
   if not path.exists():
     return False
   there = json.loads(path.read_text())
-  differ = saved.differences(there["config"], about["config"], _NO_MATTER)
+  configs = there["config"], about["config"]
+  if saved.differences(*configs, fields.POLICY):
+    return False
+  forms = [[c["export"][name] for name in ("form", "dtype")] for c in configs]
   names = ("step", "checksums")
-  return not differ and all(there[name] == about[name] for name in names)
+  return forms[0] == forms[1] and all(there[n] == about[n] for n in names)
 
 
 def _write(config, workdir, folder, about):

@@ -1,6 +1,7 @@
 """Look a name up in a table, with an error that helps."""
 
 import difflib
+import importlib
 
 
 def nearest(name, names):
@@ -24,3 +25,15 @@ def lookup(table, name, field):
     f"{field} = {name!r} is not known{nearest(name, table)} "
     f"(allowed: {', '.join(sorted(map(str, table)))})"
   )
+
+
+def resolve(function, package):
+  """A function, given as itself or as "module.name" in a package.
+
+  What is given by name is imported here, when it is asked for: tables of
+  functions can so be read without what the functions need.
+  """
+  if callable(function):
+    return function
+  module, _, name = function.rpartition(".")
+  return getattr(importlib.import_module(f"{package}.{module}"), name)

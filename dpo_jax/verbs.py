@@ -4,7 +4,6 @@ Imports are inside: `dpo-jax help` and mistakes in a command need no jax.
 """
 
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -200,11 +199,7 @@ def losses(config, workdir, module):
   del config, workdir, module
   from dpo_jax.ops.losses import catalogue
 
-  found = pathlib.Path("configs/losses.py")
-  if not found.is_file():  # beside the package, in a checkout
-    found = pathlib.Path(__file__).parent.parent / found
-  defaults = load.import_file(found).LOSSES if found.is_file() else {}
-  print(catalogue.text(defaults))
+  print(catalogue.text())
   return 0
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from dpo_jax.config import fields as field_table
 from dpo_jax.config import load, saved
 from dpo_jax.models import decoder
 from dpo_jax.run import checks
@@ -213,17 +214,54 @@ def test_every_field_has_an_effect_or_is_refused(field, before):
   assert not wrong, "\n".join(wrong)
 
 
+def _accepted(config):
+  try:
+    checks.values(config)
+  except ValueError:
+    return False
+  return True
+
+
+@pytest.mark.parametrize("name", ["lora", "quickstart"])
+def test_what_is_measured_or_kept_changes_nothing_that_is_trained(
+  name, before, tmp_path, monkeypatch
+):
+  """As the table of fields says: all of them are set to another at once."""
+  before, world = before
+  monkeypatch.chdir(tmp_path)  # relative paths of a config end up there
+  plan, changed = before(name), []
+  config = plan.config
+  for field, bases_of in fields().items():
+    decides = field_table.of(field).decides
+    if decides not in (field_table.MEASURE, field_table.KEEP):
+      continue
+    others = values.others(config, field, world) if name in bases_of else ()
+    other = next(filter(_accepted, others), None)
+    # Entropy is read of the features too, and of no gradient.
+    if other is not None and field != "log.tokens":
+      config, changed = other, [*changed, field]
+  assert len(changed) >= 30
+  after = plan_lib.Plan(config, {}, plan)
+  for what in ("features", "gradient", "optimizer", "initial"):
+    assert part(after, what) == part(plan, what), what
+  assert part(after, "data")[:2] == part(plan, "data")[:2]
+
+
 def test_a_field_that_nothing_reads_is_found(before):
   before, world = before
   config = copy.deepcopy(before("sft").config).unlock()
-  config.data.unread, config.data.unknown = 3, None
+  config.data.unread = 3
   plan = plan_lib.Plan(config.lock(), {})
+  assert not isinstance(part(plan, "step"), Refused)
   found = verdict(lambda _: plan, world, "sft", "data.unread")
   (first, second) = problems(
     "data.unread", {"sft": found}, lambda _: plan.config
   )
   assert first.startswith("data.unread has no effect in the bases ['sft']")
   assert second.startswith("data.unread has no effect in any base")
+  config = copy.deepcopy(config).unlock()
+  config.data.unknown = None
+  plan = plan_lib.Plan(config.lock(), {})
   with pytest.raises(LookupError):
     verdict(lambda _: plan, world, "sft", "data.unknown")
 

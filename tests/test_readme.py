@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import dpo_jax
-from dpo_jax import cli
-from dpo_jax.config import load
+from dpo_jax.config import load, saved
 from dpo_jax.ops import losses
 from tests import conftest
 
@@ -49,6 +48,7 @@ def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
   config = load.load_config("configs/dpo.py")
   ipo = load.load_config("configs/dpo.py:loss=ipo")
   adapter = load.load_config("configs/dpo.py:lora")
-  fields = {path for c in (config, ipo, adapter) for path in cli._paths(c)}
+  every = [saved.flatten(c.to_dict()) for c in (config, ipo, adapter)]
+  fields = {path for flat in every for path in flat}
   for field in re.findall(r"--config\.([\w.]+)=", README):
     assert field in fields, field

@@ -60,7 +60,7 @@ def traces():
       seen.append(True)
     return dpo.fn(policy_logps, *args, **kwargs)
 
-  losses.LOSSES["dpo"] = dpo._replace(fn=fn)
+  losses.LOSSES["dpo"] = dpo._replace(function=fn)
   try:
     yield seen
   finally:

@@ -28,7 +28,8 @@ def make(config, apply):
   """
   parts = terms_lib.of(config.loss)
   wanted = {name for part in parts for name in part.loss.needs}
-  terms_lib.check_reference(config, parts, wanted)
+  on_base = config.lora is not None
+  terms_lib.check_reference(config.ref, on_base, parts, wanted)
   with_ref = config.ref != "none"
   specs = filter(None, (config.data.train, config.data.eval))
   count = max((len(sources.parse(spec)) for spec in specs), default=1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dpo_jax import lookup
 from dpo_jax.algos import base
-from dpo_jax.ops import losses
+from dpo_jax.ops.losses import free
 
 
 def make(config, apply):
@@ -45,7 +45,7 @@ def combine(policy, fixed, extra, hparams):
   """Terms: NLL per token of every completion, and log-prob per completion."""
   del extra, hparams
   lengths, weights = fixed["lengths"], fixed["weights"]
-  out = losses.nll(policy[..., None], None, lengths=lengths[..., None])
+  out = free.nll(policy[..., None], None, lengths=lengths[..., None])
   value, factor = out["loss"]
   per_token = value, factor * weights
   metrics = {"logps/chosen": (policy, weights), "nll": per_token}

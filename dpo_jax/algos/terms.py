@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dpo_jax import lookup
 from dpo_jax.ops import losses
+from dpo_jax.ops.losses import divergences
 
 REFERENCES = ("frozen", "base", "cached", "ema", "none")
 
@@ -54,7 +55,7 @@ def of(fields):
 
 def kind_of_part(part):
   """losses.Loss.data of a part; None if it reads the best completion alone."""
-  return None if part.name in ("sft", "nll") else part.loss.data
+  return None if part.loss.best_alone else part.loss.data
 
 
 def kind_of(fields):
@@ -81,9 +82,8 @@ def _part(name, fields, prefix):
         f"loss.divergence = {divergence!r}: loss {name!r} reads more of the "
         "log-ratios than h, so only the reverse KL fits"
       )
-    fn = losses.under(divergence, fn)
-    takes |= {"divergence"}
-    takes |= {"divergence_alpha"} if divergence == "alpha" else set()
+    fn = divergences.under(divergence, fn)
+    takes |= {"divergence", *losses.DIVERGENCES[divergence].defaults}
   takes |= {"weight"} if prefix else {"name"}
   if set(fields) != takes:
     raise ValueError(
@@ -94,76 +94,51 @@ def _part(name, fields, prefix):
   if loss.dialects:
     field = f"loss.{prefix}dialect"
     lookup.lookup(dict.fromkeys(loss.dialects), fields.dialect, field)
-  _check_ranges(name, fields, prefix)
+  _check_ranges(loss, fields, prefix)
   numeric = {k: f"{prefix}{k}" for k in takes if not isinstance(fields[k], str)}
   weight = numeric.pop("weight", None)
   return Part(name, functools.partial(fn, **static), loss, numeric, weight)
 
 
-def _check_ranges(name, fields, prefix):
-  shares = {"unlikelihood": "alpha", "ld_dpo": "alpha"}
-  above_zero = ("beta", "desirable_weight", "undesirable_weight", "delta")
-  above_zero += ("temperature", "weight")
-  low = ("gamma", "penalty", "odds_weight", "nll_weight")
-  low += ("alpha",) if name != "alphapo" else ()  # which bends either way
-  for key, value in fields.items():
-    field = f"loss.{prefix}{key} = {value}"
-    if key in above_zero and not value > 0:
-      raise ValueError(f"{field} must be above 0")
-    if key in low and not value >= 0:
-      raise ValueError(f"{field} must be at least 0")
-    if key == "label_smoothing" and not 0 <= value < 0.5:
-      raise ValueError(f"{field} must be in [0, 0.5)")
-    if (key == "temperature" or shares.get(name) == key) and not value <= 1:
-      raise ValueError(f"{field} must be at most 1")
-  if name == "exo" and fields.label_smoothing == 0:
-    raise ValueError(f"loss.{prefix}label_smoothing = 0: EXO needs it above 0")
+def _check_ranges(loss, fields, prefix):
+  for name, value in fields.items():
+    for bound in loss.ranges.get(name, losses.RANGES.get(name, ())):
+      if not bound.holds(value):
+        raise ValueError(f"loss.{prefix}{name} = {value}{bound.words}")
 
 
-def check_reference(config, parts, wanted):
-  """Raises ValueError where config.ref does not fit the losses.
+def check_reference(ref, on_base, parts, wanted):
+  """Raises ValueError where config.ref does not fit what is trained.
+
+  What its own fields may be is of run.checks.
 
   Args:
-    config: reads ref, ref_mix, ref_every and lora.
+    ref: of REFERENCES.
+    on_base: whether an adapter is trained.
     parts: of `of`.
     wanted: names that the losses need.
   """
-  lookup.lookup(REFERENCES, config.ref, "ref")
+  lookup.lookup(REFERENCES, ref, "ref")
   reads = any(part.loss.reference for part in parts)
   names = "+".join(part.name for part in parts)
-  if not reads and config.ref != "none":
+  if not reads and ref != "none":
     raise ValueError(
-      f"ref = {config.ref!r} has no effect with loss {names!r}, which reads no "
+      f"ref = {ref!r} has no effect with loss {names!r}, which reads no "
       "reference: set ref = 'none'"
     )
-  if "sequence_kl" in wanted and config.ref in ("cached", "none"):
+  if "sequence_kl" in wanted and ref in ("cached", "none"):
     raise ValueError(
-      f"ref = {config.ref!r}: loss {names!r} needs the reference's whole "
+      f"ref = {ref!r}: loss {names!r} needs the reference's whole "
       "distribution at every token, which only its weights give: set ref = "
       "'frozen'"
     )
-  if config.ref == "base" and config.lora is None:
+  if ref == "base" and not on_base:
     raise ValueError(
       "ref = 'base' is the base of an adapter, and config.lora is not set: set "
       "ref = 'frozen'"
     )
-  if config.ref == "frozen" and config.lora is not None:
+  if ref == "frozen" and on_base:
     raise ValueError(
       "ref = 'frozen' would be a second copy of the adapter's base: set ref = "
       "'base'"
-    )
-  following = config.ref == "ema"
-  for field in ("ref_mix", "ref_every"):
-    if (config[field] is not None) != following:
-      raise ValueError(
-        f"{field} = {config[field]} with ref = {config.ref!r}: it is of "
-        "ref = 'ema', which needs it (TR-DPO: ref_mix 0.6, ref_every 512)"
-      )
-  if following and not 0 < config.ref_mix <= 1:
-    raise ValueError(f"ref_mix = {config.ref_mix} must be in (0, 1]")
-  if following and config.lora is not None and config.ref_mix != 1:
-    raise ValueError(
-      f"ref_mix = {config.ref_mix}: a mean of adapters' factors is not the "
-      "mean of the weights; with an adapter set ref_mix = 1, a copy every "
-      "ref_every steps"
     )

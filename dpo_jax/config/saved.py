@@ -5,29 +5,7 @@ import json
 from etils import epath
 from ml_collections import config_dict
 
-# A resumed run may differ from the saved one in these fields only: how long,
-# what is reported, how it is computed, and on which devices.
-FREE_FIELDS = (
-  "workdir",
-  "ref_store",
-  "sample.",
-  "sweep.",
-  "train.steps",
-  "train.epochs",
-  "train.max_noise",
-  "checkpoint.",
-  "audit.",
-  "export.",
-  "data.eval",
-  "data.token_cache",
-  "eval.",
-  "log.",
-  "mesh.",
-  "model.attention",
-  "model.remat",
-  "model.head_chunk",
-  "model.unroll",
-)
+from dpo_jax.config import fields
 
 
 def flatten(config, prefix=""):
@@ -41,14 +19,19 @@ def flatten(config, prefix=""):
   return flat
 
 
-def differences(saved, current, free):
-  """Lines about the fields outside `free` in which two configs differ."""
+def differences(saved, current, *decides):
+  """Lines about the fields in which two configs differ.
+
+  Args:
+    saved, current: plain nested dicts.
+    *decides: what of config.fields; those that decide anything else may differ.
+  """
   saved = flatten(json.loads(json.dumps(saved)))
   current = flatten(json.loads(json.dumps(current)))
   return [
     f"{key} (saved {saved.get(key)!r}, now {current.get(key)!r})"
     for key in sorted(saved.keys() | current.keys())
-    if saved.get(key) != current.get(key) and not key.startswith(free)
+    if saved.get(key) != current.get(key) and fields.of(key).decides in decides
   ]
 
 
@@ -73,16 +56,36 @@ def upgraded(config):
 
 
 def check_config(saved, current, where):
-  """Raises ValueError if a field outside FREE_FIELDS was changed."""
+  """Refuses a config of another policy than the one that a run trains.
+
+  Raises: ValueError naming the fields. How long is one of them where the
+    learning rate decays over the run: its next updates would be others.
+  """
   saved = upgraded(saved)
   if "reference" not in saved:  # it was not always saved
     current = {k: v for k, v in current.items() if k != "reference"}
-  changed = differences(saved, current, FREE_FIELDS)
+  changed = differences(saved, current, fields.POLICY)
   if changed:
     raise ValueError(
       f"{where} belongs to a run with another config: {'; '.join(changed)}. "
       "Use a new --workdir, or set these fields back"
     )
+  schedule = current.get("optim", {}).get("schedule", "constant")
+  before, now = _length(saved), _length(current)
+  if schedule != "constant" and before != now:
+    raise ValueError(
+      f"{where} belongs to a run of {before}, now {now}: optim.schedule = "
+      f"{schedule!r} decays over that length, so the updates would be others. "
+      "Set it back, or use a new --workdir; with optim.schedule = 'constant' a "
+      "run can be made longer"
+    )
+
+
+def _length(config):
+  """How long a config trains, as text."""
+  train = config.get("train", {})
+  field = "epochs" if train.get("steps") is None else "steps"
+  return f"train.{field} = {train.get(field)}"
 
 
 def saved_config(workdir):

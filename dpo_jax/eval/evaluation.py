@@ -7,19 +7,12 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from dpo_jax.config import fields
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.eval import frontier
 from dpo_jax.run import forward
 from dpo_jax.run import held_out as held_out_lib
 from dpo_jax.train import state as state_lib
-
-# Fields that change neither the policy nor what is measured of it.
-_NO_MATTER = (
-  *("workdir", "ref_store", "audit."),
-  *("checkpoint.", "export.", "eval.", "log.", "mesh.", "sweep."),
-  *("data.token_cache", "train.max_noise", "model.unroll"),
-  *("model.attention", "model.remat", "model.head_chunk"),
-)
 
 
 def asked_for(run):
@@ -100,7 +93,8 @@ def done(asked, workdir, made):
     return False
   there = saved_lib.upgraded(there["config"])
   saved_lib.check_config(there, asked, workdir)
-  return not saved_lib.differences(there, asked, _NO_MATTER)
+  matters = fields.LENGTH, fields.MEASURE
+  return not saved_lib.differences(there, asked, *matters)
 
 
 def _held_out(run, params, base, workdir):

@@ -1,37 +1,10 @@
 """What a config must satisfy before anything is built."""
 
 from dpo_jax import lookup, tree
-from dpo_jax.config import saved
-from dpo_jax.data.audit import counts
+from dpo_jax.config import fields, saved
 from dpo_jax.data.read import sources
 from dpo_jax.models import config as model_config
 
-# Shares of data, each may be None.
-_SHARES = tuple(f"audit.{name}" for name in counts.CHECKS)
-# Fields that may be None, and the smallest value of those that may be below 1.
-_OPTIONAL = {
-  *("init_from", "lora", "optim.clip_norm"),
-  *(
-    "model.window",
-    "model.head_chunk",
-    "model.window_theta",
-    "model.embed_scale",
-  ),
-  *("model.attention_scale", "model.attention_softcap", "model.logit_softcap"),
-  *("data.train", "data.eval", "data.max_row_length"),
-  "data.token_cache",
-  *("train.steps", "mesh.data", "workdir", "ref_store", "log.wandb"),
-  *("ref_mix", "ref_every"),
-  *("sample.prompts", "sample.prefix", "sample.labelled", *_SHARES),
-  *("export.folder", "export.push", "init_adapter"),
-}
-_LOWEST = {
-  **dict.fromkeys(("init_seed", "data.seed", "optim.warmup"), 0),
-  **dict.fromkeys(("sample.seed", "sample.temperature"), 0),
-  **dict.fromkeys((*_SHARES, "audit.show"), 0),
-  **dict.fromkeys(("model.rotary_dim", "model.norm_offset"), 0),
-  "optim.weight_decay": 0,
-}
 LABELS = ("none", "bradley_terry", "deterministic")
 
 
@@ -48,26 +21,27 @@ def values(config):
 
 
 def _numbers(config):
-  """Whole numbers are at least 1 and others above 0 but for `_LOWEST`.
-
-  What is not in `_OPTIONAL` is not None.
-  """
+  """Refuses None, and numbers out of range, by the rows of config.fields."""
   for path, value in saved.flatten(config.to_dict()).items():
-    if value is None and path not in _OPTIONAL:
+    row = fields.of(path)
+    if value is None and not row.optional:
       raise ValueError(f"{path} = None: it needs a value")
     if isinstance(value, bool | str | tuple | None) or path.startswith("loss."):
       continue
-    low = _LOWEST.get(path, 1 if isinstance(value, int) else None)
-    if not (value > 0 if low is None else value >= low):
-      bound = "above 0" if low is None else f"at least {low}"
+    least = row.least
+    if least is None and isinstance(value, int):
+      least = 1
+    if not (value > 0 if least is None else value >= least):
+      bound = "above 0" if least is None else f"at least {least}"
       raise ValueError(f"{path} = {value} must be {bound}")
-    if path in _SHARES and value > 1:
-      raise ValueError(f"{path} = {value} is a share: it must be at most 1")
+    if row.most is not None and value > row.most:
+      bound = f"is a share: it must be at most {row.most}"
+      if row.least is None:
+        bound = f"must be in (0, {row.most}]"
+      raise ValueError(f"{path} = {value} {bound}")
 
 
 def _sampling(options):
-  if options.top_p > 1:
-    raise ValueError(f"sample.top_p = {options.top_p} must be at most 1")
   lookup.lookup(LABELS, options.labels, "sample.labels")
   if options.labels != "none" and options.draws < 2:
     raise ValueError(
@@ -88,7 +62,8 @@ def _sampling(options):
 def _effects(config):
   """Yields (whether a field has an effect, what to say if it has none).
 
-  Of fields that are None, or another default, unless they are set.
+  Of fields that are None, or another default, unless they are set; and of those
+  that a reference needs.
   """
   c = config
   if c.data.max_row_length is not None:
@@ -99,10 +74,20 @@ def _effects(config):
   if c.ref_store is not None:
     why = f"ref_store has no effect with ref = {c.ref!r}"
     yield c.ref == "cached", why
+  # Of the reference that follows the policy.
   for field in ("ref_mix", "ref_every"):
-    if c[field] is not None:
-      why = f"{field} = {c[field]} with ref = {c.ref!r}: it is of ref = 'ema'"
-      yield c.ref == "ema", why
+    yield (
+      (c[field] is not None) == (c.ref == "ema"),
+      f"{field} = {c[field]} with ref = {c.ref!r}: it is of ref = 'ema', which "
+      "needs it (TR-DPO: ref_mix 0.6, ref_every 512)",
+    )
+  if c.ref == "ema" and c.lora is not None:
+    yield (
+      c.ref_mix == 1,
+      f"ref_mix = {c.ref_mix}: a mean of adapters' factors is not the mean of "
+      "the weights; with an adapter set ref_mix = 1, a copy every ref_every "
+      "steps",
+    )
   if c.init_seed != 0:
     yield (
       c.init_from is None or c.lora is not None,

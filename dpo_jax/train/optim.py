@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax import lookup, tree
+from dpo_jax.train import optimizers
 
 
 class Optimizer(NamedTuple):
@@ -81,13 +82,13 @@ def _in_bfloat16(tx):
 MOMENTS = {"float32": lambda tx: tx, "bfloat16": _in_bfloat16}
 
 
-def _rmsprop(o):
+def rmsprop(o):
   """torch's RMSprop: v ← decay·v + (1−decay)·g², update g / (√v + eps)."""
   tx = optax.scale_by_rms(decay=o.decay, eps=o.eps, eps_in_sqrt=False)
   return _kept(o, tx)
 
 
-def _adamw(o):
+def adamw(o):
   """Adam with decoupled weight decay on matrices (no biases, no norms)."""
   matrices = ("kernel", "lora_a", "lora_b")
 
@@ -104,22 +105,10 @@ def _kept(o, tx):
   return lookup.lookup(MOMENTS, o.moments, "optim.moments")(tx)
 
 
-def _sgd(o):
+def sgd(o):
   del o
   return optax.identity()
 
-
-class _Kind(NamedTuple):
-  make: Callable
-  fields: tuple[str, ...]
-
-
-OPTIMIZERS = {
-  "rmsprop": _Kind(_rmsprop, ("decay", "eps", "moments")),
-  "adamw": _Kind(_adamw, ("b1", "b2", "eps", "weight_decay", "moments")),
-  "sgd": _Kind(_sgd, ()),
-}
-COMMON = ("name", "learning_rate", "warmup", "schedule", "clip_norm", "freeze")
 
 # Share of the steps after warm-up, in [0, 1] -> factor on the learning rate.
 SCHEDULES = {
@@ -135,12 +124,12 @@ def make(options, total_steps):
   Warm-up multiplies the rate by min(1, (step + 1) / (warmup + 1)).
 
   Args:
-    options: COMMON and the optimiser's own fields, no others.
+    options: name, the fields of its row, COMMON's; no others.
     total_steps: where a decaying schedule ends.
   Raises: ValueError naming the field.
   """
-  kind = lookup.lookup(OPTIMIZERS, options.name, "optim.name")
-  allowed = (*COMMON, *kind.fields)
+  kind = lookup.lookup(optimizers.OPTIMIZERS, options.name, "optim.name")
+  allowed = ("name", *kind.defaults, *optimizers.COMMON)
   for field in options:
     lookup.lookup(allowed, field, f"field of optim ({options.name})")
   schedule = lookup.lookup(SCHEDULES, options.schedule, "optim.schedule")

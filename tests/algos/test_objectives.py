@@ -14,7 +14,7 @@ from dpo_jax.models import config as model_config
 from dpo_jax.models import decoder
 from dpo_jax.ops import attention, losses, reduce
 from dpo_jax.run import build
-from dpo_jax.train import optim
+from dpo_jax.train import optim, optimizers
 from tests import conftest, worlds
 from tests.parallel import test_topology as topology
 
@@ -96,10 +96,26 @@ def test_a_loss_needs_its_own_fields():
     sft.make(config, None)
 
 
+class Reads:
+  """Options that write down which fields are read."""
+
+  def __init__(self, options):
+    self.options, self.names = options, set()
+
+  def __getattr__(self, name):
+    self.names.add(name)
+    return self.options[name]
+
+
 def test_optimizers_take_their_config_fields_and_no_others():
-  assert set(common.OPTIMIZERS) == set(optim.OPTIMIZERS)
-  for name, kind in optim.OPTIMIZERS.items():
-    assert set(common.optim(name)) == {*optim.COMMON, *kind.fields}
+  for name, kind in optimizers.OPTIMIZERS.items():
+    options = common.optim(name)
+    optim.make(options, 10)
+    reads = Reads(options)
+    kind.make(reads)
+    own = set(kind.defaults) - {"learning_rate"}  # the step multiplies by it
+    assert reads.names == own
+    assert set(options) == {"name", *kind.defaults, *optimizers.COMMON}
 
 
 def test_registries_take_a_notebooks_own_entries(monkeypatch):

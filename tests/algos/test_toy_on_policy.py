@@ -11,6 +11,7 @@ trains it and kills the process before step KILL_AT.
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -280,7 +281,7 @@ def test_a_killed_process_goes_on_to_the_same_bits_and_has_learned(tmp_path):
   rows_logged = metrics(tmp_path / "cut")
   assert [row["step"] for row in rows_logged] == list(range(1, 13))
   # The coefficient follows the KL: up where it is above 0.1 nats, else down.
-  for before, after in zip(rows_logged, rows_logged[1:], strict=False):
+  for before, after in itertools.pairwise(rows_logged):
     up = before["objective/kl"] > 0.1
     grew = after["objective/coefficient"] > before["objective/coefficient"]
     assert grew == up

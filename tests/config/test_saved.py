@@ -5,8 +5,13 @@ import json
 import pytest
 
 from configs import common
+from dpo_jax.config import load as load_lib
 from dpo_jax.config import saved as saved_lib
+from dpo_jax.train import optim
+from tests import conftest
 from tests.parallel import test_topology as topology
+
+SMOKE = f"{conftest.ROOT}/configs/dpo.py:smoke"
 
 
 def saved_before(lora=False):
@@ -41,3 +46,42 @@ def test_another_reference_is_refused_where_it_was_saved():
   before = {**config, "reference": {"embed/tokens": 1}}
   with pytest.raises(ValueError, match=r"embed/tokens \(saved 1, now 2"):
     saved_lib.check_config(before, now, "here")
+
+
+def check(saved, *overrides):
+  """`check_config` of a run's saved config, with overrides for now."""
+  now = load_lib.load_config(SMOKE, overrides).to_dict()
+  saved_lib.check_config(json.loads(json.dumps(saved)), now, "here")
+
+
+def test_what_decides_the_policy_is_refused_and_nothing_else():
+  saved = load_lib.load_config(SMOKE).to_dict()
+  check(
+    saved,
+    *("mesh.fsdp=2", "model.attention=xla", "model.remat=full", "log.every=3"),
+    *("sample.count=4", "data.eval=None", "train.max_noise=0.5"),
+    *("train.steps=9", "export.form=adapter", "audit.cut=0.5"),
+  )
+  for field in ("attention_scale", "attention_softcap", "logit_softcap"):
+    with pytest.raises(ValueError, match=rf"model.{field} \(saved None, now"):
+      check(saved, f"model.{field}=0.5")
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_a_run_is_made_longer_only_where_its_updates_stay_the_same(name):
+  overrides = (f"optim.schedule={name}", "train.steps=8")
+  config = load_lib.load_config(SMOKE, overrides)
+  factors = [float(optim.make(config.optim, n).factor(4)) for n in (8, 16)]
+  check(config.to_dict(), *overrides)
+  # With train.steps, the other way to say how long does not count.
+  check(config.to_dict(), *overrides, "train.epochs=7.0")
+  longer = (*overrides, "train.steps=16")
+  if factors[0] == factors[1]:
+    check(config.to_dict(), *longer)
+    return
+  with pytest.raises(ValueError, match=rf"schedule = '{name}'") as caught:
+    check(config.to_dict(), *longer)
+  for words in ("here", "train.steps = 8", "train.steps = 16", "--workdir"):
+    assert words in str(caught.value)
+  with pytest.raises(ValueError, match=r"train.steps = 8, now train.epochs"):
+    check(config.to_dict(), *overrides, "train.steps=None")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.ops import losses
+from dpo_jax.ops.losses import divergences
 from tests.exact import optima, solver
 from tests.exact import world as world_lib
 
@@ -20,7 +21,8 @@ def solve(name):
   world = world_lib.make(**case.world)
   loss = losses.LOSSES[name_of(name)]
   if case.divergence:
-    loss = loss._replace(fn=losses.under(case.divergence, loss.fn))
+    fn = divergences.under(case.divergence, loss.fn)
+    loss = loss._replace(function=fn)
   options = {"free": case.free, "loss": loss, **case.fields}
   if case.kept:
     options["kept"] = case.kept(world, case.fields)

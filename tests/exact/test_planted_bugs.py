@@ -33,7 +33,7 @@ def beta_twice(patch):
   def wrong(policy, ref, *, beta, label_smoothing):
     return dpo.fn(policy, ref, beta=beta**2, label_smoothing=label_smoothing)
 
-  patch.setitem(losses.LOSSES, "dpo", dpo._replace(fn=wrong))
+  patch.setitem(losses.LOSSES, "dpo", dpo._replace(function=wrong))
 
 
 def no_stop_gradient(patch):

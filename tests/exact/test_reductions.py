@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.ops import losses
+from dpo_jax.ops.losses import divergences
 from tests.exact import algebra, checks
 from tests.exact import world as world_lib
 
@@ -62,7 +63,7 @@ def test_is_dpo(case):
 
 
 def test_the_alpha_divergence_at_one_is_the_reverse_kl():
-  fn = losses.under("alpha", losses.LOSSES["dpo"].fn)
+  fn = divergences.under("alpha", losses.LOSSES["dpo"].fn)
   fields = {"beta": 0.4, "label_smoothing": 0.1}
 
   def loss(policy, ref):

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from configs import common, dpo, losses, quickstart, sft
+from configs import common, dpo, quickstart, sft
 from dpo_jax.data.batch import order
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import bpe
+from dpo_jax.ops import losses
 from dpo_jax.run import build as build_lib
 from dpo_jax.run import trained
 from dpo_jax.train import checkpoint
@@ -253,7 +254,7 @@ def _loss(name):
 
 
 # A reward model's loss is of no algorithm yet.
-LOSSES = [name for name in losses.LOSSES if name != "bradley_terry"]
+LOSSES = [n for n, loss in losses.LOSSES.items() if loss.data != "rewards"]
 
 _SHAPE = ("model.",)  # what a model is does not depend on the rest
 

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import cli, export, loop, sweeps, tree, verbs
+from dpo_jax import export, loop, sweeps, tree, verbs
+from dpo_jax.config import load
 from dpo_jax.eval import generate
 from dpo_jax.models import sample as sample_lib
 from dpo_jax.run import build, forward, held_out, together
@@ -60,10 +61,10 @@ def command(plan):
 
   verb = verbs.Verb(run, saved=False)
   with contextlib.ExitStack() as stack:
-    _patched(stack, (cli, "_load", lambda *_: (plan.config, None)))
+    _patched(stack, (load, "load", lambda *_: (plan.config, None)))
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
     stack.enter_context(mock.patch.dict(verbs.VERBS, {"train": verb}))
-    cli.run("train", {"config": "c.py"}, [])
+    verbs.run("train", {"config": "c.py"}, [])
   return seen
 
 

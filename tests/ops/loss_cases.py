@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import losses as losses_config
 from dpo_jax.algos import needs
 from dpo_jax.ops import losses
+from dpo_jax.ops.losses import divergences
 from tests.ops import oracles
 
 
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 def of(name, divergence="reverse_kl", **fields):
   """A case with its paper's fields, but for those named."""
-  fields = {**losses_config.LOSSES[name], **fields}
+  fields = {**losses.LOSSES[name].defaults, **fields}
   return Case(name, fields, divergence)
 
 
@@ -226,7 +226,7 @@ def out_of(case, values, fields=None):
   """What the loss returns; `fields` in place of the case's."""
   fn = losses.LOSSES[case.name].fn
   if case.divergence != "reverse_kl":
-    fn = losses.under(case.divergence, fn)
+    fn = divergences.under(case.divergence, fn)
   values, fields = dict(values), {**case.fields, **(fields or {})}
   names = ("policy_logps", "ref_logps", "rewards")
   head = [values.pop(name) for name in names if name in values]

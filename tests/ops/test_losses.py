@@ -177,7 +177,6 @@ def test_every_loss_has_an_oracle():
 
 def test_every_divergence_of_every_loss_of_h_has_a_case():
   names = set(losses.DIVERGENCES)
-  assert {"reverse_kl", *names} == set(losses_config.DIVERGENCES)
   assert {"reverse_kl", *names} == set(oracles.DIVERGENCES)
   found = {(c.name, c.divergence) for c in loss_cases.CASES}
   for name, loss in losses.LOSSES.items():
@@ -186,7 +185,7 @@ def test_every_divergence_of_every_loss_of_h_has_a_case():
 
 
 @pytest.mark.parametrize(
-  "name", [n for n, f in losses_config.LOSSES.items() if "dialect" in f]
+  "name", [n for n, loss in losses.LOSSES.items() if loss.dialects]
 )
 def test_every_dialect_has_a_case_and_an_unknown_one_is_refused(name):
   case = loss_cases.of(name)
@@ -196,7 +195,7 @@ def test_every_dialect_has_a_case_and_an_unknown_one_is_refused(name):
     loss_cases.out_of(case, values, {"dialect": "papr"})
   allowed = re.search(r"allowed: (.*)\)", str(error.value)).group(1)
   found = {c.fields["dialect"] for c in loss_cases.CASES if c.name == name}
-  assert found == set(allowed.split(", "))
+  assert found == set(allowed.split(", ")) == set(losses.LOSSES[name].dialects)
 
 
 @each_name
@@ -204,13 +203,39 @@ def test_a_loss_takes_its_config_fields_and_no_others(name):
   loss = losses.LOSSES[name]
   keywords = set(inspect.signature(loss.fn).parameters)
   keywords -= {"policy_logps", "ref_logps", "rewards", *loss.needs}
-  assert keywords == set(losses_config.LOSSES[name])
+  assert keywords == set(loss.defaults)
+  assert ("dialect" in keywords) == bool(loss.dialects)
 
 
-def test_the_config_knows_every_loss_and_which_read_a_reference():
-  assert set(losses_config.LOSSES) == set(losses.LOSSES)
-  free = {name for name, l in losses.LOSSES.items() if not l.reference}
-  assert free == set(losses_config.WITHOUT_REFERENCE)
+@each_name
+def test_the_argument_of_a_config_selects_a_loss_with_its_facts(name):
+  loss = losses.LOSSES[name]
+  fields = losses_config.loss(name).to_dict()
+  assert fields == {"name": name, **loss.defaults}
+  assert losses_config.needs_reference(name) == loss.reference
+
+
+@pytest.mark.parametrize(
+  "name", [n for n, loss in losses.LOSSES.items() if not loss.reference]
+)
+def test_what_is_said_to_read_no_reference_reads_none(name):
+  case = loss_cases.of(name)
+  values = loss_cases.values_of(case, seed=0)
+  want = loss_cases.out_of(case, values)["loss"]
+  if "ref_logps" in values:
+    values["ref_logps"] = np.full_like(values["ref_logps"], np.nan)
+  got = loss_cases.out_of(case, values)["loss"]
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@each_name
+def test_the_bounds_of_a_loss_are_of_its_fields_and_hold_of_its_defaults(name):
+  loss = losses.LOSSES[name]
+  assert set(loss.ranges) <= set(loss.defaults)
+  for field, value in loss.defaults.items():
+    for bound in loss.ranges.get(field, losses.RANGES.get(field, ())):
+      assert bound.holds(value), field
+      assert not bound.holds(float("nan")), field
 
 
 @each_name

@@ -1,37 +1,7 @@
-"""What every loss shares: the entry of the table, log-ratios, metrics."""
-
-from collections.abc import Callable
-from typing import NamedTuple
+"""What every loss shares: log-ratios, margins, metrics."""
 
 import jax
 import jax.numpy as jnp
-
-
-class Loss(NamedTuple):
-  """An entry of LOSSES.
-
-  Attributes:
-    fn: `f(policy_logps, ref_logps, *, ...) -> dict`. "loss" and the metrics are
-      f32[...] per comparison, or (values, factors) of the comparison's weight.
-    needs: names of further arguments, see algos.needs.NEEDS.
-    batch_level: the comparisons of a batch are coupled.
-    data: what a comparison is made of: "pairs" (winner, loser), "rankings"
-      (best to worst), "labels" (one completion with a label), "mismatched" (the
-      same, and a completion of another prompt) or "rewards" (no log-probs: of
-      reward models).
-    reference: whether it reads ref_logps.
-    dialects: whose formulas its field `dialect` names.
-    of_h: of the log-ratios it reads h = Δ_w − Δ_l alone, so that another
-      f-divergence may take the place of the reverse KL.
-  """
-
-  fn: Callable
-  needs: tuple[str, ...] = ()
-  batch_level: bool = False
-  data: str = "pairs"
-  reference: bool = True
-  dialects: tuple[str, ...] = ()
-  of_h: bool = False
 
 
 def log_ratios(policy_logps, ref_logps):

@@ -7,11 +7,9 @@ import textwrap
 from dpo_jax.ops import losses
 
 
-def entries(defaults):
+def entries():
   """What is known of each loss, as plain values.
 
-  Args:
-    defaults: {loss: {field: default}}.
   Returns: {loss: {"title", "formula" (lines), "source", "optimum", "needs",
     "dialects", "data", "reference", "batch_level", "of_h", "defaults"}}.
   """
@@ -29,7 +27,7 @@ def entries(defaults):
       "reference": loss.reference,
       "batch_level": loss.batch_level,
       "of_h": loss.of_h,
-      "defaults": defaults.get(name, {}),
+      "defaults": loss.defaults,
     }
   return out
 
@@ -50,10 +48,10 @@ def sections(fn):
   return out
 
 
-def text(defaults):
+def text():
   """The table for a terminal, 80 columns wide."""
   blocks = []
-  for name, entry in entries(defaults).items():
+  for name, entry in entries().items():
     facts = [f"source: {entry['source']}", f"optimum: {entry['optimum']}"]
     if entry["defaults"]:
       facts.append(

@@ -5,6 +5,7 @@ import functools
 import jax
 
 from dpo_jax import lookup
+from dpo_jax.ops import losses
 from dpo_jax.ops.losses import base, free
 
 # Each is s(Δ) = f'(e^Δ) − f'(1): only differences count, and policy = reference
@@ -26,13 +27,6 @@ def alpha_divergence(ratios, *, alpha):
   return free.bent(ratios, alpha - 1)
 
 
-DIVERGENCES = {
-  "forward_kl": forward_kl,
-  "js": jensen_shannon,
-  "alpha": alpha_divergence,
-}
-
-
 def under(name, fn):
   """The loss `fn` of h with another f-divergence for the reverse KL.
 
@@ -43,14 +37,14 @@ def under(name, fn):
   α-divergence, which is this one with α = 1 − α_old.
 
   Args:
-    name: "forward_kl", "js" or "alpha".
+    name: of DIVERGENCES.
     fn: a loss with `Loss.of_h`.
   Returns: the loss; of "alpha" it takes `divergence_alpha` too.
   Optimum: s(log π / π_ref) = r/β + c, with c(x) so that π sums to 1, for
     losses whose optimum is DPO's.
   Source: arXiv:2309.16240.
   """
-  link = lookup.lookup(DIVERGENCES, name, "loss.divergence")
+  link = lookup.lookup(losses.DIVERGENCES, name, "loss.divergence").fn
 
   @functools.wraps(fn)
   def loss(policy_logps, ref_logps, *, divergence_alpha=None, **kwargs):

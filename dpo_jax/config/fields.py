@@ -1,0 +1,143 @@
+"""What each config field is: one row a field, read wherever that matters.
+
+A run that resumes, an evaluation and an export compare what fields decide; the
+checks of numbers, and the tests of dead knobs, read the rest.
+"""
+
+from typing import NamedTuple
+
+# What a field decides.
+POLICY = "policy"  # what is trained: a run that resumes must share it
+LENGTH = "length"  # how long
+MEASURE = "measure"  # what is measured of the policy
+HOW = "how"  # how it is computed: results are the same up to rounding
+KEEP = "keep"  # what is kept and reported
+
+
+class Field(NamedTuple):
+  """A row of FIELDS.
+
+  Attributes:
+    decides: POLICY, LENGTH, MEASURE, HOW or KEEP.
+    optional: it may be None.
+    least: least value of a number; None is 1 of a whole number, and anything
+      above 0 of another.
+    most: greatest value of a share; None where there is none.
+  """
+
+  decides: str
+  optional: bool = False
+  least: float | None = None
+  most: float | None = None
+
+
+SHARE = Field(KEEP, optional=True, least=0, most=1)
+
+# By their paths in configs/base.py. "loss." is of the fields of a section that
+# have no row of their own: those of what is selected there.
+FIELDS = {
+  "algo": Field(POLICY),
+  "loss.": Field(POLICY),  # numbers: the loss's row has their ranges
+  "workdir": Field(KEEP, optional=True),
+  "ref": Field(POLICY),
+  "ref_mix": Field(POLICY, optional=True, most=1),
+  "ref_every": Field(POLICY, optional=True),
+  "ref_store": Field(KEEP, optional=True),
+  "init_seed": Field(POLICY, least=0),
+  "init_from": Field(POLICY, optional=True),
+  "init_adapter": Field(POLICY, optional=True),
+  "model.": Field(POLICY),
+  "model.rotary_dim": Field(POLICY, least=0),
+  "model.norm_offset": Field(POLICY, least=0),
+  "model.window": Field(POLICY, optional=True),
+  "model.window_theta": Field(POLICY, optional=True),
+  "model.embed_scale": Field(POLICY, optional=True),
+  "model.attention_scale": Field(POLICY, optional=True),
+  "model.attention_softcap": Field(POLICY, optional=True),
+  "model.logit_softcap": Field(POLICY, optional=True),
+  "model.attention": Field(HOW),
+  "model.remat": Field(HOW),
+  "model.head_chunk": Field(HOW, optional=True),
+  "model.unroll": Field(HOW),
+  "lora": Field(POLICY, optional=True),
+  "lora.rank": Field(POLICY),
+  "lora.alpha": Field(POLICY),
+  "lora.rank_stabilised": Field(POLICY),
+  "lora.targets": Field(POLICY),
+  "lora.base": Field(POLICY),
+  "tokenizer": Field(POLICY),
+  "optim.": Field(POLICY),
+  "optim.warmup": Field(POLICY, least=0),
+  "optim.clip_norm": Field(POLICY, optional=True),
+  "optim.weight_decay": Field(POLICY, least=0),
+  "precision": Field(POLICY),
+  "data.train": Field(POLICY, optional=True),
+  "data.eval": Field(MEASURE, optional=True),
+  "data.batch_size": Field(POLICY),
+  "data.max_prompt_length": Field(POLICY),
+  "data.max_completion_length": Field(POLICY),
+  "data.long_prompt": Field(POLICY),
+  "data.bad_records": Field(POLICY),
+  # The layout changes no result but for rounding; a run that resumes shares it
+  # all the same, or its steps would not be bit-equal.
+  "data.packed": Field(POLICY),
+  "data.shared": Field(POLICY),
+  "data.max_row_length": Field(POLICY, optional=True),
+  "data.max_shapes": Field(POLICY),
+  "data.shape_multiple": Field(POLICY),
+  "data.seed": Field(POLICY, least=0),
+  "data.token_cache": Field(KEEP, optional=True),
+  "audit.show": Field(KEEP, least=0),
+  "audit.skipped": SHARE,
+  "audit.boundary_merges": SHARE,
+  "audit.cut": SHARE,
+  "audit.double_bos": SHARE,
+  "audit.special_tokens": SHARE,
+  "audit.empty": SHARE,
+  "audit.other_end": SHARE,
+  "sample.prompts": Field(MEASURE, optional=True),
+  "sample.prefix": Field(MEASURE, optional=True),
+  "sample.count": Field(MEASURE),
+  "sample.draws": Field(MEASURE),
+  "sample.max_new_tokens": Field(MEASURE),
+  "sample.temperature": Field(MEASURE, least=0),
+  "sample.top_p": Field(MEASURE, most=1),
+  "sample.batch_size": Field(MEASURE),
+  "sample.seed": Field(MEASURE, least=0),
+  "sample.scorers": Field(MEASURE),
+  "sample.labelled": Field(MEASURE, optional=True),
+  "sample.labels": Field(MEASURE),
+  "sweep.together": Field(HOW),
+  "train.steps": Field(LENGTH, optional=True),
+  "train.epochs": Field(LENGTH),
+  "train.accumulation": Field(POLICY),  # bit-equal, as data.packed
+  "train.max_noise": Field(HOW),
+  "train.max_skipped": Field(POLICY),
+  "mesh.mode": Field(HOW),
+  "mesh.data": Field(HOW, optional=True),
+  "mesh.fsdp": Field(HOW),
+  "mesh.tensor": Field(HOW),
+  "mesh.context": Field(HOW),
+  "export.folder": Field(KEEP, optional=True),
+  "export.form": Field(KEEP),
+  "export.dtype": Field(KEEP),
+  "export.push": Field(KEEP, optional=True),
+  "checkpoint.every": Field(KEEP),
+  "checkpoint.keep": Field(KEEP),
+  "eval.every": Field(KEEP),
+  "log.every": Field(KEEP),
+  "log.tokens": Field(KEEP),
+  "log.profile": Field(KEEP),
+  "log.tensorboard": Field(KEEP),
+  "log.wandb": Field(KEEP, optional=True),
+}
+
+
+def of(path):
+  """The Field of a path, "loss.beta".
+
+  What is in no config, such as the fingerprint of a run's data, counts as what
+  decides the policy.
+  """
+  section = f"{path.partition('.')[0]}."
+  return FIELDS.get(path) or FIELDS.get(section) or Field(POLICY)
