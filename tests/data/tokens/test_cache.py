@@ -51,7 +51,7 @@ def test_what_was_written_is_mapped_and_the_same(tmp_path):
   entry, written = write(tmp_path)
   with silent():
     for found, notes in (written, cache.read(entry)):
-      assert list(found) == ITEMS
+      assert worlds.plain(found) == ITEMS
       assert notes == NOTES
       assert isinstance(found._arrays["tokens"].base, np.memmap)
       memory = examples_lib.of(ITEMS)
@@ -131,7 +131,7 @@ def test_a_damaged_entry_is_noticed_and_made_again(tmp_path, name, damage):
   assert not entry.path.exists()
   with silent():
     _, (found, _) = write(tmp_path)
-  assert list(found) == ITEMS
+  assert worlds.plain(found) == ITEMS
 
 
 def test_what_cannot_be_read_is_kept_and_named(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_what_cannot_be_read_is_kept_and_named(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=says):
     cache.read(entry)
   monkeypatch.undo()
-  assert list(cache.read(entry)[0]) == ITEMS
+  assert worlds.plain(cache.read(entry)[0]) == ITEMS
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path):
@@ -171,7 +171,7 @@ def test_of_two_runs_at_once_the_first_one_stays(tmp_path):
   with silent():
     found, _ = cache.write(entry, slow(), lambda: {"changed": "by the second"})
     assert cache.read(entry)[1] == NOTES
-  assert list(found) == list(first[0][1][0]) == ITEMS
+  assert worlds.plain(found) == worlds.plain(first[0][1][0]) == ITEMS
   assert [path.name for path in tmp_path.iterdir()] == [entry.path.name]
 
 
@@ -179,7 +179,7 @@ def test_mapped_examples_outlive_their_files(tmp_path):
   """Another run may find an entry damaged and remove it."""
   entry, (found, _) = write(tmp_path)
   shutil.rmtree(entry.path)
-  assert list(found) == ITEMS
+  assert worlds.plain(found) == ITEMS
 
 
 def test_what_a_killed_run_left_is_removed_later(tmp_path):
