@@ -22,10 +22,12 @@ import functools
 import hashlib
 import io
 import itertools
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax import store
 from dpo_jax.data.tokens import comparisons
 
 OPTIONAL = ("labels", "scores", "ranking", "ended")
@@ -142,11 +144,11 @@ class Examples:
 
   @functools.cached_property
   def extras(self):
-    """{name: Parts} of the labels and scores that all examples have."""
+    """{"labels", "scores": store.Parts} as far as all examples have them."""
     every = dict(zip(OPTIONAL, self._arrays["has"].all(axis=0), strict=True))
     ends = dict(zip(COUNTED, self._arrays["ends"].T, strict=True))
     return {
-      name: Parts(self._arrays[name], ends[name])
+      name: store.Parts([self._arrays[name]], ends[name])
       for name in ("labels", "scores")
       if every[name]
     }
@@ -208,21 +210,6 @@ class Examples:
     return f"{len(self)} examples, {digest}"
 
 
-class Parts:
-  """A sequence of the parts of an array, one of each example."""
-
-  def __init__(self, values, ends):
-    """Args:
-    values: of all examples, end to end.
-    ends: of the parts, i64[N + 1], from 0.
-    """
-    self._values, self._ends = values, ends
-
-  def __getitem__(self, index):
-    start, stop = self._ends[index : index + 2]
-    return self._values[start:stop]
-
-
 class Builder:
   """Puts chunks of examples one behind the other into open files."""
 
@@ -231,22 +218,27 @@ class Builder:
     files: binary file to write to, by name, of all NAMES.
     """
     self._files, self._digests = files, (_digest(), _digest())
+    self.checksums = dict.fromkeys(files, (0, 0))  # (bytes, CRC-32), by name
     self._ends = np.zeros((1, len(COUNTED)), DTYPES["ends"])
     self.token_dtype = None  # that of the first chunk
-    files["ends"].write(self._ends.tobytes())
+    self._write("ends", self._ends)
 
   def add(self, chunk):
     """Appends a chunk; its token ids have the type of those before."""
     ends = chunk.arrays["ends"] + self._ends
     for name in NAMES:
-      values = ends if name == "ends" else chunk.arrays[name]
-      self._files[name].write(values.tobytes())
+      self._write(name, ends if name == "ends" else chunk.arrays[name])
     self._ends = ends[-1:] if len(ends) else self._ends
     dtype = chunk.arrays["tokens"].dtype.str
     assert self.token_dtype in (None, dtype), "one type of ids"
     self.token_dtype = dtype
     for digest, text in zip(self._digests, chunk[1:], strict=True):
       digest.update(text)
+
+  def _write(self, name, values):
+    content, (size, checksum) = values.tobytes(), self.checksums[name]
+    self._files[name].write(content)
+    self.checksums[name] = size + len(content), zlib.crc32(content, checksum)
 
   @property
   def digests(self):

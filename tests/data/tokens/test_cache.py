@@ -1,6 +1,7 @@
 """Tokens on disk: the same examples back, or nothing and a warning."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 
+from dpo_jax import store
 from dpo_jax.data.batch import loader, rows
 from dpo_jax.data.tokens import cache
 from dpo_jax.data.tokens import examples as examples_lib
@@ -87,6 +89,16 @@ def test_batches_of_mapped_examples_are_those_of_a_list(
       np.testing.assert_array_equal(array, theirs[name])
 
 
+def test_an_entry_is_to_the_byte_that_of_earlier_versions(tmp_path):
+  """Its address too: what they tokenised is not tokenised again."""
+  write(tmp_path)
+  digest = hashlib.blake2b(digest_size=8)
+  for name, content in sorted(files(tmp_path).items()):
+    assert name.startswith("1eb8fd5e1cc508f5564f4833/")
+    digest.update(name.encode() + content)
+  assert digest.hexdigest() == "7def4e150a7c162d"
+
+
 def test_an_entry_that_is_not_there_is_none(tmp_path):
   with silent():
     assert cache.read(cache.entry(tmp_path / "no", MADE_OF)) is None
@@ -138,10 +150,10 @@ def test_what_cannot_be_read_is_kept_and_named(tmp_path, monkeypatch):
   """It may be another user's, or the disk's bad minute."""
   entry, _ = write(tmp_path)
 
-  def refused(path):
+  def refused(path, *args):
     raise PermissionError(13, "Permission denied", str(path))
 
-  monkeypatch.setattr(cache, "_checksum", refused)
+  monkeypatch.setattr(store, "read", refused)
   says = r"data\.token_cache: .*Permission denied"
   with pytest.raises(ValueError, match=says):
     cache.read(entry)
