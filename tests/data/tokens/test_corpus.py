@@ -2,13 +2,9 @@
 
 import itertools
 import json
-import os
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -25,7 +21,7 @@ from dpo_jax.data.tokens import (
   tokenize,
 )
 from dpo_jax.data.tokens import examples as examples_lib
-from tests import conftest, worlds
+from tests import worlds
 
 BYTES = tokenize.load("bytes")
 
@@ -379,76 +375,6 @@ def test_several_processes_load_a_trained_tokenizer(tmp_path, monkeypatch):
   bpe.train(["the script seems dull"] * 9, 270, tmp_path / "other")
   other = tokenize.load(str(tmp_path / "other"))
   assert other.identity() != again.identity()
-
-
-TASK = encoding.Task(
-  "bytes", BYTES.vocab_size, 256, 256, "error", "pairs", False
-)
-
-
-def parts(count):
-  """`count` parts of one record each."""
-  made = sources.load(f"toy:{count}", "preference", sources.Policy("error"))
-  return ((number, number, [one]) for number, one in enumerate(made))
-
-
-@pytest.fixture
-def started(monkeypatch):
-  """A list that gets every process."""
-  workers, make = [], pool._Worker.__init__
-
-  def init(self, task):
-    make(self, task)
-    workers.append(self)
-
-  monkeypatch.setattr(pool._Worker, "__init__", init)
-  return workers
-
-
-def test_processes_end_when_they_are_not_waited_for(started):
-  running = pool.run(TASK, parts(40), 2)
-  assert next(running)[0] == 0
-  running.close()
-  assert [worker._process.returncode for worker in started] == [-9, -9]
-
-
-def test_a_process_that_dies_is_an_error(started):
-  running = pool.run(TASK, parts(40), 2)
-  next(running)
-  for worker in started:
-    worker._process.kill()
-  with pytest.raises(RuntimeError, match="is gone"):
-    list(running)
-
-
-def test_a_process_says_what_it_cannot_do(started):
-  with pytest.raises(ValueError, match=r"long_prompt = 'no' is not known"):
-    list(pool.run(TASK._replace(long_prompt="no"), parts(4), 1))
-  with pytest.raises(RuntimeError, match="TypeError: "):
-    list(pool.run(TASK._replace(max_prompt_length=None), parts(4), 1))
-
-
-def test_processes_know_of_tokens_that_the_model_has_no_row_for():
-  (_, made), *_ = pool.run(TASK._replace(vocab_size=100), parts(1), 1)
-  reason, message = made.bad[0]
-  assert reason == "unknown token"
-  assert "the first 100 only" in message
-
-
-def test_processes_end_with_their_input_and_import_no_jax():
-  program = (
-    "import sys; from dpo_jax.data.tokens import pool; pool.main(); "
-    "assert 'jax' not in sys.modules"
-  )
-  ours, theirs = socket.socketpair()
-  with ours, theirs:
-    process = subprocess.Popen(
-      [sys.executable, "-c", program],
-      stdin=theirs,
-      cwd=conftest.ROOT,
-      env={**os.environ, "PYTHONPATH": str(conftest.ROOT)},
-    )
-  assert process.wait(timeout=60) == 0
 
 
 def test_what_takes_long_shows_its_rate_and_the_time_left(
