@@ -93,6 +93,16 @@ def examples(count, seed=0, completions=2, longest=9):
   return out
 
 
+def plain(examples):
+  """A list of examples whose ids are lists: those can be compared."""
+  return [
+    e._replace(
+      prompt=list(e.prompt), completions=tuple(map(list, e.completions))
+    )
+    for e in examples
+  ]
+
+
 def batch(
   items, *, packed=True, shared=True, row_multiple=1, extra=0, max_row=None
 ):
@@ -109,8 +119,8 @@ def batch(
     per_row=shape.per_row + (1 if extra and packed else 0),
   )
   shape = shape._replace(tile=min(shape.tile, shape.length))
-  chosen = [[items[i] for i in row] for row in assigned]
-  return rows.build(chosen, shape, layout, examples_lib.of(items).extras)
+  extras = examples_lib.of(items).extras
+  return rows.build(items, assigned, shape, layout, extras)
 
 
 def arranged(items, kind, scored=False):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dpo_jax import store
 from dpo_jax.algos import base
 from dpo_jax.data.batch import loader as loader_lib
 from dpo_jax.models import config as model_config
@@ -105,7 +106,7 @@ def attach_reference(setup, params, loader, folder, stop=None):
   )
   described, first = reference.check(entry), jax.process_index() == 0
   if first and not described:
-    reference.describe(entry)
+    store.describe(entry.path, entry.about)
   # What one process sees decides for all: they must compute the same batches.
   found = _shared(reference.find(entry) if first else {}, len(entry.blocks))
   if len(found) < len(entry.blocks):

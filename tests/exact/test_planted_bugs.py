@@ -7,6 +7,7 @@ test_language.
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from dpo_jax.algos import preference
@@ -63,17 +64,16 @@ def prompt_scored(patch):
 
 def no_eos(patch):
   """The EOS of a completion is not scored."""
-  right = rows._branches
+  right = rows.build
 
-  def wrong(example, shared, stride):
-    at, tokens, *others, target, source, completion = right(
-      example, shared, stride
-    )
-    kept = tokens[target] != language.EOS
-    scored = [x[kept] for x in (target, source, completion)]
-    return [at, tokens, *others, *scored]
+  def wrong(examples, assigned, shape, *args):
+    batch = right(examples, assigned, shape, *args)
+    where = np.arange(len(assigned))[:, None], batch["target_index"]
+    ends = batch["tokens"][where] == language.EOS
+    batch["target_slot"][ends] = shape.per_row * shape.completions
+    return batch
 
-  patch.setattr(rows, "_branches", wrong)
+  patch.setattr(rows, "build", wrong)
 
 
 BUGS = [

@@ -313,7 +313,8 @@ def _plain(ids):
   ]
   need = rows.needs(ITEMS, _LAYOUT)
   shape = rows.needed_shape(need, rows.assign(need.length, _LAYOUT))
-  return rows.build([[example] for example in examples], shape, _LAYOUT)
+  each = [[index] for index in range(len(examples))]
+  return rows.build(examples, each, shape, _LAYOUT)
 
 
 def _completion_logps(torch_model):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.batch import order
+from dpo_jax.data.batch import order, planner
 from dpo_jax.data.batch import rows as rows_lib
 from dpo_jax.data.tokens import examples as examples_lib
 
@@ -66,7 +66,7 @@ class Loader:
     windows=(None,),
     weights=None,
   ):
-    """See `rows.Layout` and `rows.plan_shapes`.
+    """See `rows.Layout` and `planner.plan_shapes`.
 
     Args:
       examples: examples.Examples, or a list of comparisons.Example.
@@ -80,7 +80,7 @@ class Loader:
       weights: of the parts of a mixture, see `order.mixture`; needs a seed.
     """
     self._examples = examples = examples_lib.of(examples)
-    self._layout, self._references = layout, None
+    self._layout, self._extras = layout, examples.extras
     self._batch_size, self._seed, self._multiple = batch_size, seed, multiple
     self._options = {
       "batch_size": batch_size,
@@ -107,7 +107,7 @@ class Loader:
       self._rows = max(len(self._assign(n)) for n in sampled)
     assigned = [self._assign(n) for n in sampled]
     needed = [rows_lib.needed_shape(self._need, rows) for rows in assigned]
-    self.shapes = rows_lib.plan_shapes(
+    self.shapes = planner.plan_shapes(
       needed, layout, budget=budget, multiple=multiple
     )
     used = [self._shape(shape) for shape in needed]
@@ -143,11 +143,8 @@ class Loader:
     )
     if row_slice is not None:
       rows = rows[row_slice(len(rows))]
-    extras = self._examples.extras
-    if self.has_reference:
-      extras = (*extras, "ref_token_logps")
-    rows = [[self._example(i) for i in row] for row in rows]
-    return rows_lib.build(rows, shape, self._layout, extras), stats
+    args = self._examples, rows, shape, self._layout, self._extras
+    return rows_lib.build(*args), stats
 
   def unpack(self, number, values):
     """What a per-token array of batch `number` holds of each example.
@@ -181,7 +178,7 @@ class Loader:
   @property
   def has_reference(self):
     """Whether `set_reference` was called."""
-    return self._references is not None
+    return "ref_token_logps" in self._extras
 
   def set_reference(self, ref_logps):
     """Gives every example its reference log-probs, for all later batches.
@@ -195,13 +192,7 @@ class Loader:
         f"{len(ref_logps)} reference log-probs for {len(self._examples)} "
         "examples"
       )
-    self._references = ref_logps
-
-  def _example(self, index):
-    example = self._examples[index]
-    if self._references is None:
-      return example
-    return example._replace(ref_logps=self._references[index])
+    self._extras = {**self._extras, "ref_token_logps": ref_logps}
 
   def _tokens(self, indices):
     """Positions that hold a token, of some examples."""
@@ -235,7 +226,7 @@ class Loader:
     return [[int(indices[i]) for i in row] for row in rows]
 
   def _shape(self, needed):
-    return rows_lib.fit_shape(needed, self.shapes, self._layout, self._multiple)
+    return planner.fit_shape(needed, self.shapes, self._layout, self._multiple)
 
 
 def _flat(rows):

@@ -1,4 +1,4 @@
-"""Rows of prompt trees: the one batch layout, its planner and its builder.
+"""Rows of prompt trees: the one batch layout, and its builder.
 
 An example is a prompt with up to C completions; a row has T positions and
 holds up to P examples. Inside an example: prompt, completion 1, completion 2,
@@ -17,12 +17,11 @@ holds up to P examples. Inside an example: prompt, completion 1, completion 2,
     pairs               i32[R, Q, K]  slots of each comparison: winner, loser
                                       (K = 2), see data.comparisons
     weights             f32[R, Q]     1 for a comparison, 0 for padding
-    labels              f32[R, Q]     of single completions, where there are
     completion_weights  f32[R, P, C]  1 for a completion, 0 for padding
     ended               f32[R, P, C]  1 for a completion that was not cut
-    scores              f32[R, P, C]  of the completions, where there are
-    example_id, source  i32[R, P]     identity; which data set
-    ref_token_logps     f32[R, S]     of the reference in nats, where cached
+    example_id, source  i32[R, P]     number of the record; which data set
+
+and those of EXTRAS that there are, f32 with 0 for padding.
 
 Without prompt sharing the layout is the same with no branch 0: each branch
 repeats the prompt. The shift by one lives in `source_index` and nowhere else.
@@ -33,7 +32,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax import lookup
 from dpo_jax.data.tokens import examples as examples_lib
+
+# What an extra array has a value of; named by the array that has its axes.
+TOKEN, COMPLETION, COMPARISON = "target_index", "completion_weights", "weights"
+EXTRAS = {
+  "ref_token_logps": TOKEN,  # of the reference, in nats
+  "old_logps": TOKEN,  # of the policy that drew it, in nats
+  "advantages": TOKEN,
+  "returns": TOKEN,
+  "values": TOKEN,
+  "token_weights": TOKEN,
+  "scores": COMPLETION,
+  "ended": COMPLETION,
+  "labels": COMPARISON,  # of single completions
+}
 
 
 class Shape(NamedTuple):
@@ -152,69 +166,33 @@ def needed_shape(need, rows):
   )
 
 
-def plan_shapes(needed, layout, *, budget, multiple):
-  """Chooses at most `budget` shapes for batches that need these.
-
-  Sorts by T and cuts the order into groups, each with the largest sizes of its
-  members, so that the padded positions Σ T are fewest (by dynamic programming;
-  exact up to 256 distinct T, over their quantiles beyond).
+def limits_shape(
+  layout, *, rows, per_row, completions, prompt, completion, pairs, multiple
+):
+  """The Shape of all batches that keep to some limits, such as rollouts.
 
   Args:
-    needed: Shape of each sampled batch, all with the same R.
     layout: Layout.
-    budget: compilations allowed, ≥ 1.
+    rows: R, at least.
+    per_row: P, examples in a row.
+    completions: C, of an example.
+    prompt, completion: tokens of each, at most.
+    pairs: of an example, each of two completions.
     multiple: T, S and E are multiples of this.
-  Returns: list of Shape, smallest first.
   """
-  assert len({s.rows for s in needed}) == 1, "one R a run"
-  needed = sorted(
-    (_rounded(s, multiple, layout) for s in needed), key=lambda s: s.length
+  prompts = 1 if layout.shared else completions
+  tile = prompts * prompt + completions * completion
+  shape = Shape(
+    rows=round_up(rows, layout.row_multiple),
+    length=per_row * tile,
+    scored=per_row * completions * completion,
+    per_row=per_row,
+    completions=completions,
+    tile=tile,
+    pairs=per_row * pairs,
+    compared=2,
   )
-  lengths = np.asarray([s.length for s in needed])
-  tops = np.unique(lengths)
-  if len(tops) > 256:
-    quantiles = np.linspace(0, 1, 256)
-    tops = np.unique(np.quantile(tops, quantiles, method="higher"))
-  ends = np.searchsorted(lengths, tops, side="right")  # batches of T <= top
-  before = np.concatenate([[0], ends])
-  cost = np.full((budget + 1, len(tops) + 1), np.inf)
-  cut = np.zeros((budget + 1, len(tops) + 1), int)
-  cost[:, 0] = 0
-  for k in range(1, budget + 1):
-    for end in range(1, len(tops) + 1):
-      group = (before[end] - before[:end]) * tops[end - 1]
-      total = cost[k - 1, :end] + group
-      cut[k, end] = int(np.argmin(total))
-      cost[k, end] = total[cut[k, end]]
-  shapes, end, k = [], len(tops), budget
-  while end > 0:
-    start = cut[k, end]
-    group = needed[before[start] : before[end]]
-    shapes.append(_largest(group))
-    end, k = start, k - 1
-  return shapes[::-1]
-
-
-def fit_shape(needed, planned, layout, multiple):
-  """The smallest planned shape that holds `needed`, or one beyond the plan.
-
-  A pure function of the batch and the plan, so that a resumed run pads as the
-  first one did. Shapes beyond the plan grow in steps of an eighth of the
-  largest planned sizes, so that they are few.
-  """
-  for shape in planned:
-    if shape.fits(needed):
-      return shape
-  largest = _largest([s for s in planned if s.rows == needed.rows] or [needed])
-  grown = [
-    have if have >= need else round_up(need, max(1, have // 8))
-    for need, have in zip(needed, largest, strict=True)
-  ]
-  return _rounded(Shape(*grown)._replace(rows=needed.rows), multiple, layout)
-
-
-def _largest(shapes):
-  return Shape(*(max(sizes) for sizes in zip(*shapes, strict=True)))
+  return rounded(shape, multiple, layout)
 
 
 def round_up(x, multiple):
@@ -222,7 +200,7 @@ def round_up(x, multiple):
   return -(-x // multiple) * multiple
 
 
-def _rounded(shape, multiple, layout):
+def rounded(shape, multiple, layout):
   """Sizes up to a multiple, so that near-equal batches share a shape."""
   apart = not (layout.packed or layout.shared)
   length = round_up(
@@ -235,110 +213,122 @@ def _rounded(shape, multiple, layout):
   )
 
 
-def _branches(example, shared, stride):
-  """An example as arrays of its own positions, from 0.
-
-  Args:
-    example: comparisons.Example.
-    shared: one prompt for all branches, or one each.
-    stride: start of branch c is c · stride; None places them end to end.
-  Returns: (offset, tokens, positions, branch) per position, and
-    (target, source, completion) per scored token, as arrays.
-  """
-  at, tokens, positions, branch = [], [], [], []
-  target, source, completion = [], [], []
-  prompt = example.prompt
-  cursor = 0
-
-  def place(ids, first_position, branch_id):
-    nonlocal cursor
-    at.extend(range(cursor, cursor + len(ids)))
-    tokens.extend(ids)
-    positions.extend(range(first_position, first_position + len(ids)))
-    branch.extend([branch_id] * len(ids))
-    cursor += len(ids)
-
-  if shared:
-    place(prompt, 0, 0)
-  for c, ids in enumerate(example.completions):
-    if not shared:
-      cursor = cursor if stride is None else c * stride
-      place(prompt, 0, c + 1)
-    last = len(prompt) - 1 if shared else cursor - 1
-    target.extend(range(cursor, cursor + len(ids)))
-    source.extend([last, *range(cursor, cursor + len(ids) - 1)])
-    completion.extend([c] * len(ids))
-    place(ids, len(prompt), c + 1)
-  per_position = (at, tokens, positions, branch)
-  per_target = (target, source, completion)
-  return [np.asarray(x) for x in per_position + per_target]
-
-
-def build(rows, shape, layout, extras=()):
+def build(examples, rows, shape, layout, extras=None):
   """The batch of rows of examples, as a dict of numpy arrays.
 
   Args:
-    rows: list of lists of comparisons.Example; may be a slice of all R rows.
+    examples: sequence of comparisons.Example.
+    rows: list of lists of indices into it; may be a slice of all R rows.
     shape: Shape.
     layout: Layout.
-    extras: arrays that all these examples have, of comparisons.EXTRAS.
+    extras: {name of EXTRAS: sequence of the values of each example}.
   Returns: the arrays of the module docstring, with len(rows) for R.
   """
-  R, T, S, P = len(rows), shape.length, shape.scored, shape.per_row
-  C, E, Q = shape.completions, shape.tile, shape.pairs
-  batch = {
-    "tokens": np.zeros((R, T), np.int32),
-    "positions": np.zeros((R, T), np.int32),
-    "segment_ids": np.zeros((R, T), np.int32),
-    "branch_ids": np.zeros((R, T), np.int32),
-    "example_index": np.full((R, P, E), T, np.int32),
-    "target_index": np.zeros((R, S), np.int32),
-    "source_index": np.zeros((R, S), np.int32),
-    "target_slot": np.full((R, S), P * C, np.int32),
-    "pairs": np.full((R, Q, shape.compared), P * C, np.int32),
-    "weights": np.zeros((R, Q), np.float32),
-    "completion_weights": np.zeros((R, P, C), np.float32),
-    "ended": np.zeros((R, P, C), np.float32),
-    "example_id": np.zeros((R, P), np.int32),
-    "source": np.zeros((R, P), np.int32),
-  }
-  sizes = {"ref_token_logps": (R, S), "labels": (R, Q), "scores": (R, P, C)}
-  batch |= {name: np.zeros(sizes[name], np.float32) for name in extras}
+  extras = extras or {}
+  batch = _padding(len(rows), shape)
+  for name in extras:
+    lookup.lookup(EXTRAS, name, "the extra array")
+    batch[name] = np.zeros(batch[EXTRAS[name]].shape, np.float32)
   stride = None
   if not (layout.packed or layout.shared):
-    stride = T // C
+    stride = shape.length // shape.completions
   for r, row in enumerate(rows):
+    arrays = {name: array[r] for name, array in batch.items()}
     start = scored = compared = 0
-    for p, example in enumerate(row):
-      at, tokens, positions, branch, target, source, completion = _branches(
-        example, layout.shared, stride
-      )
-      at = at + start
-      batch["tokens"][r, at] = tokens
-      batch["positions"][r, at] = positions
-      batch["segment_ids"][r, at] = p + 1
-      batch["branch_ids"][r, at] = branch
-      batch["example_index"][r, p, : len(at)] = at
-      here = slice(scored, scored + len(target))
-      batch["target_index"][r, here] = target + start
-      batch["source_index"][r, here] = source + start
-      batch["target_slot"][r, here] = p * C + completion
-      if "ref_token_logps" in extras:
-        batch["ref_token_logps"][r, here] = example.ref_logps
-      for number, (*compares, weight) in enumerate(example.pairs):
-        slots = p * C + np.asarray(compares)
-        batch["pairs"][r, compared, : len(slots)] = slots
-        batch["weights"][r, compared] = weight
-        if "labels" in extras:
-          batch["labels"][r, compared] = example.labels[number]
-        compared += 1
-      here = r, p, slice(len(example.completions))
-      batch["completion_weights"][here] = 1
-      batch["ended"][here] = 1 if example.ended is None else example.ended
-      if "scores" in extras:
-        batch["scores"][here] = example.scores
-      batch["example_id"][r, p] = example.example_id
-      batch["source"][r, p] = example.source
-      start = int(at[-1]) + 1
-      scored += len(target)
+    for p, index in enumerate(row):
+      example = examples[index]
+      places = {
+        TOKEN: slice(scored, scored + sum(map(len, example.completions))),
+        COMPLETION: (p, slice(len(example.completions))),
+        COMPARISON: slice(compared, compared + len(example.pairs)),
+      }
+      start = _place(arrays, p, example, start, scored, layout.shared, stride)
+      _compare(arrays, p, example, compared, shape.completions)
+      arrays["completion_weights"][places[COMPLETION]] = 1
+      ended = 1 if example.ended is None else example.ended
+      arrays["ended"][places[COMPLETION]] = ended
+      arrays["example_id"][p] = example.example_id
+      arrays["source"][p] = example.source
+      for name, values in extras.items():
+        arrays[name][places[EXTRAS[name]]] = values[index]
+      scored, compared = places[TOKEN].stop, places[COMPARISON].stop
   return batch
+
+
+def _padding(count, shape):
+  """The arrays of a batch of `count` rows that hold nothing."""
+  of_rows = count, shape.length
+  of_tokens = count, shape.scored
+  of_completions = count, shape.per_row, shape.completions
+  slots = shape.per_row * shape.completions
+  return {
+    "tokens": np.zeros(of_rows, np.int32),
+    "positions": np.zeros(of_rows, np.int32),
+    "segment_ids": np.zeros(of_rows, np.int32),
+    "branch_ids": np.zeros(of_rows, np.int32),
+    "example_index": np.full(
+      (count, shape.per_row, shape.tile), shape.length, np.int32
+    ),
+    "target_index": np.zeros(of_tokens, np.int32),
+    "source_index": np.zeros(of_tokens, np.int32),
+    "target_slot": np.full(of_tokens, slots, np.int32),
+    "pairs": np.full((count, shape.pairs, shape.compared), slots, np.int32),
+    "weights": np.zeros((count, shape.pairs), np.float32),
+    "completion_weights": np.zeros(of_completions, np.float32),
+    "ended": np.zeros(of_completions, np.float32),
+    "example_id": np.zeros(of_completions[:2], np.int32),
+    "source": np.zeros(of_completions[:2], np.int32),
+  }
+
+
+def _place(arrays, p, example, start, scored, shared, stride):
+  """Writes the tokens of an example into its row.
+
+  Args:
+    arrays: of the row, by name.
+    p: place of the example in the row.
+    example: comparisons.Example.
+    start: position in the row that it begins at.
+    scored: tokens of the row that are scored already.
+    shared: one prompt for all branches, or one each.
+    stride: start of branch c is c · stride; None places them end to end.
+  Returns: the position in the row behind it.
+  """
+  count = np.arange(len(arrays["tokens"]))
+  completions, prompt = arrays["completion_weights"].shape[1], example.prompt
+  listed, behind = 0, start  # positions in example_index; the next one
+
+  def write(ids, position, branch):
+    nonlocal listed, behind
+    here = slice(behind, behind + len(ids))
+    arrays["tokens"][here] = ids
+    arrays["positions"][here] = count[position : position + len(ids)]
+    arrays["segment_ids"][here] = p + 1
+    arrays["branch_ids"][here] = branch
+    arrays["example_index"][p, listed : listed + len(ids)] = count[here]
+    listed, behind = listed + len(ids), here.stop
+
+  if shared:
+    write(prompt, 0, 0)
+  for c, ids in enumerate(example.completions):
+    if not shared:
+      behind = behind if stride is None else c * stride
+      write(prompt, 0, c + 1)
+    # Of the first token of a completion: the last one of its prompt.
+    source = start + len(prompt) - 1 if shared else behind - 1
+    here = slice(scored, scored + len(ids))
+    arrays["target_index"][here] = count[behind : behind + len(ids)]
+    arrays["source_index"][here] = count[behind - 1 : behind + len(ids) - 1]
+    arrays["source_index"][scored] = source
+    arrays["target_slot"][here] = p * completions + c
+    scored = here.stop
+    write(ids, len(prompt), c + 1)
+  return behind
+
+
+def _compare(arrays, p, example, compared, completions):
+  """Writes the comparisons of an example behind those of its row."""
+  for number, (*members, weight) in enumerate(example.pairs, compared):
+    slots = [p * completions + k for k in members]
+    arrays["pairs"][number, : len(slots)] = slots
+    arrays["weights"][number] = weight

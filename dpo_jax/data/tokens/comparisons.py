@@ -1,6 +1,7 @@
 """Examples, and what is compared in them: pairs, rankings, single labels."""
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,11 @@ class Example(NamedTuple):
   Attributes:
     example_id: identity for randomness and logs: the record's number.
     source: which data set of a mixture.
-    prompt: ids, never empty.
+    prompt: ids, never empty; a list, or a view of an array.
     completions: ids of each, never empty; all are scored.
     pairs: (winner, loser, weight), indices into `completions`. Of other kinds
       (see `arrange`): (best, …, worst, weight), (completion, weight), or
       (completion, that of another prompt, weight).
-    ref_logps: f32[scored tokens], the reference's log-probs in nats of all
-      completions, one after the other; None until they are computed.
     labels: of each completion; of each of `pairs` once arranged; or None.
     scores: of each completion, or None.
     ranking: indices into `completions`, best first, or None.
@@ -30,23 +29,14 @@ class Example(NamedTuple):
 
   example_id: int
   source: int
-  prompt: list[int]
-  completions: tuple[list[int], ...]
+  prompt: Sequence[int]
+  completions: tuple[Sequence[int], ...]
   pairs: tuple[tuple, ...]
-  ref_logps: np.ndarray | None = None
   labels: tuple[float, ...] | None = None
   scores: tuple[float, ...] | None = None
   ranking: tuple[int, ...] | None = None
   ended: tuple[bool, ...] | None = None
   origin: str = ""
-
-
-# Arrays that a batch has where its examples do: their attributes, by name.
-EXTRAS = {
-  "ref_token_logps": "ref_logps",
-  "labels": "labels",
-  "scores": "scores",
-}
 
 
 # The form of the rows for each kind of example: see sources.py.
@@ -147,11 +137,12 @@ def mismatched(examples, where):
   """
   numbers, waiting = itertools.count(), []  # for the next other prompt
   for example in examples:
-    if waiting and example.prompt != waiting[0].prompt:
+    if waiting and not np.array_equal(example.prompt, waiting[0].prompt):
       yield from map(_mismatch, waiting, itertools.repeat(example), numbers)
       waiting = []
     waiting.append(example)
-  others = (e for e in examples if e.prompt != waiting[0].prompt)
+  same = waiting[0].prompt
+  others = (e for e in examples if not np.array_equal(e.prompt, same))
   other = next(others, None)
   if other is None:
     raise ValueError(

@@ -1,7 +1,8 @@
 """Examples as flat arrays, in memory or mapped from files.
 
-A sequence of comparisons.Example that makes one when it is asked for: a million
-of them are a few arrays, not a hundred million Python objects. Of N examples:
+A sequence of comparisons.Example, views that are made when they are asked for:
+a million of them are a few arrays, not a hundred million Python objects. Of N
+examples:
 
     tokens      u16|i32[…]    prompt, completion 1, 2, … of each, end to end
     lengths     i32[pieces]   tokens of each prompt and completion
@@ -14,18 +15,19 @@ of them are a few arrays, not a hundred million Python objects. Of N examples:
     example_id  i64[N]
     source      i32[N]
 
-`origin` is not kept, it is for messages while records are read; reference
-log-probs are not either, they are the loader's.
+`origin` is not kept, it is for messages while records are read.
 """
 
 import functools
 import hashlib
 import io
 import itertools
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax import store
 from dpo_jax.data.tokens import comparisons
 
 OPTIONAL = ("labels", "scores", "ranking", "ended")
@@ -101,28 +103,34 @@ class Examples:
     if not -len(self) <= index < len(self):
       raise IndexError(index)
     index, arrays = int(index) % len(self), self._arrays
-    spans = arrays["ends"][index : index + 2].T.tolist()
-    spans = {n: slice(*s) for n, s in zip(COUNTED, spans, strict=True)}
-    found = {n: arrays[n][s].tolist() for n, s in spans.items()}
-    ids, members = iter(found["tokens"]), iter(found["members"])
-    prompt, *completions = (
-      list(itertools.islice(ids, n)) for n in found["lengths"]
+    spans = self._spans(index)
+    ids = arrays["tokens"][spans["tokens"]]
+    ends = list(
+      itertools.accumulate(arrays["lengths"][spans["lengths"]].tolist())
     )
+    members = iter(arrays["members"][spans["members"]].tolist())
     compared = zip(
-      found["sizes"], arrays["weights"][spans["sizes"]].tolist(), strict=True
+      arrays["sizes"][spans["sizes"]].tolist(),
+      arrays["weights"][spans["sizes"]].tolist(),
+      strict=True,
     )
     has = arrays["has"][index].tolist()
     return comparisons.Example(
       example_id=int(arrays["example_id"][index]),
       source=int(arrays["source"][index]),
-      prompt=prompt,
-      completions=tuple(completions),
+      prompt=ids[: ends[0]],
+      completions=tuple(ids[a:b] for a, b in itertools.pairwise(ends)),
       pairs=tuple((*itertools.islice(members, n), w) for n, w in compared),
       **{
-        name: tuple(found[name]) if there else None
+        name: tuple(arrays[name][spans[name]].tolist()) if there else None
         for name, there in zip(OPTIONAL, has, strict=True)
       },
     )
+
+  def _spans(self, index):
+    """{name of COUNTED: slice of the array that is of an example}."""
+    spans = self._arrays["ends"][index : index + 2].T.tolist()
+    return {n: slice(*s) for n, s in zip(COUNTED, spans, strict=True)}
 
   def lengths(self, index):
     """Tokens of the prompt and of each completion of an example, i32[1 + C]."""
@@ -136,13 +144,14 @@ class Examples:
 
   @functools.cached_property
   def extras(self):
-    """The names of comparisons.EXTRAS that all examples have."""
-    every = self._arrays["has"].all(axis=0)
-    return tuple(
-      name
-      for name, field in comparisons.EXTRAS.items()
-      if field in OPTIONAL and every[OPTIONAL.index(field)]
-    )
+    """{"labels", "scores": store.Parts} as far as all examples have them."""
+    every = dict(zip(OPTIONAL, self._arrays["has"].all(axis=0), strict=True))
+    ends = dict(zip(COUNTED, self._arrays["ends"].T, strict=True))
+    return {
+      name: store.Parts([self._arrays[name]], ends[name])
+      for name in ("labels", "scores")
+      if every[name]
+    }
 
   @functools.cached_property
   def columns(self):
@@ -209,22 +218,27 @@ class Builder:
     files: binary file to write to, by name, of all NAMES.
     """
     self._files, self._digests = files, (_digest(), _digest())
+    self.checksums = dict.fromkeys(files, (0, 0))  # (bytes, CRC-32), by name
     self._ends = np.zeros((1, len(COUNTED)), DTYPES["ends"])
     self.token_dtype = None  # that of the first chunk
-    files["ends"].write(self._ends.tobytes())
+    self._write("ends", self._ends)
 
   def add(self, chunk):
     """Appends a chunk; its token ids have the type of those before."""
     ends = chunk.arrays["ends"] + self._ends
     for name in NAMES:
-      values = ends if name == "ends" else chunk.arrays[name]
-      self._files[name].write(values.tobytes())
+      self._write(name, ends if name == "ends" else chunk.arrays[name])
     self._ends = ends[-1:] if len(ends) else self._ends
     dtype = chunk.arrays["tokens"].dtype.str
     assert self.token_dtype in (None, dtype), "one type of ids"
     self.token_dtype = dtype
     for digest, text in zip(self._digests, chunk[1:], strict=True):
       digest.update(text)
+
+  def _write(self, name, values):
+    content, (size, checksum) = values.tobytes(), self.checksums[name]
+    self._files[name].write(content)
+    self.checksums[name] = size + len(content), zlib.crc32(content, checksum)
 
   @property
   def digests(self):
@@ -312,11 +326,16 @@ def _described(example):
   Run folders and reference stores hold digests of these: to write them in
   another way is to refuse what was made before.
   """
-  tokens = repr((example.prompt, example.completions))
+  prompt, *completions = map(_plain, (example.prompt, *example.completions))
+  tokens = repr((prompt, tuple(completions)))
   compared = f"{tokens[:-1]}, {example.pairs!r})"
   for more in (example.labels, example.scores):
     compared += "" if more is None else repr(more)
   return tokens.encode(), compared.encode()
+
+
+def _plain(ids):
+  return ids if isinstance(ids, list) else ids.tolist()
 
 
 def _digest():

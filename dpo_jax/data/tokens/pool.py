@@ -1,28 +1,22 @@
 """Processes that tokenise, side by side; results come in order.
 
-Each is an interpreter of its own that imports no JAX and talks through a
-socket: a fork would copy the locks of JAX's threads, and `multiprocessing`
-would run the user's script once more in every process. They end when their
-input does, so none outlives a parent that was killed.
+Each is an interpreter of its own (loky) that imports no JAX and does not run
+the user's script: a fork would copy the locks of JAX's threads.
 """
 
 import collections
-import concurrent.futures
 import contextlib
+import functools
 import os
-import pickle
-import queue
-import socket
-import struct
-import subprocess
-import sys
+import signal
 import threading
+import time
+from multiprocessing import resource_tracker
 
 from dpo_jax.data.tokens import encoding, tokenize
 
 _MOST = 16  # beyond these the parent, which reads the records, is too slow
 _AT_ONCE = 2  # parts that a process has: one waits while another is worked on
-_LENGTH = struct.Struct("<Q")  # of the message that follows, in bytes
 
 
 def processes():
@@ -43,132 +37,67 @@ def run(task, parts, count):
   Raises: what `encoding.make` raised, in its place; RuntimeError if a process
     dies. Close the generator to end the processes early.
   """
-  free, workers = queue.SimpleQueue(), []
-  threads = concurrent.futures.ThreadPoolExecutor(_AT_ONCE * count)
+  import loky  # a tenth of a second, where it takes long anyway
 
-  def made(*part):
-    worker = free.get()
-    try:
-      return worker(part)
-    finally:
-      free.put(worker)
-
+  executor = loky.ProcessPoolExecutor(
+    count,
+    initializer=_begin,
+    initargs=(os.getpid(),),
+    env={"TOKENIZERS_PARALLELISM": "false"},  # it takes one core
+  )
   waiting = collections.deque()
   try:
-    workers += [_Worker(task) for _ in range(count)]
-    for worker in _AT_ONCE * workers:
-      free.put(worker)
     for items, first, records in parts:
-      waiting.append((items, threads.submit(made, first, records)))
+      with _without_interrupts():  # the first one starts the processes
+        made = executor.submit(_make, task, first, records)
+      waiting.append((items, made))
       if len(waiting) > _AT_ONCE * count:
-        items, result = waiting.popleft()
-        yield items, result.result()
+        items, made = waiting.popleft()
+        yield items, made.result()
     while waiting:
-      items, result = waiting.popleft()
-      yield items, result.result()
+      items, made = waiting.popleft()
+      yield items, made.result()
+  except loky.BrokenProcessPool as error:
+    raise RuntimeError(
+      "a process that tokenises is gone (out of memory?); run this again"
+    ) from error
   finally:
-    for worker in workers:  # whose answers the threads wait for
-      worker.kill()
-    threads.shutdown(cancel_futures=True)
-    for worker in workers:
-      worker.close()
+    executor.shutdown(kill_workers=bool(waiting))
 
 
-class _Worker:
-  """A process; calling it, from any thread, is one request and its answer."""
-
-  def __init__(self, task):
-    self._socket, theirs = socket.socketpair()
-    with theirs:
-      self._process = subprocess.Popen(
-        [sys.executable, "-m", "dpo_jax.data.tokens.pool"],
-        stdin=theirs,
-        process_group=0,  # Ctrl-C and a scheduler's signals are the parent's
-        # It finds what this one would, and takes one core.
-        env={
-          **os.environ,
-          "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-          "TOKENIZERS_PARALLELISM": "false",
-        },
-      )
-    self._requests, self._answers = threading.Lock(), threading.Lock()
-    self._first = [task]
-
-  def __call__(self, part):
-    try:
-      with self._requests:
-        while self._first:
-          _send(self._socket, self._first.pop())
-        _send(self._socket, part)
-        self._answers.acquire()  # so that answers are taken in their order
-      try:
-        good, made = _receive(self._socket)
-      finally:
-        self._answers.release()
-    except OSError as error:
-      raise RuntimeError(
-        "a process that tokenises is gone (out of memory?); run this again"
-      ) from error
-    if not good:
-      raise made
-    return made
-
-  def kill(self):
-    self._process.kill()
-
-  def close(self):
-    self._process.wait()
-    self._socket.close()
+@contextlib.contextmanager
+def _without_interrupts():
+  """Ctrl-C waits; processes that are started here never get it."""
+  resource_tracker.ensure_running()  # its start would let Ctrl-C through
+  mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _send(to, value):
-  content = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-  to.sendall(_LENGTH.pack(len(content)))
-  to.sendall(content)
+def _begin(parent):
+  """Has a process end with its parent, whose signals it does not get."""
+  os.setpgrp()
+
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
-def _receive(source):
-  """The next message; a ConnectionError, which is an OSError, without one."""
-  (length,) = _LENGTH.unpack(_exactly(source, _LENGTH.size))
-  return pickle.loads(_exactly(source, length))
+def _make(task, first, records):
+  """`encoding.make`, whose errors can be sent."""
+  try:
+    return encoding.make(task, _tokenizer(task), first, records)
+  except ValueError as error:
+    raise ValueError(str(error)) from None
+  except Exception as error:
+    raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def _exactly(source, length):
-  content = bytearray(length)
-  left = memoryview(content)
-  while left:
-    # In one call: a thread has to wait for its turn after each.
-    done = source.recv_into(left, len(left), socket.MSG_WAITALL)
-    if not done:
-      raise ConnectionResetError("the other side is gone")
-    left = left[done:]
-  return content
-
-
-def main():
-  """One of the processes: a Task, then parts until the input ends."""
-  parent = socket.socket(fileno=os.dup(sys.stdin.fileno()))
-  with parent, contextlib.suppress(ConnectionError):
-    _serve(parent)
-
-
+@functools.cache
 def _tokenizer(task):
   return tokenize.load(task.tokenizer)._replace(vocab_size=task.vocab_size)
-
-
-def _serve(parent):
-  task, tokenizer = _receive(parent), None
-  while True:
-    part = _receive(parent)
-    try:
-      tokenizer = tokenizer or _tokenizer(task)
-      answer = True, encoding.make(task, tokenizer, *part)
-    except Exception as error:
-      answer = False, ValueError(str(error))
-      if not isinstance(error, ValueError):
-        answer = False, RuntimeError(f"{type(error).__name__}: {error}")
-    _send(parent, answer)
-
-
-if __name__ == "__main__":
-  main()

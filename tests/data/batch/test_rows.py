@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dpo_jax.data.batch import loader, rows
+from dpo_jax.data.batch import loader, planner, rows
 from dpo_jax.data.tokens import comparisons
 
 LAYOUTS = pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def random_examples(rng, count, longest=7, completions=4):
 
 
 def arrange(items, layout, extra=0):
-  """(rows of examples, Shape), the shape with `extra` room on each side."""
+  """(rows of indices, Shape), the shape with `extra` room on each side."""
   need = rows.needs(items, layout)
   assigned = rows.assign(need.length, layout)
   shape = rows.needed_shape(need, assigned)
@@ -45,7 +45,7 @@ def arrange(items, layout, extra=0):
       tile=shape.tile + extra,
       pairs=shape.pairs + extra,
     )
-  return [[items[i] for i in row] for row in assigned], shape
+  return assigned, shape
 
 
 class World:
@@ -56,8 +56,12 @@ class World:
     self.shared = shared
     self.layout = rows.Layout(packed, shared, 2, 40 if packed else None)
     self.items = random_examples(rng, int(rng.integers(1, 12)))
-    self.rows, self.shape = arrange(self.items, self.layout, extra)
-    self.batch = rows.build(self.rows, self.shape, self.layout)
+    self.assigned, self.shape = arrange(self.items, self.layout, extra)
+    self.rows = [[self.items[i] for i in row] for row in self.assigned]
+    self.batch = self.build(self.assigned)
+
+  def build(self, assigned, extras=None):
+    return rows.build(self.items, assigned, self.shape, self.layout, extras)
 
   def examples(self):
     """(row, place in the row, example) of every example."""
@@ -244,9 +248,93 @@ def test_arrays_have_the_shapes_and_types_of_the_design(world):
 @LAYOUTS
 def test_a_slice_of_the_rows_builds_the_same_slice_of_the_batch(world):
   half = len(world.rows) // 2
-  part = rows.build(world.rows[half:], world.shape, world.layout)
+  part = world.build(world.assigned[half:])
   for name, array in part.items():
     np.testing.assert_array_equal(array, world.batch[name][half:])
+
+
+def spans_of(world, axis):
+  """{(row, place): where the values of an example are in a row of an extra}."""
+  completions, spans = world.shape.completions, {}
+  for r, p, _ in world.examples():
+    if axis == rows.TOKEN:
+      slots = world.batch["target_slot"][r]
+      spans[r, p] = np.flatnonzero(slots // completions == p)
+    elif axis == rows.COMPARISON:
+      winners = world.batch["pairs"][r, :, 0]
+      spans[r, p] = np.flatnonzero(winners // completions == p)
+    else:
+      count = int(world.batch["completion_weights"][r, p].sum())
+      spans[r, p] = p * completions + np.arange(count)
+  return spans
+
+
+@LAYOUTS
+@pytest.mark.parametrize("name", rows.EXTRAS)
+def test_an_extra_array_has_the_values_of_each_example_in_its_axes(world, name):
+  """Each value once, in order; zero for padding."""
+  spans = spans_of(world, rows.EXTRAS[name])
+  place = {e.example_id: (r, p) for r, p, e in world.examples()}
+  rng = np.random.default_rng(0)
+  values = [
+    rng.uniform(1, 2, len(spans[place[e.example_id]])).astype(np.float32)
+    for e in world.items
+  ]
+  batch = world.build(world.assigned, {name: values})
+  got = batch.pop(name)
+  assert got.dtype == np.float32
+  assert got.shape == world.batch[rows.EXTRAS[name]].shape
+  flat = got.reshape(len(got), -1).copy()
+  for e, want in zip(world.items, values, strict=True):
+    r, p = place[e.example_id]
+    np.testing.assert_array_equal(flat[r, spans[r, p]], want)
+    flat[r, spans[r, p]] = 0
+  assert not flat.any()
+  for other, array in batch.items():
+    np.testing.assert_array_equal(array, world.batch[other])
+
+
+def test_a_row_of_the_table_is_all_that_a_new_extra_array_costs(monkeypatch):
+  world = World(True, True, 0, 0)
+  mine = {"mine": [[3.0] * len(e.completions) for e in world.items]}
+  with pytest.raises(ValueError, match=r"extra array = 'mine' .*advantages"):
+    world.build(world.assigned, mine)
+  monkeypatch.setitem(rows.EXTRAS, "mine", rows.COMPLETION)
+  batch = world.build(world.assigned, mine)
+  np.testing.assert_array_equal(batch["mine"], 3 * batch["completion_weights"])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("per_row", [1, 3])
+def test_the_shape_of_limits_holds_all_that_keeps_to_them(
+  packed, shared, seed, per_row
+):
+  """Up to the largest of it, without a look at the examples."""
+  layout = rows.Layout(packed, shared, 2, None)
+  per_row = per_row if packed else 1
+  limits = {"prompt": 7, "completion": 7, "completions": 4, "pairs": 12}
+  shape = rows.limits_shape(
+    layout, rows=3, per_row=per_row, multiple=8, **limits
+  )
+  assert shape.rows == 4
+  items = random_examples(np.random.default_rng(seed), 4 * per_row)
+  every = [(*two, 1.0) for two in itertools.permutations(range(4), 2)]
+  largest = comparisons.Example(0, 0, [1] * 7, ([2] * 7,) * 4, tuple(every))
+  for several in (items, [largest] * len(items)):
+    need = rows.needs(several, layout)
+    assigned = np.arange(len(items)).reshape(4, per_row).tolist()
+    needed = rows.needed_shape(need, assigned)
+    assert shape.fits(needed)
+    batch = rows.build(several, assigned, shape, layout)
+    assert np.sum(batch["completion_weights"]) == need.completions.sum()
+    assert np.sum(batch["weights"] > 0) == need.pairs.sum()
+    assert np.sum(batch["segment_ids"] > 0) == sum(
+      len(e.prompt) * (1 if shared else len(e.completions))
+      + sum(map(len, e.completions))
+      for e in several
+    )
+  # The largest leave no room but that of rounding.
+  assert rows.rounded(needed, 8, layout)._replace(rows=4) == shape
 
 
 def test_unpacked_unshared_rows_reshape_to_ordinary_sequences(seed, extra):
@@ -349,7 +437,7 @@ def random_shapes(rng, count, row_counts):
 
 def planned_cost(needed, shapes, multiple):
   """Σ R·T, each batch in the planned shape that it gets."""
-  fitted = [rows.fit_shape(s, shapes, PLAN, multiple) for s in needed]
+  fitted = [planner.fit_shape(s, shapes, PLAN, multiple) for s in needed]
   for shape, fit in zip(needed, fitted, strict=True):
     assert fit in shapes
     assert fit.fits(shape)
@@ -386,7 +474,7 @@ PLANS = pytest.mark.parametrize(
 def test_each_sampled_batch_fits_one_of_the_planned_shapes(budget, multiple):
   for seed in range(5):
     needed = random_shapes(np.random.default_rng(seed), 30, (4,))
-    shapes = rows.plan_shapes(needed, PLAN, budget=budget, multiple=multiple)
+    shapes = planner.plan_shapes(needed, PLAN, budget=budget, multiple=multiple)
     assert len(shapes) <= budget
     planned_cost(needed, shapes, multiple)
     for shape in shapes:
@@ -399,14 +487,14 @@ def test_each_sampled_batch_fits_one_of_the_planned_shapes(budget, multiple):
 def test_the_plan_is_the_cheapest_of_all_plans(budget, multiple):
   for seed in range(10):
     needed = random_shapes(np.random.default_rng(seed), 6, (4,))
-    shapes = rows.plan_shapes(needed, PLAN, budget=budget, multiple=multiple)
+    shapes = planner.plan_shapes(needed, PLAN, budget=budget, multiple=multiple)
     planned = planned_cost(needed, shapes, multiple)
     assert planned == cheapest(needed, budget, multiple)
 
 
 def test_equal_batches_need_one_shape_whatever_the_budget():
   needed = random_shapes(np.random.default_rng(0), 1, (4,)) * 5
-  shapes = rows.plan_shapes(needed, PLAN, budget=3, multiple=1)
+  shapes = planner.plan_shapes(needed, PLAN, budget=3, multiple=1)
   assert shapes == needed[:1]
 
 
@@ -416,7 +504,7 @@ def test_the_plan_of_many_different_sizes_wastes_little():
   shape = random_shapes(rng, 1, (1,))[0]
   lengths = rng.permutation(np.arange(1000, 2000))
   needed = [shape._replace(length=int(t)) for t in lengths]
-  shapes = rows.plan_shapes(needed, PLAN, budget=3, multiple=1)
+  shapes = planner.plan_shapes(needed, PLAN, budget=3, multiple=1)
   planned = planned_cost(needed, shapes, 1)
   # The best for sizes spread evenly over [a, b] is three tops evenly spaced.
   tops = np.repeat([1333, 1666, 1999], [334, 333, 333])
@@ -429,10 +517,10 @@ def test_a_batch_too_large_for_every_shape_gets_one_that_holds_it():
   planned = random_shapes(np.random.default_rng(0), 1, (4,))[0]
   planned = planned._replace(length=800, scored=80)
   large = planned._replace(length=999, scored=10)
-  shape = rows.fit_shape(large, [planned], PLAN, 8)
+  shape = planner.fit_shape(large, [planned], PLAN, 8)
   assert shape.fits(large)
   assert (shape.length, shape.scored) == (1000, 80)
-  again = rows.fit_shape(large._replace(length=905), [planned], PLAN, 8)
+  again = planner.fit_shape(large._replace(length=905), [planned], PLAN, 8)
   assert again == shape
 
 

@@ -1,6 +1,7 @@
 """Tokens on disk: the same examples back, or nothing and a warning."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 
+from dpo_jax import store
 from dpo_jax.data.batch import loader, rows
 from dpo_jax.data.tokens import cache
 from dpo_jax.data.tokens import examples as examples_lib
@@ -51,7 +53,7 @@ def test_what_was_written_is_mapped_and_the_same(tmp_path):
   entry, written = write(tmp_path)
   with silent():
     for found, notes in (written, cache.read(entry)):
-      assert list(found) == ITEMS
+      assert worlds.plain(found) == ITEMS
       assert notes == NOTES
       assert isinstance(found._arrays["tokens"].base, np.memmap)
       memory = examples_lib.of(ITEMS)
@@ -85,6 +87,16 @@ def test_batches_of_mapped_examples_are_those_of_a_list(
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
       np.testing.assert_array_equal(array, theirs[name])
+
+
+def test_an_entry_is_to_the_byte_that_of_earlier_versions(tmp_path):
+  """Its address too: what they tokenised is not tokenised again."""
+  write(tmp_path)
+  digest = hashlib.blake2b(digest_size=8)
+  for name, content in sorted(files(tmp_path).items()):
+    assert name.startswith("1eb8fd5e1cc508f5564f4833/")
+    digest.update(name.encode() + content)
+  assert digest.hexdigest() == "7def4e150a7c162d"
 
 
 def test_an_entry_that_is_not_there_is_none(tmp_path):
@@ -131,22 +143,22 @@ def test_a_damaged_entry_is_noticed_and_made_again(tmp_path, name, damage):
   assert not entry.path.exists()
   with silent():
     _, (found, _) = write(tmp_path)
-  assert list(found) == ITEMS
+  assert worlds.plain(found) == ITEMS
 
 
 def test_what_cannot_be_read_is_kept_and_named(tmp_path, monkeypatch):
   """It may be another user's, or the disk's bad minute."""
   entry, _ = write(tmp_path)
 
-  def refused(path):
+  def refused(path, *args):
     raise PermissionError(13, "Permission denied", str(path))
 
-  monkeypatch.setattr(cache, "_checksum", refused)
+  monkeypatch.setattr(store, "read", refused)
   says = r"data\.token_cache: .*Permission denied"
   with pytest.raises(ValueError, match=says):
     cache.read(entry)
   monkeypatch.undo()
-  assert list(cache.read(entry)[0]) == ITEMS
+  assert worlds.plain(cache.read(entry)[0]) == ITEMS
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path):
@@ -171,7 +183,7 @@ def test_of_two_runs_at_once_the_first_one_stays(tmp_path):
   with silent():
     found, _ = cache.write(entry, slow(), lambda: {"changed": "by the second"})
     assert cache.read(entry)[1] == NOTES
-  assert list(found) == list(first[0][1][0]) == ITEMS
+  assert worlds.plain(found) == worlds.plain(first[0][1][0]) == ITEMS
   assert [path.name for path in tmp_path.iterdir()] == [entry.path.name]
 
 
@@ -179,7 +191,7 @@ def test_mapped_examples_outlive_their_files(tmp_path):
   """Another run may find an entry damaged and remove it."""
   entry, (found, _) = write(tmp_path)
   shutil.rmtree(entry.path)
-  assert list(found) == ITEMS
+  assert worlds.plain(found) == ITEMS
 
 
 def test_what_a_killed_run_left_is_removed_later(tmp_path):

@@ -2,13 +2,9 @@
 
 import itertools
 import json
-import os
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -25,7 +21,7 @@ from dpo_jax.data.tokens import (
   tokenize,
 )
 from dpo_jax.data.tokens import examples as examples_lib
-from tests import conftest
+from tests import worlds
 
 BYTES = tokenize.load("bytes")
 
@@ -92,7 +88,11 @@ def test_a_kept_source_is_tokenised_once(path, tmp_path, calls):
   assert made.folder.parent == tmp_path / "tokens"
   memory = load(path)
   assert memory.folder is None
-  assert list(made.examples) == list(again.examples) == list(memory.examples)
+  assert (
+    worlds.plain(made.examples)
+    == worlds.plain(again.examples)
+    == worlds.plain(memory.examples)
+  )
   want = memory.examples.fingerprint()
   assert made.examples.fingerprint() == again.examples.fingerprint() == want
 
@@ -104,7 +104,10 @@ def test_a_file_is_what_it_holds(path, tmp_path, calls):
   load(str(other), token_cache=folder)
   assert sum(calls) == 40
   save(other, [row(0, prompt="P0"), *map(row, range(1, 40))])
-  assert load(str(other), token_cache=folder).examples[0].prompt == [80, 48]
+  assert load(str(other), token_cache=folder).examples[0].prompt.tolist() == [
+    80,
+    48,
+  ]
   assert sum(calls) == 80
   load(path, token_cache=folder)
   assert sum(calls) == 80
@@ -153,7 +156,7 @@ def test_small_data_sets_are_not_kept_unless_asked_for(
     kept = load(spec)
     assert kept.folder.parent == tmp_path / "home/dpo_jax/tokens"
     assert len(kept.examples) == 40 + (spec != path)
-    assert list(load(spec).examples) == list(kept.examples)
+    assert worlds.plain(load(spec).examples) == worlds.plain(kept.examples)
   assert load("toy:36").folder is None
   assert len(list(kept.folder.parent.iterdir())) == 2
 
@@ -176,7 +179,8 @@ def test_a_source_of_a_notebook_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.SOURCES, "toy", lambda rows=rows: rows)
     with pytest.warns(UserWarning, match="nothing tells a source from another"):
       found = load("toy", token_cache=str(tmp_path / "tokens"))
-    assert found.examples[0].completions[0] == [*chosen.encode(), 256]
+    first = found.examples[0].completions[0]
+    assert first.tolist() == [*chosen.encode(), 256]
   assert not (tmp_path / "tokens").exists()
 
 
@@ -219,7 +223,7 @@ def test_a_damaged_entry_is_tokenised_again(path, tmp_path, calls):
   with pytest.warns(UserWarning, match="damaged"):
     again = load(path, token_cache=folder)
   assert sum(calls) == 80
-  assert list(again.examples) == list(load(path).examples)
+  assert worlds.plain(again.examples) == worlds.plain(load(path).examples)
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(
@@ -246,10 +250,11 @@ def test_mismatches_are_made_of_labelled_examples_that_are_kept(
   kept = load(path, "mismatched", token_cache=folder)
   assert sum(calls) == 40
   again = load(path, "mismatched", token_cache=folder)
-  assert list(kept.examples) == list(again.examples)
+  assert worlds.plain(kept.examples) == worlds.plain(again.examples)
   memory = load(path, "mismatched")
-  assert list(kept.examples) == list(memory.examples)
-  assert kept.examples[0].completions[-1] == kept.examples[1].completions[0]
+  assert worlds.plain(kept.examples) == worlds.plain(memory.examples)
+  first, second, *_ = worlds.plain(kept.examples)
+  assert first.completions[-1] == second.completions[0]
 
 
 # In their order of the file: not JSON, not a pair, a prompt that is too long, a
@@ -297,7 +302,7 @@ def test_bad_records_are_skipped_wherever_they_are_found(processes, bad):
   numbers = [e.example_id for e in found.examples]
   read = [k for k in range(1, 31) if k not in (6, 9)]
   assert numbers == [n for n, k in enumerate(read) if k not in BAD]
-  assert found.examples[7].prompt == list(b"p10")
+  assert found.examples[7].prompt.tolist() == list(b"p10")
 
 
 @pytest.mark.parametrize("count", range(len(BAD)))
@@ -337,7 +342,7 @@ def test_several_processes_make_what_one_makes(monkeypatch, capfd):
   monkeypatch.setattr(encoding, "make", _once(encoding.make))
   others = [load("toy:90", kind) for kind in ("pairs", "mismatched")]
   for ours, theirs in zip(alone, others, strict=True):
-    assert list(ours.examples) == list(theirs.examples)
+    assert worlds.plain(ours.examples) == worlds.plain(theirs.examples)
     assert ours.changed == theirs.changed
     assert ours.examples.fingerprint() == theirs.examples.fingerprint()
   assert capfd.readouterr() == ("", "")
@@ -363,83 +368,13 @@ def test_several_processes_load_a_trained_tokenizer(tmp_path, monkeypatch):
   alone = load("toy:90", tokenizer=used)
   monkeypatch.setattr(corpus, "_PATIENCE", 0)
   others = load("toy:90", tokenizer=tokenize.load(folder))
-  assert list(alone.examples) == list(others.examples)
+  assert worlds.plain(alone.examples) == worlds.plain(others.examples)
   # Its content names it, not its folder.
   again = tokenize.load(str(shutil.copytree(folder, tmp_path / "again")))
   assert again.identity() == used.identity()
   bpe.train(["the script seems dull"] * 9, 270, tmp_path / "other")
   other = tokenize.load(str(tmp_path / "other"))
   assert other.identity() != again.identity()
-
-
-TASK = encoding.Task(
-  "bytes", BYTES.vocab_size, 256, 256, "error", "pairs", False
-)
-
-
-def parts(count):
-  """`count` parts of one record each."""
-  made = sources.load(f"toy:{count}", "preference", sources.Policy("error"))
-  return ((number, number, [one]) for number, one in enumerate(made))
-
-
-@pytest.fixture
-def started(monkeypatch):
-  """A list that gets every process."""
-  workers, make = [], pool._Worker.__init__
-
-  def init(self, task):
-    make(self, task)
-    workers.append(self)
-
-  monkeypatch.setattr(pool._Worker, "__init__", init)
-  return workers
-
-
-def test_processes_end_when_they_are_not_waited_for(started):
-  running = pool.run(TASK, parts(40), 2)
-  assert next(running)[0] == 0
-  running.close()
-  assert [worker._process.returncode for worker in started] == [-9, -9]
-
-
-def test_a_process_that_dies_is_an_error(started):
-  running = pool.run(TASK, parts(40), 2)
-  next(running)
-  for worker in started:
-    worker._process.kill()
-  with pytest.raises(RuntimeError, match="is gone"):
-    list(running)
-
-
-def test_a_process_says_what_it_cannot_do(started):
-  with pytest.raises(ValueError, match=r"long_prompt = 'no' is not known"):
-    list(pool.run(TASK._replace(long_prompt="no"), parts(4), 1))
-  with pytest.raises(RuntimeError, match="TypeError: "):
-    list(pool.run(TASK._replace(max_prompt_length=None), parts(4), 1))
-
-
-def test_processes_know_of_tokens_that_the_model_has_no_row_for():
-  (_, made), *_ = pool.run(TASK._replace(vocab_size=100), parts(1), 1)
-  reason, message = made.bad[0]
-  assert reason == "unknown token"
-  assert "the first 100 only" in message
-
-
-def test_processes_end_with_their_input_and_import_no_jax():
-  program = (
-    "import sys; from dpo_jax.data.tokens import pool; pool.main(); "
-    "assert 'jax' not in sys.modules"
-  )
-  ours, theirs = socket.socketpair()
-  with ours, theirs:
-    process = subprocess.Popen(
-      [sys.executable, "-c", program],
-      stdin=theirs,
-      cwd=conftest.ROOT,
-      env={**os.environ, "PYTHONPATH": str(conftest.ROOT)},
-    )
-  assert process.wait(timeout=60) == 0
 
 
 def test_what_takes_long_shows_its_rate_and_the_time_left(
