@@ -128,16 +128,13 @@ def make_feed(config, setup, algorithm):
     chosen = [examples[i] for i in order[part * size : (part + 1) * size]]
     return place(setup, chosen)
 
-  nothing = [
-    comparisons.Example(0, 0, [1] * len(PROMPTS[0]), ([1],), (), scores=(0.0,))
-  ]
   size = len(PROMPTS) * DRAWS // MINIBATCHES
   return feed.Feed(
     batch=batch,
     ahead=0,
     boundary=lambda done: done % STEPS == 0,
     about="toy prompts",
-    shapes=[shape_of(nothing * size)],
+    shapes=[shape_of(size)],
     fingerprint="toy prompts",
     epoch=len(PROMPTS),
   )
@@ -175,14 +172,27 @@ def reward(byte):
   return float(int(byte) in VOWELS)
 
 
-def shape_of(examples):
-  need = rows.needs(examples, LAYOUT)
-  return rows.needed_shape(need, rows.assign(need.length, LAYOUT))
+def shape_of(count, completions=1):
+  """The one Shape of all batches, from limits alone."""
+  return rows.limits_shape(
+    LAYOUT,
+    rows=count,
+    per_row=1,
+    completions=completions,
+    prompt=len(PROMPTS[0]),
+    completion=1,
+    pairs=0,
+    multiple=1,
+  )
 
 
 def place(setup, examples):
   batch = rows.build(
-    [[example] for example in examples], shape_of(examples), LAYOUT, ("scores",)
+    examples,
+    [[index] for index in range(len(examples))],
+    shape_of(len(examples)),
+    LAYOUT,
+    {"scores": [example.scores for example in examples]},
   )
   tokens = sum(len(e.prompt) + 1 for e in examples)
   stats = loader.Stats(len(examples), 0, tokens, len(examples), 0, 1.0)
@@ -245,7 +255,7 @@ def metrics(folder):
 WAYS = {  # and one device, in processes of their own
   "2x2x2": ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
   "pmap": ("mesh.mode=pmap",),
-  "accumulation": ("mesh.data=2", "mesh.tensor=4", "train.accumulation=2"),
+  "accumulation": ("mesh.data=4", "mesh.tensor=2", "train.accumulation=2"),
 }
 
 
@@ -304,8 +314,8 @@ def expected_reward(setup, params):
     comparisons.Example(0, 0, ids, tuple([v] for v in VOWELS), ())
     for ids in encoded
   ]
-  shape = shape_of(examples)
-  batch = rows.build([[e] for e in examples], shape, LAYOUT)
+  shape = shape_of(len(examples), len(VOWELS))
+  batch = rows.build(examples, [[0], [1], [2], [3]], shape, LAYOUT)
   logps = base.token_logps(setup.model.apply, params, batch)
   scored = base.scored_mask(batch)
   return float(np.exp(logps)[np.asarray(scored)].sum() / len(PROMPTS))
