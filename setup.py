@@ -11,7 +11,6 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},
   install_requires=[
-    "absl-py",
     "datasets",
     "etils[epath]",
     "flax>=0.12",
@@ -20,6 +19,7 @@ setuptools.setup(
     # 0.10 is the newest JAX for Python 3.11; 0.11 and 0.12 need 3.12.
     "jax>=0.10,<0.13",
     "jinja2",
+    "loky",
     "matplotlib",
     "ml_collections",
     "numpy",
@@ -28,6 +28,7 @@ setuptools.setup(
     "qwix",
     "safetensors",
     "tokenizers",
+    "tqdm",
     "transformers>=5",
   ],
   extras_require={

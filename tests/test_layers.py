@@ -8,7 +8,7 @@ from tests import conftest
 PACKAGE = conftest.ROOT / "dpo_jax"
 
 LAYERS = (
-  ("compat", "tree", "lookup", "host"),
+  ("compat", "tree", "lookup", "host", "progress"),
   ("store",),
   ("config",),
   ("ops",),

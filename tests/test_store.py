@@ -48,7 +48,7 @@ def test_a_file_without_values_is_an_empty_array(path):
   [(28, SUM + 1, 0), (24, SUM, 0), (28, SUM, 1)],
 )
 def test_another_size_checksum_or_place_is_damage(path, size, checksum, start):
-  with pytest.raises(ValueError, match="checksum of .* does not"):
+  with pytest.raises(ValueError, match=r"checksum of .* does not"):
     store.read(path, "<i4", size, checksum, start)
   path.write_bytes(VALUES.tobytes()[:-1])  # not even whole values
   with pytest.raises(ValueError):

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 
+from dpo_jax import progress
 from dpo_jax.data.tokens import comparisons
 from dpo_jax.eval import generate, rewards
 from dpo_jax.run import forward
-from dpo_jax.train import log
 
 
 def measure(setup, params, ref):
@@ -30,7 +30,7 @@ def measure(setup, params, ref):
   batches = -(-len(given) * options.draws // options.batch_size)
   drawn = [
     draw
-    for batch in log.progress(
+    for batch in progress.over(
       generate.draws(setup, params, given), batches, "batches drawn"
     )
     for draw in batch

@@ -9,12 +9,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dpo_jax import progress
 from dpo_jax.data.read import pairs, sources
 from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import rewards
 from dpo_jax.ops import reduce
 from dpo_jax.parallel import mesh as mesh_lib
-from dpo_jax.train import log
 
 
 class Draw(NamedTuple):
@@ -157,7 +157,7 @@ def write(setup, params, identity, workdir):
   if len(rows) < total:
     batches = draws(setup, params, given, skip=len(rows))
     with path.open("a") as file:
-      for batch in log.progress(
+      for batch in progress.over(
         batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
       ):
         new = describe(batch, scorers, options.draws)

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpo_jax import store
+from dpo_jax import progress, store
 from dpo_jax.algos import base
 from dpo_jax.data.batch import loader as loader_lib
 from dpo_jax.models import config as model_config
 from dpo_jax.ops import distributions
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.run import feed, reference
-from dpo_jax.train import health, log
+from dpo_jax.train import health
 from dpo_jax.train import state as state_lib
 
 
@@ -161,10 +161,11 @@ def _compute(setup, params, loader, entry, found, stop):
   entry.path.mkdir(parents=True, exist_ok=True)
   mine = missing[jax.process_index() :: jax.process_count()]
   waiting, written = {n: {} for n in mine}, {}
-  for index, values in log.progress(
+  for index, values in progress.over(
     token_logps(setup, params, loader, numbers),
     sum(len(loader.indices(n)) for n in numbers),
     "reference log-probs" + (" still missing" if found else ""),
+    unit="examples",
     loud=jax.process_index() == 0,
   ):
     if stop and jax.process_count() == 1:

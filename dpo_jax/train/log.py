@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from dpo_jax import progress
+
 # Peak bf16 matmul FLOP/s of one device, by a part of its device_kind.
 PEAK_FLOPS = (
   ("H200", 989e12),
@@ -75,38 +77,6 @@ def _there(metrics):
   return all(
     isinstance(x, jax.Array) and x.is_ready() for x in metrics.values()
   )
-
-
-def duration(seconds):
-  """`1:02:03` or `2:03`."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return (
-    f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-  )
-
-
-def progress(items, total, what, *, loud=True):
-  """Yields `items`, showing how many of `total` are done and the ETA.
-
-  A passing line on a terminal; elsewhere a line every ten seconds. The last
-  line stays and tells the time.
-  """
-  live = loud and sys.stdout.isatty()
-  begin = shown = time.perf_counter()
-  done = 0
-  for done, item in enumerate(items, 1):
-    yield item
-    now = time.perf_counter()
-    if loud and done < total and now - shown > (0.2 if live else 10):
-      shown = now
-      left = duration((now - begin) / done * (total - done))
-      text = f"{what} {done}/{total}  ETA {left}"
-      print(f"\r\x1b[K{text}" if live else text, end="" if live else "\n")
-      sys.stdout.flush()
-  if loud:
-    text = f"{what}: {done} in {duration(time.perf_counter() - begin)}"
-    print(f"\r\x1b[K{text}" if live else text, flush=True)
 
 
 class Logger:
@@ -256,7 +226,7 @@ class Logger:
     if number <= first:
       return "?"
     rate = (self._now() - begin) / (number - first)
-    return duration(rate * (self._total - number))
+    return progress.duration(rate * (self._total - number))
 
   def _line(self, number, values):
     parts = [f"{self._bar(number)} {number}/{self._total}"]

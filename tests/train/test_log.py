@@ -119,8 +119,3 @@ def test_a_closed_output_does_not_stop_the_run(tmp_path, clock, monkeypatch):
   clock[0] += 1
   logger.flush()
   assert len(rows_of(tmp_path)) == 2
-
-
-def test_durations_read_as_minutes_and_hours():
-  assert log.duration(62.4) == "1:02"
-  assert log.duration(3723) == "1:02:03"

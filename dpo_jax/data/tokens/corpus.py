@@ -15,19 +15,20 @@ from typing import NamedTuple
 
 from etils import epath
 
+from dpo_jax import progress
 from dpo_jax.data.read import fields, records, sources
 from dpo_jax.data.tokens import (
   cache,
   comparisons,
   encoding,
   pool,
-  progress,
   tokenize,
 )
 from dpo_jax.data.tokens import examples as examples_lib
 
 _SMALL = 1 << 14  # records: more are kept; fewer if data.token_cache is set
 _PATIENCE = 5.0  # seconds of one process, before others are started
+_QUIET = 2.0  # seconds: what takes less says nothing
 
 
 class Loaded(NamedTuple):
@@ -201,12 +202,13 @@ def _mismatched(job, known, rows, policy):
   dtype = examples_lib.token_dtype(job.tokenizer.vocab_size)
 
   def chunks():
-    shown = progress.Progress("mismatched", len(found.examples), job.loud)
     made = comparisons.mismatched(found.examples, job.spec)
-    for chunk in examples_lib.chunks(made, dtype):
-      yield chunk
-      shown.add(len(chunk.arrays["source"]))
-    shown.end()
+    yield from _shown(
+      job,
+      examples_lib.chunks(made, dtype),
+      *(len(found.examples), "mismatched"),
+      size=lambda chunk: len(chunk.arrays["source"]),
+    )
 
   return found.changed, chunks()
 
@@ -220,18 +222,31 @@ def _encoded(job, rows, policy, changed):
     policy: sources.Policy; gets bad records in their order.
     changed: Counter that gets what is changed.
   """
-  shown = progress.Progress(f"{job.spec}: tokenised", rows, job.loud)
   usable = 0
   with contextlib.closing(_made(job)) as parts:
-    for items, made in parts:
+    for items, made in _shown(
+      job,
+      parts,
+      *(rows, f"{job.spec}: tokenised"),
+      size=lambda part: len(part[0]),
+    ):
       _report(items, made.bad, policy)
       changed.update(made.changed)
       usable += len(made.chunk.arrays["source"])
-      shown.add(len(items))
       yield made.chunk
   if not usable:
     raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
-  shown.end()
+
+
+def _shown(job, parts, total, what, *, size):
+  """Yields parts, with the progress of what takes long."""
+  return progress.over(
+    *(parts, total, what),
+    unit="records",
+    size=size,
+    quiet=_QUIET,
+    loud=job.loud,
+  )
 
 
 def _report(items, bad, policy):

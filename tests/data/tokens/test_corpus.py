@@ -8,6 +8,7 @@ import shutil
 import warnings
 
 import pytest
+import tqdm
 
 from configs import base
 from dpo_jax.data.read import sources
@@ -17,7 +18,6 @@ from dpo_jax.data.tokens import (
   corpus,
   encoding,
   pool,
-  progress,
   tokenize,
 )
 from dpo_jax.data.tokens import examples as examples_lib
@@ -380,12 +380,12 @@ def test_several_processes_load_a_trained_tokenizer(tmp_path, monkeypatch):
 def test_what_takes_long_shows_its_rate_and_the_time_left(
   path, monkeypatch, capsys
 ):
-  clock = itertools.count(step=5)
-  monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+  clock = itertools.count(step=10)
+  monkeypatch.setattr(tqdm.std, "time", lambda: next(clock))
   monkeypatch.setattr(pool, "processes", lambda: 1)
   load(path, loud=True)
   lines = capsys.readouterr().out.splitlines()
-  # The clock is looked at once for each of ten chunks, and now and then beside.
+  # The clock is looked at for each of ten chunks, and now and then beside.
   assert lines[0].startswith(f"{path}: tokenised 4/40  ")
   assert all(re.search(r"/s  ETA \d+:\d\d$", line) for line in lines[:-1])
   assert lines[-1].startswith(f"{path}: tokenised: 40 records in ")
