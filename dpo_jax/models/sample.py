@@ -71,10 +71,10 @@ def _draw(logits, rngs, step, temperature, top_p, known):
   noise = jax.vmap(lambda key, x: jax.random.gumbel(key, x.shape))(keys, scaled)
   # One argmax serves both: adding Gumbel noise draws from the softmax. It is
   # spelled out, as XLA's own is a scalar loop on CPUs, slower than the model.
-  score = jnp.where(temperature > 0, scaled + noise, logits)
-  best = score == jnp.max(score, axis=-1, keepdims=True)
-  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
-  token = jnp.min(jnp.where(best, index, score.shape[-1] - 1), axis=-1)
+  noisy = jnp.where(temperature > 0, scaled + noise, logits)
+  best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+  index = jnp.arange(noisy.shape[-1], dtype=jnp.int32)
+  token = jnp.min(jnp.where(best, index, noisy.shape[-1] - 1), axis=-1)
   return token, jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]
 
 
