@@ -79,8 +79,8 @@ class ModelConfig:
     dtype: "float32" or "bfloat16", of the activations; parameters are f32.
     attention: implementation in ops.attention.ATTENTION; "auto" goes by
       platform and shape.
-    remat: what of each block the backward pass computes again, of
-      transformer.REMAT; "auto" goes by memory.
+    remat: what of each block the backward pass computes again, of REMAT;
+      "auto" goes by memory.
     head_chunk: scored positions of a row per step of the head, see
       logprobs.Head; None goes by memory.
     unroll: periods of layer_pattern per turn of the loop over them. More

@@ -219,7 +219,7 @@ def attention_line(asked, model, device, shared, shapes, splits):
   Args:
     asked: config.model.attention.
     model, device, shared: of `with_kernel`, before or after it.
-    shapes: the data.rows.Shape of the batches.
+    shapes: the data.batch.rows.Shape of the batches.
     splits: how many ways devices and microbatches split rows, and heads.
   """
   if asked == "auto" and model.config.attention == "tiled":

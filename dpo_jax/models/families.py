@@ -66,10 +66,10 @@ def read(raw):
       "supported; take the unquantised checkpoint, and lora.base = 'int8' or "
       "'nf4'"
     )
-  found = family.read(f)
+  values = family.read(f)
   vocab_size = f["vocab_size"]
   f.finish()
-  return config_lib.ModelConfig(**found), vocab_size
+  return config_lib.ModelConfig(**values), vocab_size
 
 
 def _gpt(f):
@@ -214,8 +214,8 @@ def _mistral(f):
 
 def _qwen2(f):
   f["use_sliding_window"]  # the layers' types follow from it
-  found = {**_llama(f), **_by_layer(f, _layer_types(f))}
-  return {**found, "qkv_bias": True, "out_bias": False}
+  values = {**_llama(f), **_by_layer(f, _layer_types(f))}
+  return {**values, "qkv_bias": True, "out_bias": False}
 
 
 def _qwen3(f):
@@ -269,11 +269,11 @@ def _gemma3(f):
   full, near = ropes["full_attention"], ropes["sliding_attention"]
   if near["rope_type"] != "default":
     raise ValueError("config.json: scaled rotations in windows are not built")
-  found = _llama(f, rope=full, activation="hidden_activation")
-  found |= {**_gemma(f), "qk_norm": "head"}
-  if found["window"] is not None:
-    found["window_theta"] = float(near["rope_theta"])
-  return found
+  values = _llama(f, rope=full, activation="hidden_activation")
+  values |= {**_gemma(f), "qk_norm": "head"}
+  if values["window"] is not None:
+    values["window_theta"] = float(near["rope_theta"])
+  return values
 
 
 FAMILIES = {

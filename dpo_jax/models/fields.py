@@ -42,10 +42,10 @@ class Fields:
 
     self._raw = raw
     kind = raw["model_type"]
-    given = {k: v for k, v in raw.items() if k != "model_type"}
-    given = copy.deepcopy(given)  # the class writes into nested ones
+    fields = {k: v for k, v in raw.items() if k != "model_type"}
+    fields = copy.deepcopy(fields)  # the class writes into nested ones
     try:
-      config = transformers.AutoConfig.for_model(kind, **given)
+      config = transformers.AutoConfig.for_model(kind, **fields)
     except Exception as error:  # whatever its checks raise
       raise ValueError(f"config.json of a {kind}: {error}") from error
     self._values, self._read = config.to_dict(), set()
@@ -90,26 +90,26 @@ def scaling(rope, max_positions):
   kind = rope["rope_type"]
   known = {*("rope_type", "type", "rope_theta", "partial_rotary_factor")}
   make = lookup.lookup(_SCALINGS, kind, "config.json: rope_type")
-  found, used, longest = make(rope, max_positions)
+  rope_scaling, used, longest = make(rope, max_positions)
   unknown = sorted(set(rope) - known - used)
   if unknown:
     raise ValueError(
       f"config.json: rope_parameters of type {kind!r} with {unknown} are not "
       "supported"
     )
-  return found, longest
+  return rope_scaling, longest
 
 
 def _linear(rope, longest):
-  found = config_lib.RopeScaling("linear", factor=rope["factor"])
-  return found, {"factor"}, longest
+  rope_scaling = config_lib.RopeScaling("linear", factor=rope["factor"])
+  return rope_scaling, {"factor"}, longest
 
 
 def _llama3(rope, longest):
   names = ("factor", "original_max_position_embeddings")
   names += ("low_freq_factor", "high_freq_factor")
-  found = config_lib.RopeScaling("llama3", *(rope[name] for name in names))
-  return found, set(names), longest
+  numbers = (rope[name] for name in names)
+  return config_lib.RopeScaling("llama3", *numbers), set(names), longest
 
 
 def _yarn(rope, longest):
@@ -118,7 +118,7 @@ def _yarn(rope, longest):
   magnitude = rope.get("attention_factor")
   if magnitude is None:
     magnitude = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-  found = config_lib.RopeScaling(
+  rope_scaling = config_lib.RopeScaling(
     "yarn",
     factor,
     original,
@@ -128,7 +128,8 @@ def _yarn(rope, longest):
     magnitude=magnitude,
   )
   used = {*("factor", "original_max_position_embeddings", "attention_factor")}
-  return found, used | {"beta_slow", "beta_fast", "truncate"}, longest
+  used |= {"beta_slow", "beta_fast", "truncate"}
+  return rope_scaling, used, longest
 
 
 def _longrope(rope, longest):
@@ -143,13 +144,13 @@ def _longrope(rope, longest):
   if magnitude is None:
     stretch = 1 + math.log(factor) / math.log(original)
     magnitude = math.sqrt(stretch) if factor > 1 else 1.0
-  found = config_lib.RopeScaling(
+  rope_scaling = config_lib.RopeScaling(
     "longrope",
     divisors=tuple(rope["short_factor"]),
     magnitude=magnitude,
   )
   used = {*("factor", "original_max_position_embeddings", "attention_factor")}
-  return found, used | {"short_factor", "long_factor"}, original
+  return rope_scaling, used | {"short_factor", "long_factor"}, original
 
 
 _SCALINGS = {

@@ -100,12 +100,12 @@ def _check_tied(folder, head, family):
   """Raises ValueError for a head that is not the embedding it is tied to."""
   embedding = next(k.name for k in family.table if k.paths == ("embed/tokens",))
   names = {head, embedding, embedding.removeprefix(family.prefix)}
-  found = []
+  matrices = []
   for file in _files(folder):
     with safetensors.safe_open(file, "np") as tensors:
       for name in names & set(tensors.keys()):
-        found.append(tensors.get_tensor(name))
-  if len(found) == 2 and not np.array_equal(*found):
+        matrices.append(tensors.get_tensor(name))
+  if len(matrices) == 2 and not np.array_equal(*matrices):
     raise ValueError(
       f"{folder}: config.json ties the head to the embedding, but {head} is "
       "another matrix; set tie_word_embeddings to false there"
@@ -164,19 +164,19 @@ def check(checkpoint, wanted):
     checkpoint: Checkpoint.
     wanted: {name: keys.Tensor}.
   """
-  there = checkpoint.shapes
-  missing = sorted(wanted.keys() - there.keys())
-  extra = sorted(there.keys() - wanted.keys())
-  other = [
-    f"{name} is {list(there[name])}, not {list(wanted[name].shape)}"
-    for name in sorted(wanted.keys() & there.keys())
-    if there[name] != wanted[name].shape
-  ]
-  found = {"missing": missing, "not of this architecture": extra}
-  found["of another shape"] = other
+  shapes = checkpoint.shapes
+  misfits = {
+    "missing": sorted(wanted.keys() - shapes.keys()),
+    "not of this architecture": sorted(shapes.keys() - wanted.keys()),
+    "of another shape": [
+      f"{name} is {list(shapes[name])}, not {list(wanted[name].shape)}"
+      for name in sorted(wanted.keys() & shapes.keys())
+      if shapes[name] != wanted[name].shape
+    ],
+  }
   lines = [
     f"{len(names)} {what}: {', '.join(names[:8])}{' …' * (len(names) > 8)}"
-    for what, names in found.items()
+    for what, names in misfits.items()
     if names
   ]
   if lines:

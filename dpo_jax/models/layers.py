@@ -1,6 +1,6 @@
 """The parts of a decoder: linear layers, norms, attention, mlp and the block.
 
-Linen modules, used by models/transformer.py alone.
+Linen modules, used by models/decoder.py alone.
 """
 
 from typing import Any, NamedTuple

@@ -85,10 +85,10 @@ def write(folder, adapter, table, config, shapes, vocab_size, about):
 
 def _kernels(table, config, shapes, vocab_size):
   """{name: Tensor} of the matrices of layers."""
-  found = keys.tensors(table, config, shapes, vocab_size)
+  tensors = keys.tensors(table, config, shapes, vocab_size)
   return {
     name: tensor
-    for name, tensor in found.items()
+    for name, tensor in tensors.items()
     if tensor.places[0].layer is not None
     and tensor.places[0].path.endswith("kernel")
   }
@@ -100,11 +100,11 @@ def _leaf(place, name):
 
 def _joined(tensor, flat, rotary_dim):
   """(A [r, inputs], B [outputs, r]) of a matrix, or None without an adapter."""
-  there = [p for p in tensor.places if _leaf(p, "lora_a") in flat]
-  if not there:
+  adapted = [p for p in tensor.places if _leaf(p, "lora_a") in flat]
+  if not adapted:
     return None
   downs, ups = {}, {}
-  for place in there:
+  for place in adapted:
     a = flat[_leaf(place, "lora_a")][place.layer]
     b = flat[_leaf(place, "lora_b")][place.layer]
     downs[place] = a.reshape(-1, a.shape[-1]).T

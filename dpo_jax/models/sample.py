@@ -1,4 +1,7 @@
-"""Sampling with a key-value cache: temperature, top-p, stop at EOS."""
+"""Sampling with a key-value cache: temperature, top-p, stop at EOS.
+
+`sample` is pure and may be traced: inside another jit, on the rows of a mesh.
+"""
 
 import functools
 from typing import NamedTuple
@@ -68,11 +71,51 @@ def _draw(logits, rngs, step, temperature, top_p, known):
   noise = jax.vmap(lambda key, x: jax.random.gumbel(key, x.shape))(keys, scaled)
   # One argmax serves both: adding Gumbel noise draws from the softmax. It is
   # spelled out, as XLA's own is a scalar loop on CPUs, slower than the model.
-  score = jnp.where(temperature > 0, scaled + noise, logits)
-  best = score == jnp.max(score, axis=-1, keepdims=True)
-  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
-  token = jnp.min(jnp.where(best, index, score.shape[-1] - 1), axis=-1)
+  noisy = jnp.where(temperature > 0, scaled + noise, logits)
+  best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+  index = jnp.arange(noisy.shape[-1], dtype=jnp.int32)
+  token = jnp.min(jnp.where(best, index, noisy.shape[-1] - 1), axis=-1)
   return token, jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]
+
+
+def _prefill(model, params, prompts, prompt_lengths, max_new_tokens):
+  """(logits after each prompt f32[B, V], cache with room for what follows)."""
+  batch, length = prompts.shape
+  limit = model.config.max_positions
+  if model.config.position == "learned" and length + max_new_tokens > limit:
+    raise ValueError(
+      f"prompts of {length} and {max_new_tokens} new tokens are more than "
+      f"model.max_positions = {limit}"
+    )
+  cache = model.init_cache(batch, length + max_new_tokens)
+  positions = jnp.broadcast_to(jnp.arange(length), prompts.shape)
+  inside = positions < prompt_lengths[:, None]
+  # What padding writes into the cache is overwritten before it is read: the
+  # new tokens take these positions in turn.
+  tokens = jnp.where(inside, prompts, 0)
+  return model.decode(params, tokens, positions, cache, prompt_lengths - 1)
+
+
+def _empty(batch, max_new_tokens, fill):
+  """Samples before the first token."""
+  return Samples(
+    jnp.full((batch, max_new_tokens), fill, jnp.int32),
+    jnp.zeros(batch, jnp.int32),
+    jnp.zeros(batch, bool),
+    jnp.zeros((batch, max_new_tokens), jnp.float32),
+  )
+
+
+def _append(samples, step, token, logp, eos_id):
+  """Samples with one more token each, where they have not ended."""
+  live = ~samples.finished
+  ended = jnp.zeros_like(live) if eos_id is None else token == eos_id
+  return Samples(
+    samples.tokens.at[:, step].set(token),
+    samples.lengths + live,
+    samples.finished | (live & ended),
+    samples.logps.at[:, step].set(jnp.where(live, logp, 0.0)),
+  )
 
 
 def sample(
@@ -110,55 +153,28 @@ def sample(
   Returns: Samples.
   Raises: ValueError past the end of a learned position table.
   """
-  batch, length = prompts.shape
-  limit = model.config.max_positions
-  if model.config.position == "learned" and length + max_new_tokens > limit:
-    raise ValueError(
-      f"prompts of {length} and {max_new_tokens} new tokens are more than "
-      f"model.max_positions = {limit}"
-    )
-  rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, example_ids)
-  cache = model.init_cache(batch, length + max_new_tokens)
-  positions = jnp.broadcast_to(jnp.arange(length), prompts.shape)
-  inside = positions < prompt_lengths[:, None]
-  last, cache = model.decode(
-    params,
-    jnp.where(inside, prompts, 0),
-    positions,
-    cache,
-    prompt_lengths - 1,
-  )
-  fill = 0 if eos_id is None else eos_id
   spare = vocab_size is not None and vocab_size < model.vocab_size
   known = vocab_size if spare else None
-  out = Samples(
-    jnp.full((batch, max_new_tokens), fill, jnp.int32),
-    jnp.zeros(batch, jnp.int32),
-    jnp.zeros(batch, bool),
-    jnp.zeros((batch, max_new_tokens), jnp.float32),
+  fill = 0 if eos_id is None else eos_id
+  rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, example_ids)
+  logits, cache = _prefill(
+    model, params, prompts, prompt_lengths, max_new_tokens
   )
 
   def going(carry):
-    step, _, _, out = carry
-    return (step < max_new_tokens) & ~jnp.all(out.finished)
+    step, _, _, samples = carry
+    return (step < max_new_tokens) & ~jnp.all(samples.finished)
 
   def body(carry):
-    step, logits, cache, out = carry
+    step, logits, cache, samples = carry
     token, logp = _draw(logits, rngs, step, temperature, top_p, known)
-    live = ~out.finished
-    token = jnp.where(live, token, fill)
-    ended = jnp.zeros(batch, bool) if eos_id is None else token == eos_id
-    out = Samples(
-      out.tokens.at[:, step].set(token),
-      out.lengths + live,
-      out.finished | (live & ended),
-      out.logps.at[:, step].set(jnp.where(live, logp, 0.0)),
-    )
+    token = jnp.where(samples.finished, fill, token)
+    samples = _append(samples, step, token, logp, eos_id)
     positions = (prompt_lengths + step)[:, None]
-    first = jnp.zeros(batch, jnp.int32)
     logits, cache = model.decode(
-      params, token[:, None], positions, cache, first
+      params, token[:, None], positions, cache, jnp.zeros_like(prompt_lengths)
     )
-    return step + 1, logits, cache, out
+    return step + 1, logits, cache, samples
 
-  return jax.lax.while_loop(going, body, (0, last, cache, out))[3]
+  samples = _empty(len(prompts), max_new_tokens, fill)
+  return jax.lax.while_loop(going, body, (0, logits, cache, samples))[3]

@@ -99,13 +99,13 @@ def describe(config, vocab_size):
   else:
     raw = _neox(config)
   raw["vocab_size"] = vocab_size
-  found, _ = families.read(raw)
+  written, _ = families.read(raw)
   runtime = {name: getattr(config, name) for name in config_lib.RUNTIME}
-  found = dataclasses.replace(found, **runtime)
+  written = dataclasses.replace(written, **runtime)
   differ = [
     field.name
     for field in dataclasses.fields(config)
-    if getattr(found, field.name) != getattr(config, field.name)
+    if getattr(written, field.name) != getattr(config, field.name)
   ]
   if differ:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""The decoder: invariants of its forward pass, cache and sampler."""
+"""The decoder: invariants of its forward pass and of its cache."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax.algos import base
 from dpo_jax.data.tokens import comparisons
-from dpo_jax.models import axes, decoder, sample
+from dpo_jax.models import axes, decoder
 from dpo_jax.models import config as model_config
 from dpo_jax.ops import logprobs
 from tests import worlds
@@ -205,151 +205,6 @@ def test_every_preset_builds_and_has_axes_for_every_parameter(preset):
   if preset in sizes:
     count = sum(np.prod(leaf.shape) for _, leaf in flat)
     assert abs(count / sizes[preset] - 1) < 0.03  # vocabularies differ a little
-
-
-def sampler(model, params, **kwargs):
-  options = {
-    "max_new_tokens": 6,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "eos_id": None,
-    **kwargs,
-  }
-  fn = sample.compiled(model)
-  return lambda *args: fn(params, *args, **options)
-
-
-def small_world(vocab=7):
-  model = decoder.build(worlds.MODELS["llama"], vocab)
-  params = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1, 0.3)
-  return model, params
-
-
-@pytest.mark.parametrize(
-  ("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6)]
-)
-def test_sample_frequencies_match_the_softmax(temperature, top_p):
-  """χ² of 20,000 first tokens against the exact distribution."""
-  model, params = small_world()
-  count, vocab = 20_000, 7
-  prompts = jnp.tile(jnp.int32([[3, 1, 0]]), (count, 1))
-  draw = sampler(
-    model, params, max_new_tokens=1, temperature=temperature, top_p=top_p
-  )
-  out = draw(prompts, jnp.full(count, 2), jnp.arange(count), jax.random.key(1))
-  logits, _ = model.decode(
-    params,
-    prompts[:1, :2],
-    jnp.arange(2)[None],
-    model.init_cache(1, 2),
-  )
-  probs = np.array(jax.nn.softmax(logits[0, 1, :vocab] / temperature))
-  order = np.argsort(-probs)
-  keep = np.cumsum(probs[order]) - probs[order] < top_p
-  probs[order[~keep]] = 0
-  probs /= probs.sum()
-  seen = np.bincount(np.asarray(out.tokens[:, 0]), minlength=vocab)
-  assert seen.shape == (vocab,)  # no padded column is ever drawn
-  assert seen[probs == 0].sum() == 0
-  expected = count * probs[probs > 0]
-  chi2 = float(np.sum((seen[probs > 0] - expected) ** 2 / expected))
-  # 99.9% quantiles of χ² with 1 … 6 degrees of freedom.
-  quantile = [10.83, 13.82, 16.27, 18.47, 20.52, 22.46]
-  assert chi2 < quantile[len(expected) - 2]
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 0.9)])
-def test_samples_stop_at_eos_and_report_their_log_probs(temperature, top_p):
-  """At temperature 1 and over all tokens, however they were drawn."""
-  model, params = small_world()
-  lengths = jnp.int32([1, 3, 2, 3] * 16)
-  prompts = jax.random.randint(jax.random.key(5), (64, 3), 0, 7)
-  draw = sampler(model, params, eos_id=4, temperature=temperature, top_p=top_p)
-  out = draw(prompts, lengths, jnp.arange(64), jax.random.key(2))
-  assert out.finished.any()
-  assert not out.finished.all()
-  for i in range(64):
-    n = int(out.lengths[i])
-    drawn = out.tokens[i, :n].tolist()
-    assert (4 in drawn) == bool(out.finished[i])
-    assert 4 not in drawn[:-1]
-    assert set(out.tokens[i, n:].tolist()) <= {4}
-    assert not np.any(out.logps[i, n:])
-  items = [
-    comparisons.Example(
-      i,
-      0,
-      prompts[i, : int(lengths[i])].tolist(),
-      (out.tokens[i, : int(out.lengths[i])].tolist(),),
-      (),
-    )
-    for i in range(64)
-  ]
-  batch = worlds.batch(items)
-  scored = by_example(token_logps(model, params, batch), batch)
-  for i in range(64):
-    want = scored[(i, 0)]
-    np.testing.assert_allclose(out.logps[i, : len(want)], want, atol=2e-5)
-
-
-def test_sampling_compiles_once_per_shape():
-  model, params = small_world()
-  fn = sample.compiled(model)
-  rng = jax.random.key(0)
-
-  def draw(batch, temperature, top_p):
-    prompts = jnp.ones((batch, 3), jnp.int32)
-    fn(
-      params,
-      prompts,
-      jnp.full(batch, 2),
-      jnp.arange(batch),
-      rng,
-      max_new_tokens=2,
-      temperature=temperature,
-      top_p=top_p,
-      eos_id=4,
-    )
-    return fn._cache_size()
-
-  assert draw(2, 1.0, 1.0) == 1
-  assert draw(2, 0.5, 0.9) == 1
-  assert draw(3, 0.5, 0.9) == 2
-
-
-def test_a_sample_does_not_depend_on_its_batch():
-  model, params = small_world()
-  prompts = jax.random.randint(jax.random.key(5), (8, 3), 0, 7)
-  ids, lengths = jnp.arange(8), jnp.full(8, 3)
-  draw = sampler(model, params)
-  rng = jax.random.key(2)
-  all_of_them = draw(prompts, lengths, ids, rng).tokens
-  back = jnp.arange(8)[::-1]
-  turned = draw(prompts[back], lengths, ids[back], rng).tokens
-  np.testing.assert_array_equal(turned[back], all_of_them)
-
-
-def test_sampling_past_a_learned_position_table_is_refused():
-  model, params = worlds.model("gpt2")
-  draw = sampler(model, params, max_new_tokens=20)
-  with pytest.raises(ValueError, match=r"model.max_positions = 64"):
-    draw(
-      jnp.zeros((1, 60), jnp.int32),
-      jnp.int32([60]),
-      jnp.int32([0]),
-      jax.random.key(0),
-    )
-
-
-def test_temperature_zero_takes_the_most_likely_token():
-  model, params = small_world()
-  prompts = jnp.int32([[3, 1, 5]])
-  draw = sampler(model, params, temperature=0.0, max_new_tokens=1)
-  out = draw(prompts, jnp.int32([3]), jnp.int32([0]), jax.random.key(0))
-  logits, _ = model.decode(
-    params, prompts, jnp.arange(3)[None], model.init_cache(1, 3)
-  )
-  assert int(out.tokens[0, 0]) == int(jnp.argmax(logits[0, -1]))
 
 
 @pytest.mark.parametrize(

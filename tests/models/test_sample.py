@@ -1,0 +1,239 @@
+"""The sampler: whom it draws, when it stops, and what it does not depend on."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import config_dict
+
+from dpo_jax.algos import base
+from dpo_jax.data.tokens import comparisons
+from dpo_jax.models import axes, decoder, sample
+from dpo_jax.ops import reduce
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import run
+from tests import worlds
+from tests.models import parity
+
+VOCAB, EOS = 7, 4
+# One shape for all tests, so that they share one program.
+B, T, N = 64, 3, 6
+PROMPTS = jax.random.randint(jax.random.key(5), (B, T), 0, VOCAB)
+LENGTHS = jnp.int32([1, 3, 2, 3] * (B // 4))
+IDS = jnp.arange(B)
+
+
+@functools.cache
+def world():
+  """(decoder.Model, params, the compiled sampler) of seven tokens."""
+  model = decoder.build(worlds.MODELS["llama"], VOCAB)
+  params = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1, 0.3)
+  return model, params, sample.compiled(model)
+
+
+def draw(
+  prompts=PROMPTS,
+  lengths=LENGTHS,
+  ids=IDS,
+  *,
+  seed=2,
+  new=N,
+  temperature=1.0,
+  top_p=1.0,
+  eos_id=EOS,
+):
+  _, params, compiled = world()
+  return compiled(
+    params,
+    prompts,
+    lengths,
+    ids,
+    jax.random.key(seed),
+    max_new_tokens=new,
+    temperature=temperature,
+    top_p=top_p,
+    eos_id=eos_id,
+  )
+
+
+@functools.cache
+def prompt_logits():
+  """Logits [B, T, V] of the prompts, without the sampler."""
+  model, params, _ = world()
+  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+  decode = jax.jit(model.decode)
+  cache = model.init_cache(B, T)
+  logits, _ = decode(params, PROMPTS, positions, cache)
+  return np.asarray(logits)[..., :VOCAB]
+
+
+MANY = 20_000
+
+
+def first_tokens(temperature, top_p):
+  """MANY Samples of one token after the first two of PROMPTS[0]; no end."""
+  prompts = jnp.tile(PROMPTS[:1], (MANY, 1))
+  return draw(
+    prompts,
+    jnp.full(MANY, 2),
+    jnp.arange(MANY),
+    seed=1,
+    new=1,
+    temperature=temperature,
+    top_p=top_p,
+    eos_id=None,
+  )
+
+
+@pytest.mark.parametrize(
+  ("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6)]
+)
+def test_sample_frequencies_match_the_softmax(temperature, top_p):
+  """χ² of 20,000 first tokens against the exact distribution."""
+  probs = np.array(jax.nn.softmax(prompt_logits()[0, 1] / temperature))
+  order = np.argsort(-probs)
+  keep = np.cumsum(probs[order]) - probs[order] < top_p
+  probs[order[~keep]] = 0
+  probs /= probs.sum()
+  out = first_tokens(temperature, top_p)
+  assert not out.finished.any()  # though some are EOS
+  seen = np.bincount(out.tokens[:, 0], minlength=VOCAB)
+  assert seen.shape == (VOCAB,)  # no padded column is ever drawn
+  assert seen[probs == 0].sum() == 0
+  expected = MANY * probs[probs > 0]
+  chi2 = float(np.sum((seen[probs > 0] - expected) ** 2 / expected))
+  # 99.9% quantiles of χ² with 1 … 6 degrees of freedom.
+  quantile = [10.83, 13.82, 16.27, 18.47, 20.52, 22.46]
+  assert chi2 < quantile[len(expected) - 2]
+
+
+def logps_of(samples):
+  """[log-probs of its tokens] of each sample, by the forward pass."""
+  model, params, _ = world()
+  items = [
+    comparisons.Example(i, 0, prompt[:length], (tokens[:end],), ())
+    for i, (prompt, length, tokens, end) in enumerate(
+      zip(
+        PROMPTS.tolist(),
+        LENGTHS.tolist(),
+        samples.tokens.tolist(),
+        samples.lengths.tolist(),
+        strict=True,
+      )
+    )
+  ]
+  batch = worlds.batch(items, packed=False)
+  run = jax.jit(functools.partial(base.token_logps, model.apply))
+  by_key = parity.by_completion(run(params, batch), batch)
+  return [by_key[i, 0] for i in range(B)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 0.9)])
+def test_samples_stop_at_eos_and_report_their_log_probs(temperature, top_p):
+  """At temperature 1 and over all tokens, however they were drawn."""
+  out = draw(temperature=temperature, top_p=top_p)
+  assert out.finished.any()
+  assert not out.finished.all()
+  for i in range(B):
+    n = int(out.lengths[i])
+    drawn = out.tokens[i, :n].tolist()
+    assert (EOS in drawn) == bool(out.finished[i])
+    assert bool(out.finished[i]) or n == N
+    assert EOS not in drawn[:-1]
+    assert set(out.tokens[i, n:].tolist()) <= {EOS}
+    assert not np.any(out.logps[i, n:])
+  for got, want in zip(out.logps, logps_of(out), strict=True):
+    np.testing.assert_allclose(got[: len(want)], want, atol=2e-5)
+
+
+def test_temperature_zero_takes_the_most_likely_token():
+  first = np.asarray(draw(temperature=0.0).tokens[:, 0])
+  last = prompt_logits()[np.arange(B), np.asarray(LENGTHS) - 1]
+  np.testing.assert_array_equal(first, np.argmax(last, axis=-1))
+
+
+def test_sampling_compiles_once_per_shape():
+  """All tests here draw in two shapes, at every temperature and top-p."""
+  _, _, compiled = world()
+  for temperature, top_p in ((1.0, 1.0), (0.5, 0.9)):
+    draw(temperature=temperature, top_p=top_p)
+  first_tokens(0.5, 0.9)
+  assert compiled._cache_size() == 2
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+  """Neither on its place in it, nor on the others."""
+  want = draw()
+  back = IDS[::-1]
+  turned = draw(PROMPTS[back], LENGTHS[back], IDS[back])
+  for got, x in zip(turned, want, strict=True):
+    np.testing.assert_array_equal(got[back], x)
+  even = IDS % 2 == 0
+  among_others = draw(
+    jnp.where(even[:, None], PROMPTS, (PROMPTS + 1) % VOCAB),
+    jnp.where(even, LENGTHS, T),
+    jnp.where(even, IDS, IDS + B),
+  )
+  for got, x in zip(among_others, want, strict=True):
+    np.testing.assert_array_equal(got[even], x[even])
+  assert np.any(among_others.tokens[~even] != want.tokens[~even])
+
+
+def test_inside_a_jit_on_a_mesh_the_samples_are_those_of_one_device():
+  """As a rollout draws them; each device holds its part of the cache."""
+  model, params, _ = world()
+  options = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+  mesh = mesh_lib.make(config_dict.ConfigDict(options))
+  placed = run.place(params, mesh_lib.shardings(mesh, params, axes.spec))
+  rows = NamedSharding(mesh, PartitionSpec(reduce.ROWS))
+
+  @jax.jit
+  def rollout(params, prompts, lengths, ids):
+    samples = sample.sample(
+      model,
+      params,
+      prompts,
+      lengths,
+      ids,
+      jax.random.key(2),
+      max_new_tokens=N,
+      temperature=1.0,
+      top_p=1.0,
+      eos_id=EOS,
+    )
+    return samples, jnp.sum(samples.logps, axis=1)
+
+  with jax.set_mesh(mesh):
+    args = placed, *jax.device_put((PROMPTS, LENGTHS, IDS), rows)
+    program = rollout.lower(*args).compile()
+    got, sums = program(*args)
+  want = draw()
+  for a, b in zip(got[:3], want[:3], strict=True):
+    np.testing.assert_array_equal(a, b)
+  # Sums in another order, of f32 log-probs of order 1.
+  np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
+  np.testing.assert_allclose(sums, want.logps.sum(axis=1), atol=1e-5)
+  # Layers, rows, kv heads, positions, head size: rows over 4, heads over 2.
+  shapes = set(re.findall(rf"f32\[2,\d+,\d+,{T + N},8\]", program.as_text()))
+  assert shapes == {f"f32[2,{B // 4},1,{T + N},8]"}
+
+
+def test_sampling_past_a_learned_position_table_is_refused():
+  model = decoder.build(worlds.MODELS["gpt2"], VOCAB)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  with pytest.raises(ValueError, match=r"model.max_positions = 64"):
+    sample.compiled(model).lower(
+      params,
+      jnp.zeros((1, 60), jnp.int32),
+      jnp.int32([60]),
+      jnp.int32([0]),
+      jax.random.key(0),
+      max_new_tokens=20,
+      temperature=1.0,
+      top_p=1.0,
+      eos_id=None,
+    )
