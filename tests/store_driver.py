@@ -59,7 +59,8 @@ def main(folder, port, count, process, kill_at):
   setup = build.prepare_model(load(f"mesh.fsdp={len(jax.devices())}"))
   params = trained.initial(setup)
   here = forward.loader_of(setup, ITEMS)
-  forward.attach_reference(setup, params, here, folder)
+  store = pathlib.Path(folder) / "ref_logps"
+  forward.attach_reference(setup, params, here, store)
   assert here.has_reference
   path = pathlib.Path(folder) / f"{process}.json"
   path.write_text(json.dumps(seen))

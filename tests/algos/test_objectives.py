@@ -13,7 +13,7 @@ from dpo_jax.algos import preference, sft
 from dpo_jax.models import config as model_config
 from dpo_jax.models import decoder
 from dpo_jax.ops import attention, losses, reduce
-from dpo_jax.run import build
+from dpo_jax.run import build, recorder
 from dpo_jax.train import optim, optimizers
 from tests import conftest, worlds
 from tests.parallel import test_topology as topology

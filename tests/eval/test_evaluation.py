@@ -9,7 +9,7 @@ import pytest
 from dpo_jax.config import load as load_lib
 from dpo_jax.eval import evaluation, frontier, rewards
 from dpo_jax.run import build, trained
-from tests import conftest, worlds
+from tests import conftest, folders, worlds
 
 
 def load(*overrides):
@@ -26,22 +26,31 @@ MADE = {"step": 7, "data": "of mine", "reference": {"embed/tokens": 1}}
 
 
 @pytest.fixture(scope="module")
-def setup():
-  return build.prepare_model(load())
+def measured():
+  return build.prepare_measured(load())
 
 
 @pytest.fixture(scope="module")
-def trees(setup):
+def trees(measured):
   """The parameters of a policy and of its reference."""
-  ref = jax.device_get(trained.initial(setup))
+  ref = jax.device_get(trained.initial(measured.setup))
   return jax.device_get(worlds.noisy(ref, 1)), ref
 
 
 @pytest.fixture(scope="module")
-def evaluated(setup, trees, tmp_path_factory):
+def evaluated(measured, trees, tmp_path_factory):
   """(workdir, result) of an evaluation by samples alone."""
   workdir = tmp_path_factory.mktemp("evaluated") / "new"
-  return workdir, evaluation.evaluate(setup, *trees, workdir, MADE)
+  return workdir, evaluation.evaluate(measured, *trees, workdir, MADE)
+
+
+def asking(measured, config):
+  """A base.Measured with other samples."""
+  return measured._replace(setup=folders.asking(measured.setup, config))
+
+
+def done(config, workdir, made):
+  return evaluation.done(config.to_dict(), workdir, made)
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +63,16 @@ def held_out(tmp_path_factory):
   return path
 
 
-def test_the_files_hold_the_result_and_every_sample(evaluated, setup, trees):
+def test_the_files_hold_the_result_and_every_sample(
+  evaluated, measured, trees
+):
   workdir, result = evaluated
   saved = json.loads((workdir / "evaluation.json").read_text())
   assert saved == json.loads(json.dumps(result))
   assert saved["step"] == 7
   assert saved["config"] == json.loads(json.dumps(load().to_dict()))
   assert "comparisons" not in saved
-  summary, rows = frontier.measure(setup, *trees)
+  summary, rows = frontier.measure(measured.setup, *trees)
   lines = (workdir / "samples.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == rows
   assert len(rows) == 8
@@ -79,8 +90,8 @@ def test_comparisons_do_not_depend_on_how_the_reference_is_kept(
   results = []
   for ref in ("frozen", "cached"):
     here = (f"mesh.mode={mode}", f"ref={ref}", "sample.prompts=None")
-    setup = build.prepare_model(load(*here, f"data.eval={held_out}"))
-    result = evaluation.evaluate(setup, *trees, tmp_path / ref, MADE)
+    measured = build.prepare_measured(load(*here, f"data.eval={held_out}"))
+    result = evaluation.evaluate(measured, *trees, tmp_path / ref, MADE)
     assert "samples" not in result
     assert not (tmp_path / ref / "samples.jsonl").exists()
     results.append(result["comparisons"])
@@ -93,28 +104,30 @@ def test_comparisons_do_not_depend_on_how_the_reference_is_kept(
 
 
 def test_an_evaluation_with_nothing_to_evaluate_on_is_refused(
-  setup, trees, tmp_path
+  measured, trees, tmp_path
 ):
-  here = setup._replace(config=load("sample.prompts=None"))
+  here = asking(measured, load("sample.prompts=None"))
   with pytest.raises(ValueError, match=r"set data.eval .* or sample.prompts"):
     evaluation.evaluate(here, *trees, tmp_path / "new", MADE)
   assert not (tmp_path / "new").exists()
 
 
-def test_a_failed_evaluation_is_not_done(setup, trees, tmp_path, monkeypatch):
+def test_a_failed_evaluation_is_not_done(
+  measured, trees, tmp_path, monkeypatch
+):
   def broken(prompts, completions):
     raise ZeroDivisionError("the scorer broke")
 
   monkeypatch.setitem(rewards.SCORERS, "broken", lambda _: broken)
   config = load("sample.scorers=broken:mine")
   with pytest.raises(ZeroDivisionError, match="the scorer broke"):
-    evaluation.evaluate(setup._replace(config=config), *trees, tmp_path, MADE)
-  assert not evaluation.done(config, tmp_path, MADE)
+    evaluation.evaluate(asking(measured, config), *trees, tmp_path, MADE)
+  assert not done(config, tmp_path, MADE)
   assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_a_failed_evaluation_leaves_the_one_before_it(
-  evaluated, setup, trees, monkeypatch
+  evaluated, measured, trees, monkeypatch
 ):
   workdir, _ = evaluated
   before = {path: path.read_bytes() for path in workdir.iterdir()}
@@ -124,14 +137,14 @@ def test_a_failed_evaluation_leaves_the_one_before_it(
 
   monkeypatch.setattr(frontier, "measure", broken)
   with pytest.raises(ZeroDivisionError, match="no samples"):
-    evaluation.evaluate(setup, *trees, workdir, MADE)
+    evaluation.evaluate(measured, *trees, workdir, MADE)
   assert {path: path.read_bytes() for path in workdir.iterdir()} == before
-  assert evaluation.done(load(), workdir, MADE)
+  assert done(load(), workdir, MADE)
 
 
 def test_nothing_is_done_in_a_folder_without_an_evaluation(tmp_path):
-  assert not evaluation.done(load(), tmp_path, MADE)
-  assert not evaluation.done(load(), tmp_path / "new", MADE)
+  assert not done(load(), tmp_path, MADE)
+  assert not done(load(), tmp_path / "new", MADE)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +164,7 @@ def test_nothing_is_done_in_a_folder_without_an_evaluation(tmp_path):
 def test_what_changes_neither_policy_nor_measure_is_still_done(
   override, evaluated
 ):
-  assert evaluation.done(load(override), evaluated[0], MADE)
+  assert done(load(override), evaluated[0], MADE)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +176,7 @@ def test_what_changes_neither_policy_nor_measure_is_still_done(
   ],
 )
 def test_another_measure_or_more_steps_are_not_done(override, evaluated):
-  assert not evaluation.done(load(override), evaluated[0], MADE)
+  assert not done(load(override), evaluated[0], MADE)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +193,7 @@ def test_an_evaluation_of_another_policy_is_refused(
   override, message, evaluated
 ):
   with pytest.raises(ValueError, match=message) as caught:
-    evaluation.done(load(override), evaluated[0], MADE)
+    done(load(override), evaluated[0], MADE)
   assert str(evaluated[0]) in str(caught.value)
 
 
@@ -188,4 +201,4 @@ def test_an_evaluation_of_another_policy_is_refused(
   ("name", "value"), [("step", 6), ("data", "other"), ("reference", {"a": 1})]
 )
 def test_a_policy_that_was_made_otherwise_is_not_done(name, value, evaluated):
-  assert not evaluation.done(load(), evaluated[0], {**MADE, name: value})
+  assert not done(load(), evaluated[0], {**MADE, name: value})

@@ -8,7 +8,7 @@ from dpo_jax.config import load as load_lib
 from dpo_jax.data.tokens import comparisons
 from dpo_jax.eval import frontier, generate, rewards
 from dpo_jax.run import build, forward, trained
-from tests import conftest, worlds
+from tests import conftest, folders, worlds
 
 
 def load(*overrides):
@@ -138,7 +138,7 @@ def test_samples_that_are_not_of_the_policy_itself_have_no_kl(
   setup, trees, override
 ):
   here = load("sample.count=2", "sample.draws=2", f"sample.{override}")
-  summary, rows = frontier.measure(setup._replace(config=here), *trees)
+  summary, rows = frontier.measure(folders.asking(setup, here), *trees)
   assert set(summary["means"]) == {"reward/vader", "length"}
   assert not any("kl" in row for row in rows)
 

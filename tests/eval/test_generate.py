@@ -11,7 +11,7 @@ from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import tokenize
 from dpo_jax.eval import generate, rewards
 from dpo_jax.run import build, trained
-from tests import conftest, worlds
+from tests import conftest, folders, worlds
 
 IDENTITY = {"policy": "mine", "sample": {"prefix": (2, 8)}}
 
@@ -38,7 +38,7 @@ def params(setup):
 
 def at(setup, *overrides):
   """The same model with other fields of config.sample."""
-  return setup._replace(config=load(*overrides))
+  return folders.asking(setup, load(*overrides))
 
 
 def drawn(setup, params, **kwargs):
@@ -312,7 +312,7 @@ def test_comparisons_train_on_the_tokens_that_were_drawn(
   rows = generate.write(here, params, IDENTITY, tmp_path)
   records = records_of(tmp_path)
   examples, changed = tokenize.encode(
-    records, setup.tokenizer, here.config.data, sources.Policy("error")
+    records, setup.tokenizer, here.data, sources.Policy("error")
   )
   assert not changed
   assert len(examples) == 12

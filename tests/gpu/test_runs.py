@@ -13,7 +13,7 @@ import pytest
 from dpo_jax import loop
 from dpo_jax.config import load as load_lib
 from dpo_jax.ops.attention import choice
-from dpo_jax.run import build, together, trained
+from dpo_jax.run import build, trained
 from tests import conftest
 
 FULL = ("model.dtype=float32", "log.every=1", "train.steps=6")
@@ -78,10 +78,9 @@ def test_bf16_learns(spec, overrides, tmp_path):
 def test_the_state_is_donated():
   run = build.prepare(load("model.dtype=bfloat16"))
   state = build.initial_state(run, trained.initial(run.setup))
-  program = together.program([run], [state])
   batch, _ = run.feed.batch(0, None)
-  before = jax.tree.leaves(program.state.params)
-  program.step(program.state, batch, program.hparams)
+  before = jax.tree.leaves(state.params)
+  run.step(state, batch, run.hparams)
   assert all(leaf.is_deleted() for leaf in before)
 
 

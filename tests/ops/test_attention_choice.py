@@ -145,7 +145,7 @@ def config(name="auto"):
 
 def test_a_run_says_it_and_refuses_what_cannot_be():
   run = build.prepare(config())
-  assert "; attention tiled (no kernel for cpu; examples of" in run.about
+  assert "; attention tiled (no kernel for cpu; examples of" in run.about[1]
   with pytest.raises(ValueError, match="is for tpu, and this is cpu"):
     build.prepare_model(config("splash"))
 

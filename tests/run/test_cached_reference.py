@@ -69,9 +69,9 @@ def test_a_reference_is_computed_once_and_read_afterwards(
     forward.attach_reference(setup, ref, loader, tmp_path)
     batches.append([loader.batch(n)[0] for n in range(loader.steps)])
     if len(batches) == 1:
-      before = stored(tmp_path / "ref_logps")
+      before = stored(tmp_path)
   assert passes == [[0, 1]]
-  assert stored(tmp_path / "ref_logps") == before
+  assert stored(tmp_path) == before
   jax.tree.map(np.testing.assert_array_equal, *batches)
   loader = forward.loader_of(setup, ITEMS)
   want = dict(forward.token_logps(setup, ref, loader, range(loader.steps)))
@@ -112,12 +112,10 @@ def test_every_loss_shares_the_entry(ref, tmp_path, passes):
   """And every β, seed of the order and learning rate."""
   others = ("loss.beta=5.0", "optim.learning_rate=1.0", "data.seed=9")
   runs = (("dpo", ()), ("dpo", others), ("ipo", ()), ("hinge", ()))
-  for number, (loss, overrides) in enumerate(runs):
-    overrides = ("ref=cached", f"ref_store={tmp_path}", *overrides)
-    setup = build.prepare_model(load(*overrides, loss=loss))
+  for loss, overrides in runs:
+    setup = build.prepare_model(load("ref=cached", *overrides, loss=loss))
     loader = forward.loader_of(setup, ITEMS)
-    workdir = tmp_path / f"run {number}"
-    forward.attach_reference(setup, ref, loader, workdir)
+    forward.attach_reference(setup, ref, loader, tmp_path)
     assert loader.has_reference
   assert passes == [[0, 1]]
   assert len(list(tmp_path.iterdir())) == 1
@@ -153,8 +151,9 @@ def fives():
 def attach(setup, params, folder, items=ITEMS):
   """The store in `folder` after a run that asked for it."""
   loader = forward.loader_of(setup, items)
-  forward.attach_reference(setup, params, loader, folder)
-  return stored(folder / "ref_logps")
+  store = folder / "ref_logps"
+  forward.attach_reference(setup, params, loader, store)
+  return stored(store)
 
 
 def contents(files):
@@ -237,11 +236,10 @@ def test_an_entry_that_says_it_is_another_one_is_refused(
 
 def test_other_weights_or_other_data_are_another_entry(setup, tmp_path, passes):
   def entries(seed, items):
-    config = load(f"init_seed={seed}", "ref=cached", f"ref_store={tmp_path}")
-    here = setup._replace(config=config)
+    here = setup._replace(source=setup.source._replace(seed=seed))
     loader = forward.loader_of(here, items)
     params = trained.initial(here)
-    forward.attach_reference(here, params, loader, tmp_path / "not here")
+    forward.attach_reference(here, params, loader, tmp_path)
     return len(list(tmp_path.glob("*/entry.json")))
 
   other = [ITEMS[0]._replace(prompt=[1, *ITEMS[0].prompt[1:]]), *ITEMS[1:]]
@@ -250,7 +248,6 @@ def test_other_weights_or_other_data_are_another_entry(setup, tmp_path, passes):
   assert entries(0, other) == 3
   assert entries(1, ITEMS) == 3
   assert len(passes) == 3
-  assert not (tmp_path / "not here").exists()
 
 
 def test_other_arithmetic_or_vocabulary_is_another_entry(
@@ -261,7 +258,7 @@ def test_other_arithmetic_or_vocabulary_is_another_entry(
   fewer = setup.model._replace(vocab_size=setup.model.vocab_size - 1)
   attach(setup._replace(model=fewer), ref, tmp_path)
   # Not by prepare_model, which sets it for the whole process.
-  attach(setup._replace(config=load("precision=high")), ref, tmp_path)
+  attach(setup._replace(precision="high"), ref, tmp_path)
   half = build.prepare_model(load("model.dtype=bfloat16"))
   attach(half, ref, tmp_path)
   assert len(passes) == 4
@@ -286,13 +283,28 @@ def data(tmp_path_factory):
   return path
 
 
-def train(workdir, data, *overrides):
-  """The lines of metrics.jsonl after three steps of eight comparisons."""
-  overrides = (
+def of_eights(data, *overrides):
+  """The config of three steps of eight comparisons."""
+  return load(
     *(f"data.train={data}", "data.batch_size=8", "data.max_shapes=1"),
     *("train.steps=3", "log.every=1", *overrides),
   )
-  loop.fit(load(*overrides), workdir)
+
+
+def test_a_run_uses_the_store_that_its_config_names(data, tmp_path, passes):
+  """And leaves none in its own folder."""
+  named = f"ref_store={tmp_path / 'named'}"
+  for _ in range(2):
+    run = build.prepare(of_eights(data, "ref=cached", named))
+    loop.begin(run, tmp_path / "run")
+    assert run.feed.loader.has_reference
+  assert len(passes) == 1
+  assert [path.name for path in tmp_path.iterdir()] == ["named"]
+
+
+def train(workdir, data, *overrides):
+  """The lines of metrics.jsonl after three steps of eight comparisons."""
+  loop.fit(of_eights(data, *overrides), workdir)
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines]
 
@@ -355,5 +367,5 @@ def test_a_signal_stops_the_pass_and_keeps_its_blocks(
     forward.attach_reference(fives, ref, loader, tmp_path, stop)
   assert caught.value.exit_code == health.EXIT_REQUEUE
   assert not loader.has_reference
-  there = {number_of(x) for x in stored(tmp_path / "ref_logps") if ".f32" in x}
+  there = {number_of(x) for x in stored(tmp_path) if ".f32" in x}
   assert {0, 1} <= there < set(range(6))

@@ -79,7 +79,7 @@ def test_log_probs_are_those_of_each_example_alone(layout, trees, alone):
   loader = forward.loader_of(setup, ITEMS)
   # The last batch is smaller; the first has more examples than rows.
   assert loader.steps == 2
-  assert (loader.shapes[-1].per_row > 1) == setup.config.data.packed
+  assert (loader.shapes[-1].per_row > 1) == setup.data.packed
   got = list(forward.token_logps(setup, trees[0], loader))
   assert sorted(index for index, _ in got) == list(range(len(ITEMS)))
   for index, logps in got:

@@ -7,14 +7,15 @@ import pytest
 
 from dpo_jax.config import load
 from dpo_jax.data.batch import rows
-from dpo_jax.run import build, memory
+from dpo_jax.run import build, memory, trained
+from dpo_jax.train import optim
 from tests import conftest
 
 GIB = 2**30
 
 
 def prepared(*overrides, model="pythia-70m", lora=False):
-  """(Setup, Optimizer, Shape) of four pairs."""
+  """(Setup, Optimizer, Shape, what is kept) of four pairs."""
   arg = f"model={model}" + (",lora" if lora else "")
   one = ("mesh.data=1", "mesh.tensor=8") if not overrides else ()
   config = load.load_config(
@@ -32,14 +33,16 @@ def prepared(*overrides, model="pythia-70m", lora=False):
     pairs=4,
     compared=2,
   )
-  optimizer = build.optim.make(config.optim, 10)
-  return setup, optimizer, shape
+  optimizer = optim.make(config.optim, 10)
+  return setup, optimizer, shape, build.algorithm_of(config, setup).extra
 
 
 def choice(available, monkeypatch, *overrides, **kwargs):
-  setup, optimizer, shape = prepared("mesh.data=8", *overrides, **kwargs)
+  setup, optimizer, shape, extra = prepared(
+    "mesh.data=8", *overrides, **kwargs
+  )
   monkeypatch.setattr(memory, "of_device", lambda *_: available)
-  fitted, found = memory.fitted(setup, optimizer, shape, 1, algorithm.extra)
+  fitted, found = memory.fitted(setup, optimizer, shape, 1, extra)
   assert fitted.model.config.remat == found.remat
   assert fitted.model.config.head_chunk == found.head_chunk
   return found
@@ -92,8 +95,9 @@ def test_the_estimate_is_near_what_the_compiler_says(remat, tmp_path):
   )
   run = build.prepare(config)
   shape = run.feed.loader.shapes[-1]
-  _, found = memory.fitted(run.setup, run.optimizer, shape, 1)
-  state = build.initial_state(run, build.weights.initial(run.setup))
+  extra = run.algorithm.extra
+  _, found = memory.fitted(run.setup, run.optimizer, shape, 1, extra)
+  state = build.initial_state(run, trained.initial(run.setup))
   step = run.step
   batch, _ = run.feed.batch(0, None)
   moving, frozen = state.replace(frozen={}), state.frozen

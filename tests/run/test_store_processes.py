@@ -101,7 +101,7 @@ def test_a_store_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
   loader = forward.loader_of(setup, store_driver.ITEMS)
   alone = dict(forward.token_logps(setup, params, loader))
   monkeypatch.setattr(forward, "token_logps", None)  # all of it is there
-  forward.attach_reference(setup, params, loader, tmp_path)
+  forward.attach_reference(setup, params, loader, tmp_path / "ref_logps")
   for index, values in enumerate(both["values"]):
     # One device group of eight here, two of two there: rounding.
     np.testing.assert_allclose(values, alone[index], rtol=0, atol=1e-5)

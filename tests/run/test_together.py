@@ -70,8 +70,9 @@ def one_device(yes):
 def alone(run, workdir):
   """(metrics of each step, parameters) of one point by itself."""
   params = trained.initial(run.setup)
-  if run.setup.config.ref == "cached":
-    forward.attach_reference(run.setup, params, run.feed.loader, workdir)
+  if run.reference.cached:
+    store = workdir / "ref_logps"
+    forward.attach_reference(run.setup, params, run.feed.loader, store)
   state = build.initial_state(run, params)
   step = run.step
   found, state = steps(run, state, step, run.hparams)

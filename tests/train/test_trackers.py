@@ -78,7 +78,7 @@ def test_a_missing_package_is_named_before_training(
 
 
 def test_nothing_is_opened_unless_the_config_asks(tmp_path):
-  assert trackers.make(load(), tmp_path, 0) == []
+  assert trackers.make(load().log, {}, tmp_path, 0) == []
 
 
 @pytest.mark.slow

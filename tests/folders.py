@@ -1,0 +1,57 @@
+"""Run folders that no step has trained: what reads a run needs no more.
+
+And built configs with other questions asked of them.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import loop
+from dpo_jax.config import load
+from dpo_jax.run import build
+from dpo_jax.train import checkpoint
+from tests import worlds
+
+
+def untrained(config, workdir, *, step=2, noise=0.1, run=None):
+  """The folder of a run, as `fit` leaves it, of parameters plus noise.
+
+  Args:
+    config: of the run.
+    workdir: gets config.json and one checkpoint.
+    step: of the checkpoint.
+    noise: standard deviation of what training would have changed.
+    run: base.Run of the config, where it is already built.
+  Returns: (Run that knows its reference, TrainState that was saved).
+  """
+  run = build.prepare(config) if run is None else run
+  run, state = loop.begin(run, workdir)
+  params = worlds.noisy(state.params, 1, noise)
+  state = state.replace(
+    step=jax.device_put(jnp.int32(step), state.step.sharding),
+    params=jax.device_put(params, jax.tree.map(_sharding, state.params)),
+  )
+  with checkpoint.Checkpointer(workdir, keep=run.rhythm.keep) as checkpoints:
+    checkpoints.save(state, run.identity, wait=True)
+  text = json.dumps(run.setup.asked, indent=2) + "\n"
+  (pathlib.Path(workdir) / "config.json").write_text(text)
+  return run, state
+
+
+def _sharding(x):
+  return x.sharding
+
+
+def asking(setup, config):
+  """A Setup whose data and samples are those of another config.
+
+  The model and its compiled functions stay.
+  """
+  return setup._replace(
+    data=load.plain(config.data),
+    sample=load.plain(config.sample),
+    asked=config.to_dict(),
+  )
