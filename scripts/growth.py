@@ -13,6 +13,7 @@ Every number is of a process of its own.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -102,7 +103,7 @@ def start(path, folder, cores):
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
   from dpo_jax.config import load
   from dpo_jax.data.tokens import corpus
-  from dpo_jax.run import build
+  from dpo_jax.run import build, feed
 
   overrides = (
     f"data.train={path} data.token_cache={folder} data.batch_size=64 "
@@ -123,10 +124,10 @@ def start(path, folder, cores):
 
   corpus.load = timed
   memory, begin = AnonymousPeak(), time.perf_counter()
-  loader, _ = build.build_loader(
-    *(config, setup.tokenizer, setup.model.config, config.data.train),
-    training=True,
-    row_multiple=1,
+  loader, _ = feed.load(
+    *(setup, build.algorithm_of(config, setup)),
+    *(config.data.train, "data.train", 1),
+    steps=functools.partial(build.total_steps, config),
   )
   loader.batch(0)
   return {

@@ -4,9 +4,16 @@ A model of 4 layers and D = 256 with a vocabulary of 8,192, in f32; each point
 compiles the real step once and times it (the least of three).
 """
 
+import json
 import os
+import pathlib
+import sys
+import tempfile
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+VOCABULARY = 8192
 BASE = {"length": 512, "examples": 8, "layers": 4, "devices": 1}
 GROW = {
   "length": (256, 512, 1024, 2048, 4096, 8192),
@@ -30,61 +37,30 @@ def measure(length, examples, layers, devices):
   )
   os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
   import jax
-  import numpy as np
 
   from dpo_jax import host
   from dpo_jax.config import load
-  from dpo_jax.data.batch import loader as loader_lib
-  from dpo_jax.data.batch import rows
-  from dpo_jax.data.tokens import comparisons
-  from dpo_jax.models import decoder
-  from dpo_jax.parallel import mesh as mesh_lib
-  from dpo_jax.run import build, memory, trained
-  from dpo_jax.train import optim
+  from dpo_jax.run import build, trained
 
   host.keep_pages()
-  config = load.load_config(
-    "configs/dpo.py",
-    (
-      *("data.train=toy", f"data.batch_size={examples}", "train.steps=10"),
-      *(f"model.layers={layers}", "model.embed=256", "model.heads=4"),
-      *("model.kv_heads=4", "model.head_dim=64", "model.mlp=1024"),
-      *("model.max_positions=8192", "model.rotary_dim=64"),
-    ),
-  )
-  setup = build.prepare_model(config)
-  model = decoder.build(setup.model.config, 8192)
-  setup = setup._replace(model=model)
-  rng = np.random.default_rng(0)
-
-  def tokens(count):
-    return rng.integers(1, 8192, count).tolist()
-
-  quarter = length // 4
-  items = [
-    comparisons.Example(
-      *(i, 0, tokens(2 * quarter), (tokens(quarter), tokens(quarter))),
-      ((0, 1, 1.0),),
+  with tempfile.TemporaryDirectory(prefix="growth-") as folder:
+    write(folder, length, examples)
+    config = load.load_config(
+      "configs/dpo.py",
+      (
+        *(f"data.train={folder}/data.jsonl", f"tokenizer=hf:{folder}"),
+        *(f"data.batch_size={examples}", "data.max_shapes=1"),
+        *(f"data.max_prompt_length={length}", "data.shape_multiple=32"),
+        *(f"data.max_completion_length={length}", "train.steps=10"),
+        *(f"model.layers={layers}", "model.embed=256", "model.heads=4"),
+        *("model.kv_heads=4", "model.head_dim=64", "model.mlp=1024"),
+        *(f"model.max_positions={2 * length}", "model.rotary_dim=64"),
+      ),
     )
-    for i in range(examples)
-  ]
-  loader = loader_lib.Loader(
-    items,
-    rows.Layout(True, True, mesh_lib.row_parallelism(setup.mesh), None),
-    batch_size=examples,
-    seed=0,
-    budget=1,
-    multiple=32,
-  )
-  optimizer = optim.make(config.optim, 10)
-  setup, choice = memory.fitted(setup, optimizer, loader.shapes[-1], 1)
-  run = build.Run(
-    *(setup, loader, "", 10, build.trained_algorithm(setup), optimizer),
-    *(build.hyper_params(config), {}),
-  )
+    run = build.prepare(config)
+  setup, step, model = run.setup, run.step, run.setup.model.config
   state = build.initial_state(run, trained.initial(setup))
-  step = run.step
-  batch, stats = build.place_batch(setup, loader, 0)
+  batch, stats = run.feed.batch(0, state)
   moving, frozen = state.replace(frozen={}), state.frozen
   begin = time.perf_counter()
   with jax.set_mesh(setup.mesh):
@@ -103,8 +79,29 @@ def measure(length, examples, layers, devices):
     "fixed": sizes.argument_size_in_bytes / 2**20,
     "moving": sizes.temp_size_in_bytes / 2**20,
     "compile": compiled,
-    "how": f"remat {choice.remat}, head chunk {choice.head_chunk}",
+    "how": f"remat {model.remat}, head chunk {model.head_chunk}",
   }
+
+
+def write(folder, length, examples):
+  """Writes a tokenizer of VOCABULARY words, and data.jsonl of such words."""
+  import numpy as np
+
+  from scripts.bench import inputs
+
+  inputs.tokenizer(folder, VOCABULARY)
+  rng = np.random.default_rng(0)
+
+  def words(count):
+    return " ".join(map(str, rng.integers(1, VOCABULARY, count)))
+
+  quarter = length // 4
+  with open(f"{folder}/data.jsonl", "w") as file:
+    for _ in range(examples):
+      # The end of a completion is a token too.
+      chosen, rejected = (" " + words(quarter - 1) for _ in range(2))
+      row = {"chosen": chosen, "rejected": rejected}
+      file.write(json.dumps({"prompt": words(2 * quarter), **row}) + "\n")
 
 
 def points(what):

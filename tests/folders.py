@@ -16,20 +16,21 @@ from dpo_jax.train import checkpoint
 from tests import worlds
 
 
-def untrained(config, workdir, *, step=2, noise=0.1, run=None):
+def untrained(config, workdir, step=2, *, seed=1, noise=0.1, run=None):
   """The folder of a run, as `fit` leaves it, of parameters plus noise.
 
   Args:
     config: of the run.
     workdir: gets config.json and one checkpoint.
     step: of the checkpoint.
+    seed: of the noise.
     noise: standard deviation of what training would have changed.
     run: base.Run of the config, where it is already built.
   Returns: (Run that knows its reference, TrainState that was saved).
   """
   run = build.prepare(config) if run is None else run
   run, state = loop.begin(run, workdir)
-  params = worlds.noisy(state.params, 1, noise)
+  params = worlds.noisy(state.params, seed, noise)
   state = state.replace(
     step=jax.device_put(jnp.int32(step), state.step.sharding),
     params=jax.device_put(params, jax.tree.map(_sharding, state.params)),

@@ -1,6 +1,7 @@
 """The export verb: a run's policy as a folder, complete or not there."""
 
 import json
+import shutil
 import types
 
 import jax
@@ -11,19 +12,21 @@ from dpo_jax import cli, export, loop, tree
 from dpo_jax.config import load
 from dpo_jax.data.tokens import tokenize
 from dpo_jax.models import hf
-from dpo_jax.run import build, trained
-from tests import conftest
+from dpo_jax.run import build, forward, trained
+from tests import conftest, folders
 from tests.models import parity
 
 SMOKE = ["train.steps=2", "mesh.data=1"]
 PYTHIA = "EleutherAI/pythia-70m"
 
 
-@pytest.fixture(autouse=True)
-def _in_the_checkout(monkeypatch):
-  monkeypatch.chdir(conftest.ROOT)
+@pytest.fixture(autouse=True, scope="module")
+def _in_the_checkout():
   one = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *_: one)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(conftest.ROOT)
+    patch.setattr(jax, "devices", lambda *_: one)
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +47,54 @@ def on(pretrained, *overrides, lora=True):
   return load.load_config(spec, [*SMOKE, *given, *overrides])
 
 
-def logps(setup, params):
-  loader, _ = build.held_out_loader(setup)
-  from dpo_jax.run import forward
+def smoke_config(arg="smoke", *overrides):
+  return load.load_config(f"configs/dpo.py:{arg}", [*SMOKE, *overrides])
 
+
+@pytest.fixture(scope="module")
+def born(tmp_path_factory):
+  """A run folder of all parameters of a model that is born here."""
+  folder = tmp_path_factory.mktemp("born")
+  folders.untrained(smoke_config(), folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+  """A run folder of an adapter on a model that is born here."""
+  folder = tmp_path_factory.mktemp("adapter")
+  folders.untrained(smoke_config("lora,smoke"), folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(pretrained, tmp_path_factory):
+  """A run folder of an adapter on the published weights."""
+  folder = tmp_path_factory.mktemp("adapted")
+  folders.untrained(on(pretrained), folder)
+  return folder
+
+
+@pytest.fixture
+def workdir(born, tmp_path):
+  """A copy of `born`, to write in."""
+  return shutil.copytree(born, tmp_path / "run")
+
+
+def logps(config, setup, params):
+  loader, _ = build.held_out_of(
+    config, setup, build.algorithm_of(config, setup)
+  ).loader()
   found = dict(forward.token_logps(setup, params, loader))
   return np.concatenate([found[i] for i in sorted(found)])
 
 
 def test_an_exported_adapter_run_starts_the_next_as_its_merged_policy(
-  pretrained, tmp_path
+  pretrained, adapted, tmp_path
 ):
-  config = on(pretrained)
-  loop.fit(config, tmp_path)
-  assert cli.main(["export", "--workdir", str(tmp_path)]) == 0
-  folder = tmp_path / "export"
+  config, folder = on(pretrained), tmp_path / "export"
+  argv = ["export", "--workdir", str(adapted)]
+  assert cli.main([*argv, f"--config.export.folder={folder}"]) == 0
   assert {p.name for p in folder.iterdir()} == {
     "README.md",
     "config.json",
@@ -69,12 +105,15 @@ def test_an_exported_adapter_run_starts_the_next_as_its_merged_policy(
     "tokenizer_config.json",
   }
   setup = build.prepare_model(config)
-  policy = trained.saved(setup, trained.initial(setup), tmp_path)
-  again = build.prepare_model(on(folder, "tokenizer=hf:" + str(folder)))
+  base = trained.initial(setup)
+  policy = setup.trained.model(base, trained.restored(setup, base, adapted))
+  start = logps(config, setup, base)
+  next_config = on(folder, "tokenizer=hf:" + str(folder))
+  again = build.prepare_model(next_config)
+  found = logps(next_config, again, trained.initial(again))
   # Merged in f32: two ways to add products of order 1.
-  np.testing.assert_allclose(
-    logps(again, trained.initial(again)), logps(setup, policy), atol=2e-5
-  )
+  np.testing.assert_allclose(found, logps(config, setup, policy), atol=2e-5)
+  assert np.abs(found - start).max() > 1e-2
   raw = json.loads((folder / "config.json").read_text())
   source = json.loads((pretrained / "config.json").read_text())
   assert raw.pop("dtype") == "float32"
@@ -86,11 +125,11 @@ def test_an_exported_adapter_run_starts_the_next_as_its_merged_policy(
 
 
 def test_a_full_run_exports_its_very_parameters(pretrained, tmp_path):
-  result = loop.fit(on(pretrained, lora=False), tmp_path)
+  _, state = folders.untrained(on(pretrained, lora=False), tmp_path)
   folder = export.publish(on(pretrained, lora=False), tmp_path)
   checkpoint = hf.open_folder(folder)
   _, params = parity.load(folder, parity.mesh())
-  got, want = dict(tree.named(params)), dict(tree.named(result.state.params))
+  got, want = dict(tree.named(params)), dict(tree.named(state.params))
   assert got.keys() == want.keys()
   for path, x in want.items():
     x = np.asarray(x)
@@ -102,10 +141,8 @@ def test_a_full_run_exports_its_very_parameters(pretrained, tmp_path):
     np.testing.assert_array_equal(got[path], x, err_msg=path)
 
 
-def test_a_model_born_here_is_exported_with_the_bytes_tokenizer(tmp_path):
-  config = load.load_config("configs/dpo.py:smoke", SMOKE)
-  loop.fit(config, tmp_path)
-  folder = export.publish(config, tmp_path)
+def test_a_model_born_here_is_exported_with_the_bytes_tokenizer(workdir):
+  folder = export.publish(smoke_config(), workdir)
   raw = json.loads((folder / "config.json").read_text())
   assert (raw["model_type"], raw["vocab_size"]) == ("llama", 257)
   assert raw["eos_token_id"] == 256
@@ -115,20 +152,24 @@ def test_a_model_born_here_is_exported_with_the_bytes_tokenizer(tmp_path):
 
 
 def test_a_run_starts_from_an_exported_peft_adapter_which_is_its_reference(
-  pretrained, tmp_path
+  pretrained, adapted, tmp_path
 ):
-  loop.fit(on(pretrained, "train.steps=4"), tmp_path / "run")
-  config = on(pretrained, "train.steps=4", "export.form=adapter")
-  folder = export.publish(config, tmp_path / "run")
+  out = f"export.folder={tmp_path / 'export'}"
+  config = on(pretrained, "export.form=adapter", out)
+  folder = export.publish(config, adapted)
   about = json.loads((folder / "adapter_config.json").read_text())
   assert about["base_model_name_or_path"] == str(pretrained)
   setup = build.prepare_model(config)
-  policy = trained.saved(setup, trained.initial(setup), tmp_path / "run")
+  base = trained.initial(setup)
+  policy = setup.trained.model(base, trained.restored(setup, base, adapted))
   # NeoX has one adapter for queries, keys and values: of another rank there.
-  next_run = build.prepare(on(pretrained, f"init_adapter=hf:{folder}"))
+  next_config = on(pretrained, f"init_adapter=hf:{folder}")
+  next_run = build.prepare(next_config)
   initial = trained.initial(next_run.setup)
   np.testing.assert_allclose(
-    logps(next_run.setup, initial), logps(setup, policy), atol=2e-5
+    logps(next_config, next_run.setup, initial),
+    logps(config, setup, policy),
+    atol=2e-5,
   )
   state = build.initial_state(next_run, initial)
   batch, _ = next_run.feed.batch(0, None)
@@ -140,62 +181,47 @@ def test_a_run_starts_from_an_exported_peft_adapter_which_is_its_reference(
 
 def test_an_adapter_is_never_joined_to_another_base(tmp_path, capsys):
   """Its base was a run, and that run was trained on."""
-  sft = "configs/sft.py:smoke"
-  loop.fit(load.load_config(sft, SMOKE), tmp_path / "sft")
-  spec, start = "configs/dpo.py:lora,smoke", f"init_from={tmp_path / 'sft'}"
-  loop.fit(load.load_config(spec, [*SMOKE, start]), tmp_path / "dpo")
-  loop.fit(
-    load.load_config(sft, ["train.steps=4", "mesh.data=1"]), tmp_path / "sft"
-  )
+  sft = load.load_config("configs/sft.py:smoke", [*SMOKE, "train.steps=4"])
+  folders.untrained(sft, tmp_path / "sft")
+  start = f"init_from={tmp_path / 'sft'}"
+  folders.untrained(smoke_config("lora,smoke", start), tmp_path / "dpo")
+  folders.untrained(sft, tmp_path / "sft", step=4)
   workdir = ["--workdir", str(tmp_path / "dpo")]
   prompts = ["--config.sample.prompts=toy:4"]
   for argv in (["export", *workdir], ["sample", *workdir, *prompts]):
     assert cli.main(argv) == 2
     assert "not the reference" in capsys.readouterr().err
-  third = load.load_config(spec, [*SMOKE, f"init_from={tmp_path / 'dpo'}"])
+  third = smoke_config("lora,smoke", f"init_from={tmp_path / 'dpo'}")
   with pytest.raises(ValueError, match="not the reference"):
     loop.fit(third, tmp_path / "third")
   assert not list((tmp_path / "dpo").glob("export*"))
 
 
-def test_an_adapter_is_joined_by_the_scale_it_was_trained_with(
-  tmp_path, capsys
-):
-  loop.fit(load.load_config("configs/dpo.py:lora,smoke", SMOKE), tmp_path)
-  argv = ["export", "--workdir", str(tmp_path), "--config.lora.alpha=320.0"]
+def test_an_adapter_is_joined_by_the_scale_it_was_trained_with(adapter, capsys):
+  argv = ["export", "--workdir", str(adapter), "--config.lora.alpha=320.0"]
   assert cli.main(argv) == 2
   assert "lora.alpha (saved 32.0, now 320.0)" in capsys.readouterr().err
 
 
 def test_another_policy_of_the_same_config_is_not_taken_for_done(
-  tmp_path, capsys
+  born, tmp_path
 ):
-  """Its data has the same name and other content."""
-  lines = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-  for path, word in zip(lines, ("good", "fine"), strict=True):
-    record = {"prompt": "It is", "chosen": f" {word}.", "rejected": " bad."}
-    path.write_text(json.dumps(record) + "\n")
-  data = tmp_path / "data.jsonl"
-  config = load.load_config(
-    "configs/dpo.py:smoke",
-    [*SMOKE, f"data.train={data}", f"export.folder={tmp_path / 'out'}"],
-  )
-  for number, path in enumerate(lines):
-    data.write_text(path.read_text())
-    loop.fit(config, tmp_path / str(number))
-  export.publish(config, tmp_path / "0")
+  """As one is whose data has the same name and other content."""
+  config = smoke_config("smoke", f"export.folder={tmp_path / 'out'}")
+  folders.untrained(config, tmp_path / "other", seed=2)
+  export.publish(config, born)
   with pytest.raises(ValueError, match="exists already"):
-    export.publish(config, tmp_path / "1")
+    export.publish(config, tmp_path / "other")
 
 
 def test_a_checkpoints_own_ends_are_kept_beside_the_tokenizers(
-  pretrained, tmp_path
+  pretrained, adapted, tmp_path
 ):
+  config = on(pretrained, f"export.folder={tmp_path / 'export'}")
   own = {"eos_token_id": [7, 9], "temperature": 0.6}
   (pretrained / "generation_config.json").write_text(json.dumps(own))
   try:
-    loop.fit(on(pretrained), tmp_path)
-    folder = export.publish(on(pretrained), tmp_path)
+    folder = export.publish(config, adapted)
   finally:
     (pretrained / "generation_config.json").unlink()
   got = json.loads((folder / "generation_config.json").read_text())
@@ -203,29 +229,25 @@ def test_a_checkpoints_own_ends_are_kept_beside_the_tokenizers(
 
 
 def test_an_export_that_is_there_is_skipped_and_another_is_kept(
-  tmp_path, capsys
+  workdir, capsys
 ):
-  config = load.load_config("configs/dpo.py:smoke", SMOKE)
-  loop.fit(config, tmp_path)
-  argv = ["export", "--workdir", str(tmp_path)]
+  argv = ["export", "--workdir", str(workdir)]
   assert cli.main(argv) == 0
-  stamp = (tmp_path / "export/model.safetensors").stat().st_mtime_ns
+  stamp = (workdir / "export/model.safetensors").stat().st_mtime_ns
   # What decides nothing of a policy makes no other export of it.
   same = ("sample.count=4", "log.every=3", "model.remat=full", "train.steps=9")
   assert cli.main([*argv, *(f"--config.{field}" for field in same)]) == 0
   assert "done before, skipped" in capsys.readouterr().out
-  assert (tmp_path / "export/model.safetensors").stat().st_mtime_ns == stamp
-  loop.fit(load.load_config("configs/dpo.py:smoke", SMOKE), tmp_path)
+  assert (workdir / "export/model.safetensors").stat().st_mtime_ns == stamp
   assert cli.main([*argv, "--config.export.dtype=bfloat16"]) == 2
   assert "exists already" in capsys.readouterr().err
-  assert (tmp_path / "export/model.safetensors").stat().st_mtime_ns == stamp
+  assert (workdir / "export/model.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_an_interrupted_export_leaves_no_folder_that_looks_complete(
-  tmp_path, monkeypatch
+  workdir, monkeypatch
 ):
-  config = load.load_config("configs/dpo.py:smoke", SMOKE)
-  loop.fit(config, tmp_path)
+  config = smoke_config()
 
   def interrupt(*_):
     raise KeyboardInterrupt
@@ -233,13 +255,13 @@ def test_an_interrupted_export_leaves_no_folder_that_looks_complete(
   with monkeypatch.context() as patched:
     patched.setattr(export, "_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
-      export.publish(config, tmp_path)
-  assert not (tmp_path / "export").exists()
-  assert export.publish(config, tmp_path).exists()
+      export.publish(config, workdir)
+  assert not (workdir / "export").exists()
+  assert export.publish(config, workdir).exists()
 
 
 def test_a_push_uploads_the_folder_and_a_failed_one_keeps_it(
-  tmp_path, monkeypatch, capsys
+  workdir, monkeypatch, capsys
 ):
   import huggingface_hub
 
@@ -251,11 +273,9 @@ def test_a_push_uploads_the_folder_and_a_failed_one_keeps_it(
     ),
   )
   monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
-  config = load.load_config("configs/dpo.py:smoke", SMOKE)
-  loop.fit(config, tmp_path)
-  argv = ["export", "--workdir", str(tmp_path), "--config.export.push=me/it"]
+  argv = ["export", "--workdir", str(workdir), "--config.export.push=me/it"]
   assert cli.main(argv) == 0
-  folder = str(tmp_path / "export")
+  folder = str(workdir / "export")
   assert calls == [("create", "me/it"), ("me/it", folder)]
   assert "https://huggingface.co/me/it" in capsys.readouterr().out
 
@@ -267,7 +287,7 @@ def test_a_push_uploads_the_folder_and_a_failed_one_keeps_it(
   err = capsys.readouterr().err
   assert "401 Unauthorized" in err
   assert "hf auth login" in err
-  assert (tmp_path / "export/model.safetensors").exists()
+  assert (workdir / "export/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -280,14 +300,12 @@ def test_a_push_uploads_the_folder_and_a_failed_one_keeps_it(
   ],
 )
 def test_what_cannot_be_exported_is_said_before_anything_is_written(
-  override, message, tmp_path, capsys
+  override, message, born, capsys
 ):
-  config = load.load_config("configs/dpo.py:smoke", SMOKE)
-  loop.fit(config, tmp_path)
-  argv = ["export", "--workdir", str(tmp_path), f"--config.{override}"]
+  argv = ["export", "--workdir", str(born), f"--config.{override}"]
   assert cli.main(argv) == 2
   assert message in capsys.readouterr().err
-  assert not list(tmp_path.glob("export*"))
+  assert not list(born.glob("export*"))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
@@ -306,9 +324,8 @@ def test_a_shape_beside_a_checkpoint_that_has_its_own_is_refused(
     loop.fit(config, tmp_path)
 
 
-def test_an_adapter_alone_needs_a_base_that_peft_can_load(tmp_path, capsys):
-  loop.fit(load.load_config("configs/dpo.py:lora,smoke", SMOKE), tmp_path)
-  argv = ["export", "--workdir", str(tmp_path)]
+def test_an_adapter_alone_needs_a_base_that_peft_can_load(adapter, capsys):
+  argv = ["export", "--workdir", str(adapter)]
   assert cli.main([*argv, "--config.export.form=adapter"]) == 2
   assert "init_from = 'hf:" in capsys.readouterr().err
 

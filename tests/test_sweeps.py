@@ -14,10 +14,9 @@ from dpo_jax import loop, report, sweeps
 from dpo_jax.config import load as load_lib
 from dpo_jax.eval import evaluation
 from dpo_jax.ops import losses
-from dpo_jax.run import build
-from dpo_jax.run import together as together_lib
+from dpo_jax.run import build, recorder
 from dpo_jax.train import checkpoint, log
-from tests import conftest
+from tests import conftest, folders
 
 POINTS = ({"loss.beta": 0.1}, {"loss.beta": 5.0})
 SAMPLED = (
@@ -69,17 +68,33 @@ def traces():
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-  """A finished sweep of two β: (workdir, traces of the loss while it ran)."""
-  workdir = tmp_path_factory.mktemp("sweep")
-  with traces() as seen:
+  """A finished sweep of two β.
+
+  Returns: (workdir, how often the loss was traced before each point, and in
+    all).
+  """
+  workdir, before = tmp_path_factory.mktemp("sweep"), []
+  with traces() as seen, pytest.MonkeyPatch.context() as patch:
+    fit = loop.fit_together
+
+    def counted(*args):
+      before.append(len(seen))
+      return fit(*args)
+
+    patch.setattr(loop, "fit_together", counted)
     assert sweeps.sweep(load(*SAMPLED), POINTS, workdir) == 0
-  return workdir, len(seen)
+  return workdir, [*before, len(seen)]
 
 
-def test_all_points_share_one_compilation(swept, tmp_path):
-  with traces() as seen:
-    sweeps.sweep(load(*SAMPLED), POINTS[:1], tmp_path)
-  assert swept[1] == len(seen) > 0
+@pytest.fixture
+def copied(swept, tmp_path):
+  """A copy of the folder of the finished sweep, to write in."""
+  return shutil.copytree(swept[0], tmp_path / "sweep")
+
+
+def test_all_points_share_one_compilation(swept):
+  _, (first, second, end) = swept
+  assert first < second == end
 
 
 def test_a_point_of_a_sweep_is_the_run_of_its_config_alone(swept, tmp_path):
@@ -122,17 +137,15 @@ def test_a_finished_sweep_is_left_alone(swept, monkeypatch):
   assert files(workdir) == before
 
 
-def test_more_points_and_other_samples_train_only_what_is_new(tmp_path):
-  config = load(*SAMPLED)
-  sweeps.sweep(config, POINTS[:1], tmp_path)
-  before = files(tmp_path)
+def test_more_points_and_other_samples_train_only_what_is_new(copied):
+  before = files(copied)
   more = load(*SAMPLED, "sample.count=16")
-  assert sweeps.sweep(more, [*POINTS[:1], {"loss.beta": 1.0}], tmp_path) == 0
-  after = files(tmp_path)
+  assert sweeps.sweep(more, [*POINTS[:1], {"loss.beta": 1.0}], copied) == 0
+  after = files(copied)
   trained = [p for p in before if "checkpoints/" in p or "metrics" in p]
   assert {p: after[p] for p in trained} == {p: before[p] for p in trained}
   for name in ("reference", "beta=0.1", "beta=1.0"):
-    there = json.loads((tmp_path / name / "evaluation.json").read_text())
+    there = json.loads((copied / name / "evaluation.json").read_text())
     assert there["samples"] == 16
 
 
@@ -165,21 +178,24 @@ def test_a_stopped_point_ends_the_sweep_with_its_exit_code(
 
 
 def test_a_point_where_nothing_is_finite_does_not_stop_the_others(
-  tmp_path, monkeypatch, capsys
+  copied, monkeypatch, capsys
 ):
+  """The others are trained already, but not evaluated."""
   fit = loop.fit_together
   error = FloatingPointError("10 updates in a row were not finite")
+  for name in ("beta=0.1", "beta=5.0"):
+    (copied / name / "evaluation.json").unlink()
 
   def diverging(runs, folders):
     (result,) = fit(runs, folders)
-    if runs[0].setup.config.loss.beta == 0.1:
+    if runs[0].setup.asked["loss"]["beta"] == 0.1:
       result = result._replace(failure=error)
     return [result]
 
   monkeypatch.setattr(loop, "fit_together", diverging)
-  assert sweeps.sweep(load(), POINTS, tmp_path) == 1
-  assert (tmp_path / "beta=5.0/evaluation.json").exists()
-  assert not (tmp_path / "beta=0.1/evaluation.json").exists()
+  assert sweeps.sweep(load("ref=cached"), POINTS, copied) == 1
+  assert (copied / "beta=5.0/evaluation.json").exists()
+  assert not (copied / "beta=0.1/evaluation.json").exists()
   out = capsys.readouterr().out
   assert "beta=0.1: 10 updates in a row were not finite" in out
   assert "failed: beta=0.1" in out
@@ -236,12 +252,15 @@ def test_names_of_points_are_short_where_that_is_clear():
 
 
 def test_assembly_tells_traced_fields_from_compiled_ones():
-  run = build.prepare(load())
-  assert (
-    sweeps.prepare_point(load("loss.beta=2.0"), run).loader is run.feed.loader
-  )
-  other = sweeps.prepare_point(load("data.batch_size=4"), run)
-  assert other.loader is not run.feed.loader
+  config = load()
+  run = build.prepare(config)
+  alike = sweeps.prepare_point(load("loss.beta=2.0"), config, run)
+  assert alike.feed is run.feed
+  assert alike.step is run.step
+  assert float(alike.hparams["beta"]) == 2.0
+  other = sweeps.prepare_point(load("data.batch_size=4"), config, run)
+  assert other.feed.loader is not run.feed.loader
+  assert other.step is not run.step
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +324,9 @@ def test_an_interrupted_program_saves_all_points_and_goes_on(
   tmp_path, monkeypatch
 ):
   config = load("data.eval=None", "sweep.together=2", "log.every=1")
-  step = log.Logger.step
+  run, step = build.prepare(config), log.Logger.step
+  # Thrice the same config: its programs are compiled once.
+  monkeypatch.setattr(build, "prepare", lambda config: run)
 
   def interrupting(self, number, *args):
     if number == 2:
@@ -346,13 +367,13 @@ def once(fn):
 
 
 def test_points_that_got_apart_go_on_apart(tmp_path, monkeypatch):
-  config = load("data.eval=None")
-  sweeps.sweep(config, POINTS[:1], tmp_path)
+  config = load_lib.at(load("data.eval=None"), POINTS[0])
+  folders.untrained(config, tmp_path / "beta=0.1", step=3)
   at_once = []
 
   def fit(runs, folders):
     at_once.append([folder.name for folder in folders])
-    return [loop.Result(None, None, 0, None) for _ in runs]
+    return [recorder.Result(None, None, 0, None) for _ in runs]
 
   monkeypatch.setattr(loop, "fit_together", fit)
   more = load("data.eval=None", "train.steps=4", "sweep.together=2")
@@ -363,13 +384,11 @@ def test_points_that_got_apart_go_on_apart(tmp_path, monkeypatch):
 
 def test_runs_at_different_steps_do_not_train_together(tmp_path):
   config = load("data.eval=None", "train.steps=1")
-  runs = sweeps.beside(
-    [load_lib.at(config, point) for point in POINTS], build.prepare(config)
-  )
-  folders = [tmp_path / "a", tmp_path / "b"]
-  loop.fit_together(runs[:1], folders[:1])
+  configs = [load_lib.at(config, point) for point in POINTS]
+  run, _ = folders.untrained(configs[0], tmp_path / "a", step=1)
+  runs = sweeps.beside(configs, run)
   with pytest.raises(ValueError, match=r"a is at 1, .*b is at 0; train them"):
-    loop.fit_together(runs, folders)
+    loop.fit_together(runs, [tmp_path / "a", tmp_path / "b"])
 
 
 @pytest.mark.slow

@@ -108,7 +108,8 @@ def write_adapter(job):
   setup = build.prepare_model(load.load_config(job["config"], job["fields"]))
   folder = epath.Path(job["adapter"])
   folder.mkdir(exist_ok=True)
-  export.write_adapter(folder, setup, trained.adapter(setup))
+  base, rng = trained.base_shapes(setup), jax.random.key(setup.source.seed)
+  export.write_adapter(folder, setup, setup.trained.init(base, rng))
 
 
 def write_examples(folder, mix, vocab_size, steps, batch):

@@ -1,6 +1,6 @@
 """dpo_jax: its own step, loader and prefetching, as `loop.fit` runs them."""
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dpo_jax import host
@@ -9,13 +9,26 @@ from scripts.bench import protocol
 BETAS = (0.05, 1.0, 5.0)  # of the points beside the first
 
 
+class Program(NamedTuple):
+  """What the steps of a job need.
+
+  Attributes:
+    step: (state, batch, hparams) -> (state, metrics).
+    state, hparams: of one point, or stacked.
+    loss: metrics -> loss of the first point.
+  """
+
+  step: Callable
+  state: Any
+  hparams: dict
+  loss: Callable
+
+
 def compile_all(run, program, total):
   """Runs the step once for each shape of `total` batches.
 
   The program's state is used up. Returns: how many shapes.
   """
-  from dpo_jax.run import build as build_lib
-
   shapes = {}
   for number in range(total):
     batch, _ = run.feed.loader.batch(number)
@@ -24,7 +37,7 @@ def compile_all(run, program, total):
   for number in shapes.values():
     batch, _ = run.feed.batch(number, None)
     state, metrics = program.step(state, batch, program.hparams)
-    protocol.note(f"batch {number}: loss {float(metrics[0]['loss']):.4f}")
+    protocol.note(f"batch {number}: loss {float(program.loss(metrics)):.4f}")
   return len(shapes)
 
 
@@ -39,8 +52,8 @@ class Trainer(NamedTuple):
   """A run that is compiled and at its first step.
 
   Attributes:
-    run: build.Run.
-    program: together.Program; a step gives the metrics of each point.
+    run: base.Run.
+    program: Program.
     compilations: jax_side.Compilations.
     facts: for the results.
   """
@@ -53,9 +66,10 @@ class Trainer(NamedTuple):
 
 def build(job):
   """The Trainer of a job, as `loop.fit` builds its own."""
+  from dpo_jax import sweeps
   from dpo_jax.config import load
   from dpo_jax.run import build as build_lib
-  from dpo_jax.run import forward, together, trained
+  from dpo_jax.run import forward, recorder, together, trained
   from scripts.bench import jax_side
 
   fields = [*job["fields"], f"sweep.together={job['points']}"]
@@ -66,7 +80,7 @@ def build(job):
     for more in ([], *([f"loss.beta={beta}"] for beta in betas))
   ]
   run = build_lib.prepare(config)
-  protocol.note(run.about)
+  protocol.note(run.about[1])
   params = trained.initial(run.setup)
   protocol.note("parameters are there")
   if config.ref == "cached":
@@ -75,7 +89,12 @@ def build(job):
 
   def program():
     states = [build_lib.initial_state(run, params) for run in runs]
-    return together.program(runs, states)
+    if not others:
+      return Program(run.step, *states, run.hparams, lambda m: m["loss"])
+    made = together.program(runs, states)
+    return Program(
+      *(made.step, made.state, made.hparams, lambda m: m[0]["loss"])
+    )
 
   peaks = {"built": protocol.peak_bytes()}
   compilations = jax_side.Compilations()
@@ -87,7 +106,7 @@ def build(job):
     "compile_seconds": seconds,
     "compilations": shapes,
     "fill": run.feed.loader.fill,
-    "about": run.about.partition(": ")[2],  # without the path
+    "about": run.about[1].partition(": ")[2],  # without the path
     "peaks": peaks,
     "attention": run.setup.model.config.attention,
     "remat": run.setup.model.config.remat,
@@ -108,15 +127,10 @@ def main():
   host.leave_triton_out()
   import jax
 
-  from dpo_jax.data.batch import loader as loader_lib
-  from dpo_jax.run import build as build_lib
+  from dpo_jax.run import feed
   from dpo_jax.train import log
 
-  run, (step, state, hparams, _), compilations, facts = build(job)
-  batches = loader_lib.prefetch(
-    functools.partial(build_lib.place_batch, run.setup, run.feed.loader),
-    range(job["steps"]),
-  )
+  run, (step, state, hparams, loss_of), compilations, facts = build(job)
   device = jax.devices()[0]
   if device.memory_stats():
     channel.peak = device_peak
@@ -126,21 +140,22 @@ def main():
   channel.ready(("jax", "jaxlib", "flax", "optax"), **facts)
   before = compilations.count
 
-  def run_steps(count):
-    nonlocal state
-    losses = []
-    for _ in range(count):
-      batch, _ = next(batches)
-      state, metrics = step(state, batch, hparams)
-      losses.append(metrics[0]["loss"])
-    jax.block_until_ready((state, losses))
-    assert compilations.count == before, "a shape was compiled while timed"
-    return lambda: [float(loss) for loss in losses]
+  number = 0
+  with feed.opened(run.feed, number, job["steps"]) as batch_of:
 
-  try:
+    def run_steps(count):
+      nonlocal state, number
+      losses = []
+      for _ in range(count):
+        batch, _ = batch_of(number, state)
+        number += 1
+        state, metrics = step(state, batch, hparams)
+        losses.append(loss_of(metrics))
+      jax.block_until_ready((state, losses))
+      assert compilations.count == before, "a shape was compiled while timed"
+      return lambda: [float(loss) for loss in losses]
+
     channel.serve(run_steps)
-  finally:
-    batches.close()
 
 
 if __name__ == "__main__":

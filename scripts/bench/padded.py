@@ -106,14 +106,12 @@ def main():
   start = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
 
   def initial():
-    trained = trained_lib.adapter(setup) if job["lora"] else start(base)
+    rng = jax.random.key(setup.source.seed)
+    trained = start(setup.trained.init(base, rng))
     trained = jax.device_put(trained, device)
     return jax.device_put((trained, tx.init(trained)), device)
 
-  def policy(base, trained):
-    return trained_lib.policy(setup, base, trained)
-
-  step = make_step(apply, policy, tx, job["beta"])
+  step = make_step(apply, setup.trained.policy, tx, job["beta"])
   needed = job["ref"] == "frozen" or job["lora"]
   compilations = jax_side.Compilations()
   float(step(*initial(), base if needed else {}, batches[0])[2])

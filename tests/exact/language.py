@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import base as base_config
 from dpo_jax import tree
-from dpo_jax.algos import preference
+from dpo_jax.algos import base, preference
 from dpo_jax.data.read import records
 from dpo_jax.data.tokens import tokenize
 from dpo_jax.models import config as model_config
@@ -87,7 +87,8 @@ def log_policy(params, rows):
   @jax.jit
   def features(params, rows):
     rows = algorithm.prepare(rows, {"ref": params}, {})
-    return algorithm.features(params, {}, rows, {})[0]["policy_logps"]
+    moving, _ = algorithm.features(params, {}, rows, {}, base.rng_of(0))
+    return moving["policy_logps"]
 
   pairs, found = rows["pairs"], np.asarray(features(params, rows), float)
   out = np.full((len(pairs), len(TEXTS)), np.nan)

@@ -89,7 +89,8 @@ def test_a_peer_starts_from_the_adapter_of_ours(tmp_path):
   path = tmp_path / "adapter" / "adapter_model.safetensors"
   there = safetensors.numpy.load_file(path)
   setup = build.prepare_model(load.load_config(job["config"], job["fields"]))
-  ours = jax.tree.leaves(trained.adapter(setup))
+  base, rng = trained.base_shapes(setup), jax.random.key(setup.source.seed)
+  ours = jax.tree.leaves(setup.trained.init(base, rng))
   total = sum(np.abs(x).sum(dtype=float) for x in there.values())
   expected = sum(np.abs(np.asarray(x)).sum(dtype=float) for x in ours)
   assert total == pytest.approx(expected, rel=1e-6)
