@@ -5,7 +5,7 @@ import contextlib
 import jax
 from etils import epath
 
-from dpo_jax.run import build, feed, forward, recorder, together, trained
+from dpo_jax.run import build, feed, forward, recorder, trained
 from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
 
@@ -26,23 +26,23 @@ def fit(config, workdir, run=None):
   # Mistakes first: nothing is locked, loaded or written for a config that no
   # run can have, and a signal leaves the folder as it is.
   build.check(config)
-  with _held([workdir]) as stop:
+  with held([workdir]) as stop:
     with stop.at_once():
       run = build.prepare(config) if run is None else run
-    result = _fit(run, workdir, stop)
+    result = fit_run(run, workdir, stop)
   if result.failure is not None:
     raise result.failure
   return result
 
 
-def _fit(run, workdir, stop):
-  """The recorder.Result of one run."""
+def fit_run(run, workdir, stop):
+  """The recorder.Result of a run that is built, in a folder that is held."""
   with contextlib.ExitStack() as opened:
     # ── Restore ──────────────────────────────────────────────────────────────
     # The state at step 0 is made in any case: it has the shapes, the shardings
     # and the frozen part of what is restored, which a checkpoint never holds.
     run, state, checkpoints = restore(run, workdir, stop, opened)
-    start = _within(int(state.step), run.total, workdir)
+    start = within(int(state.step), run.total, workdir)
     record = recorder.Recorder(run, workdir, checkpoints, start)
     return train(run, run.step, run.hparams, state, record, start, stop)
 
@@ -137,60 +137,17 @@ def begin(run, workdir, stop=None):
   return run, build.initial_state(run, initial)
 
 
-def fit_together(runs, workdirs):
-  """Trains runs that differ in traced scalars alone in one program.
-
-  Args:
-    runs: list of Run, of sweeps.beside.
-    workdirs: a run folder for each, as `fit` leaves it; all at the same step.
-  Returns: list of recorder.Result. A run whose updates are not finite fails
-    alone.
-  Raises: ValueError as `fit`, and if the folders are at different steps.
-  """
-  with _held(workdirs) as stop, contextlib.ExitStack() as opened:
-    if len(runs) == 1:
-      return [_fit(*runs, *workdirs, stop)]
-    restored = [
-      restore(run, workdir, stop, opened)
-      for run, workdir in zip(runs, workdirs, strict=True)
-    ]
-    runs, states, checkpoints = map(list, zip(*restored, strict=True))
-    del restored
-    start = _same_step(states, workdirs)
-    _within(start, runs[0].total, workdirs[0])
-    records = [
-      recorder.Recorder(*each, start, name=f"{epath.Path(each[1]).name}: ")
-      for each in zip(runs, workdirs, checkpoints, strict=True)
-    ]
-    step, state, hparams, parts = together.program(runs, states)
-    record = together.Recorders(records, parts)
-    return train(runs[0], step, hparams, state, record, start, stop)
-
-
 @contextlib.contextmanager
-def _held(workdirs):
+def held(workdirs):
   """Holds run folders for this process; yields the health.Stop."""
-  with contextlib.ExitStack() as held:
+  with contextlib.ExitStack() as locks:
     if jax.process_index() == 0:
       for workdir in workdirs:
-        held.enter_context(health.lock(workdir))
-    yield held.enter_context(health.stop_on_signal())
+        locks.enter_context(health.lock(workdir))
+    yield locks.enter_context(health.stop_on_signal())
 
 
-def _same_step(states, workdirs):
-  """The step that all runs are at; ValueError if they are at different ones."""
-  steps = [int(state.step) for state in states]
-  if len(set(steps)) > 1:
-    at = zip(workdirs, steps, strict=True)
-    raise ValueError(
-      "runs that train together must be at the same step, but "
-      + ", ".join(f"{workdir} is at {step}" for workdir, step in at)
-      + "; train them one by one: --config.sweep.together=1"
-    )
-  return steps[0]
-
-
-def _within(step, total, workdir):
+def within(step, total, workdir):
   """`step`; ValueError if it is beyond the last."""
   if step > total:
     raise ValueError(

@@ -1,5 +1,6 @@
 """Runs at many points of a config, one folder each, in one process."""
 
+import contextlib
 import json
 
 import jax
@@ -9,7 +10,7 @@ from dpo_jax import loop
 from dpo_jax.algos import base, terms
 from dpo_jax.config import load, saved
 from dpo_jax.eval import evaluation, rewards
-from dpo_jax.run import build, together, trained
+from dpo_jax.run import build, recorder, together, trained
 from dpo_jax.train import checkpoint
 
 
@@ -195,7 +196,7 @@ def _train(runs, folders):
   """
   failed = []
   print(f"── {' + '.join(folder.name for folder in folders)}", flush=True)
-  results = loop.fit_together(runs, folders)
+  results = fit_together(runs, folders)
   for run, folder, result in zip(runs, folders, results, strict=True):
     if result.failure is not None:
       print(f"{folder.name}: {result.failure}", flush=True)
@@ -205,6 +206,50 @@ def _train(runs, folders):
       base = run.setup.base
       evaluation.evaluate(run, result.state.params, base, folder, made)
   return max(result.exit_code for result in results), failed
+
+
+def fit_together(runs, workdirs):
+  """Trains runs that differ in traced scalars alone in one program.
+
+  Args:
+    runs: list of Run, of `beside`.
+    workdirs: a run folder for each, as `loop.fit` leaves it; all are at the
+      same step.
+  Returns: list of recorder.Result. A run whose updates are not finite fails
+    alone.
+  Raises: ValueError as `loop.fit`, and if the folders are at different steps.
+  """
+  with loop.held(workdirs) as stop, contextlib.ExitStack() as opened:
+    if len(runs) == 1:
+      return [loop.fit_run(*runs, *workdirs, stop)]
+    restored = [
+      loop.restore(run, workdir, stop, opened)
+      for run, workdir in zip(runs, workdirs, strict=True)
+    ]
+    runs, states, checkpoints = map(list, zip(*restored, strict=True))
+    del restored
+    start = _same_step(states, workdirs)
+    loop.within(start, runs[0].total, workdirs[0])
+    records = [
+      recorder.Recorder(*each, start, name=f"{epath.Path(each[1]).name}: ")
+      for each in zip(runs, workdirs, checkpoints, strict=True)
+    ]
+    step, state, hparams, parts = together.program(runs, states)
+    record = together.Recorders(records, parts)
+    return loop.train(runs[0], step, hparams, state, record, start, stop)
+
+
+def _same_step(states, workdirs):
+  """The step that all runs are at; ValueError if they are at different ones."""
+  steps = [int(state.step) for state in states]
+  if len(set(steps)) > 1:
+    at = zip(workdirs, steps, strict=True)
+    raise ValueError(
+      "runs that train together must be at the same step, but "
+      + ", ".join(f"{workdir} is at {step}" for workdir, step in at)
+      + "; train them one by one: --config.sweep.together=1"
+    )
+  return steps[0]
 
 
 def program(config, overrides, workdir):

@@ -75,13 +75,13 @@ def swept(tmp_path_factory):
   """
   workdir, before = tmp_path_factory.mktemp("sweep"), []
   with traces() as seen, pytest.MonkeyPatch.context() as patch:
-    fit = loop.fit_together
+    fit = sweeps.fit_together
 
     def counted(*args):
       before.append(len(seen))
       return fit(*args)
 
-    patch.setattr(loop, "fit_together", counted)
+    patch.setattr(sweeps, "fit_together", counted)
     assert sweeps.sweep(load(*SAMPLED), POINTS, workdir) == 0
   return workdir, [*before, len(seen)]
 
@@ -128,7 +128,7 @@ def test_a_finished_sweep_is_left_alone(swept, monkeypatch):
   workdir, _ = swept
   before = files(workdir)
   monkeypatch.setattr(
-    loop, "fit_together", lambda *_: pytest.fail("trained again")
+    sweeps, "fit_together", lambda *_: pytest.fail("trained again")
   )
   monkeypatch.setattr(
     evaluation, "evaluate", lambda *_: pytest.fail("evaluated again")
@@ -163,16 +163,16 @@ def test_another_policy_in_the_folder_is_refused_and_loses_nothing(swept):
 def test_a_stopped_point_ends_the_sweep_with_its_exit_code(
   tmp_path, monkeypatch
 ):
-  fit = loop.fit_together
+  fit = sweeps.fit_together
 
   def stopped(*args):
     return [result._replace(exit_code=130) for result in fit(*args)]
 
-  monkeypatch.setattr(loop, "fit_together", stopped)
+  monkeypatch.setattr(sweeps, "fit_together", stopped)
   assert sweeps.sweep(load(), POINTS, tmp_path) == 130
   assert not (tmp_path / "beta=0.1/evaluation.json").exists()
   assert not (tmp_path / "beta=5.0").exists()
-  monkeypatch.setattr(loop, "fit_together", fit)
+  monkeypatch.setattr(sweeps, "fit_together", fit)
   assert sweeps.sweep(load(), POINTS, tmp_path) == 0
   assert (tmp_path / "beta=5.0/evaluation.json").exists()
 
@@ -181,7 +181,7 @@ def test_a_point_where_nothing_is_finite_does_not_stop_the_others(
   copied, monkeypatch, capsys
 ):
   """The others are trained already, but not evaluated."""
-  fit = loop.fit_together
+  fit = sweeps.fit_together
   error = FloatingPointError("10 updates in a row were not finite")
   for name in ("beta=0.1", "beta=5.0"):
     (copied / name / "evaluation.json").unlink()
@@ -192,7 +192,7 @@ def test_a_point_where_nothing_is_finite_does_not_stop_the_others(
       result = result._replace(failure=error)
     return [result]
 
-  monkeypatch.setattr(loop, "fit_together", diverging)
+  monkeypatch.setattr(sweeps, "fit_together", diverging)
   assert sweeps.sweep(load("ref=cached"), POINTS, copied) == 1
   assert (copied / "beta=5.0/evaluation.json").exists()
   assert not (copied / "beta=0.1/evaluation.json").exists()
@@ -313,7 +313,7 @@ def test_a_sweep_is_finished_whether_its_points_trained_together_or_not(
   together, monkeypatch
 ):
   monkeypatch.setattr(
-    loop, "fit_together", lambda *_: pytest.fail("trained again")
+    sweeps, "fit_together", lambda *_: pytest.fail("trained again")
   )
   config = load(*SAMPLED)
   assert sweeps.sweep(config, POINTS, together) == 0
@@ -375,7 +375,7 @@ def test_points_that_got_apart_go_on_apart(tmp_path, monkeypatch):
     at_once.append([folder.name for folder in folders])
     return [recorder.Result(None, None, 0, None) for _ in runs]
 
-  monkeypatch.setattr(loop, "fit_together", fit)
+  monkeypatch.setattr(sweeps, "fit_together", fit)
   more = load("data.eval=None", "train.steps=4", "sweep.together=2")
   points = [*POINTS, {"loss.beta": 1.0}, {"loss.beta": 2.0}]
   assert sweeps.sweep(more, points, tmp_path) == 0
@@ -388,7 +388,7 @@ def test_runs_at_different_steps_do_not_train_together(tmp_path):
   run, _ = folders.untrained(configs[0], tmp_path / "a", step=1)
   runs = sweeps.beside(configs, run)
   with pytest.raises(ValueError, match=r"a is at 1, .*b is at 0; train them"):
-    loop.fit_together(runs, [tmp_path / "a", tmp_path / "b"])
+    sweeps.fit_together(runs, [tmp_path / "a", tmp_path / "b"])
 
 
 @pytest.mark.slow

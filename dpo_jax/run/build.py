@@ -143,6 +143,11 @@ def prepare(config):
   algorithm = algorithm_of(config, setup)
   make_feed = lookup.lookup(FEEDS, algorithm.data, "the algorithm's data")
   source = make_feed(config, setup, algorithm)
+  if config.ref == "cached" and source.loader is None:
+    raise ValueError(
+      "ref = 'cached' needs completions that are there before the run, and "
+      f"algo = {config.algo!r} samples its own: set ref = 'frozen'"
+    )
   total = total_steps(config, source.epoch)
   optimizer = optim.make(config.optim, total)
   shapes = trained_lib.trained_shapes(setup)
