@@ -47,10 +47,7 @@ def mesh_of(config):
   """(mesh, mode) of a config."""
   mode = lookup.lookup(run_lib.MODES, config.mesh.mode, "mesh.mode")
   mesh = mesh_lib.make(config.mesh)
-  if mode == "pmap" and config.mesh.fsdp * config.mesh.tensor > 1:
-    raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
-  if mode == "pmap" and jax.process_count() > 1:
-    raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
+  checks.pmap(config.mesh)
   return mesh, mode
 
 

@@ -1,5 +1,7 @@
 """What a config must satisfy before anything is built."""
 
+import jax
+
 from dpo_jax import lookup, tree
 from dpo_jax.config import fields, saved
 from dpo_jax.data.read import sources
@@ -143,6 +145,14 @@ def _effects_on_model(m):
       f"model.norm_offset = {m.norm_offset} has no effect with model.norm = "
       f"{m.norm!r}: it is of RMSNorm",
     )
+
+
+def pmap(options):
+  """Refuses a mesh, of config.mesh, that pmap cannot have."""
+  if options.mode == "pmap" and options.fsdp * options.tensor > 1:
+    raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
+  if options.mode == "pmap" and jax.process_count() > 1:
+    raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
 
 
 def freeze(patterns, params, optimizer):
