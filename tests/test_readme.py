@@ -52,3 +52,14 @@ def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
   fields = {path for flat in every for path in flat}
   for field in re.findall(r"--config\.([\w.]+)=", README):
     assert field in fields, field
+
+
+def test_the_spine_has_as_many_lines_as_the_readme_says():
+  rows = re.findall(r"\| \[`[^`]*`\]\((\S+)\) \| ([\d,]+) \|", README)
+  counted = {
+    path: len((conftest.ROOT / path).read_text().splitlines())
+    for path, _ in rows
+  }
+  assert counted == {path: int(told.replace(",", "")) for path, told in rows}
+  (told,) = re.findall(r"about an hour\s+\(([\d,]+) lines", README)
+  assert int(told.replace(",", "")) == sum(counted.values()) <= 2100

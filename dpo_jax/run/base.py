@@ -66,14 +66,12 @@ class Reference(NamedTuple):
   """What a run is compared with.
 
   Attributes:
-    name: of algos.terms.REFERENCES, for messages.
     cached: whether its log-probs are computed once and kept on disk,
     store: in this folder, or that of the run where it is None.
     in_step: whether a step computes them.
     kept: whether what the run starts from must stay what it was.
   """
 
-  name: str
   cached: bool
   store: str | None
   in_step: bool
@@ -88,8 +86,7 @@ class Rhythm(NamedTuple):
     keep: checkpoints that stay.
     max_noise: largest |reward| at step 0.
     max_skipped: updates in a row that may be refused.
-    trace: whether to trace some steps.
-    trackers: the fields of config.log.
+    reports: the fields of config.log: trackers, and whether to trace.
   """
 
   log: int
@@ -98,8 +95,7 @@ class Rhythm(NamedTuple):
   keep: int
   max_noise: float
   max_skipped: int
-  trace: bool
-  trackers: Any
+  reports: Any
 
 
 class Measured(NamedTuple):

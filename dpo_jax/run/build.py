@@ -52,11 +52,7 @@ def mesh_of(config):
 
 
 def setup_on(config, mesh, mode):
-  """The Setup of a config on a mesh.
-
-  Args:
-    mode: of run.MODES.
-  """
+  """The Setup of a config on a mesh, in a mode of run.MODES."""
   data = load.plain(config.data)
   model, tokenizer = model_lib.build(
     config.model.to_dict(),
@@ -135,9 +131,11 @@ def prepare(config):
 
   Raises: ValueError for what the user can mend.
   """
+  # ── Model and algorithm: both refuse what cannot be before data are read ───
   setup = prepare_model(config)
-  # Refuses what it cannot do before data are read.
   algorithm = algorithm_of(config, setup)
+
+  # ── Data: their shapes say what a step will need ───────────────────────────
   make_feed = lookup.lookup(FEEDS, algorithm.data, "the algorithm's data")
   source = make_feed(config, setup, algorithm)
   if config.ref == "cached" and source.loader is None:
@@ -149,11 +147,14 @@ def prepare(config):
   optimizer = optim.make(config.optim, total)
   shapes = trained_lib.trained_shapes(setup)
   checks.freeze(config.optim.freeze, shapes, optimizer)
+
+  # ── Memory: how the step is computed, so the model is another one now ──────
   largest = max(source.shapes, key=lambda shape: shape.length)
   setup, choice = memory.fitted(
     setup, optimizer, largest, config.train.accumulation, algorithm.extra
   )
-  algorithm = algorithm_of(config, setup)  # of the model as it fits
+  setup = setup._replace(programs=_programs(setup))
+  algorithm = algorithm_of(config, setup)
   run = plain.Run(
     setup=setup,
     feed=source,
@@ -228,7 +229,6 @@ def held_out_of(config, setup, algorithm):
 def reference_of(config):
   """The Reference of a config."""
   return plain.Reference(
-    name=config.ref,
     cached=config.ref == "cached",
     store=config.ref_store,
     in_step=config.ref in ("frozen", "base", "ema"),
@@ -245,8 +245,7 @@ def rhythm_of(config):
     keep=config.checkpoint.keep,
     max_noise=config.train.max_noise,
     max_skipped=config.train.max_skipped,
-    trace=config.log.profile,
-    trackers=load.plain(config.log),
+    reports=load.plain(config.log),
   )
 
 
@@ -309,7 +308,6 @@ def initial_state(run, initial):
   """A TrainState at step 0.
 
   Args:
-    run: Run.
     initial: of trained.initial. It is the frozen part where that is needed, and
       copied where it is trained, since a step donates what it trains.
   """

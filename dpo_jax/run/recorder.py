@@ -54,7 +54,7 @@ class Recorder:
       start=start,
       loud=first,
       name=name,
-      trackers=trackers.make(run.rhythm.trackers, asked, workdir, start)
+      trackers=trackers.make(run.rhythm.reports, asked, workdir, start)
       if first
       else (),
     )
@@ -96,7 +96,7 @@ class Recorder:
       start,
       self._run.total,
       self._logger.say,
-      wanted=self._run.rhythm.trace,
+      wanted=self._run.rhythm.reports.profile,
     )
 
   def step(self, number, metrics, stats):

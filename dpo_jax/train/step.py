@@ -27,6 +27,7 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
   """
 
   def step(state, batch, hparams):
+    # ── Gradient: of the part that is trained, over the whole batch ──────────
     trained, rest = tree.split(state.params, optimizer.trains)
     grads, loss, metrics, kept = gradients(
       algorithm,
@@ -38,11 +39,16 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
       accumulation,
       axis_name,
     )
+
+    # ── Update: the rate stays outside of the optimiser, or it would be
+    # compiled in, and a sweep over it would compile every point anew ─────────
     rate = hparams["learning_rate"] * optimizer.factor(state.step)
     updates, opt_state = optimizer.tx.update(grads, state.opt_state, trained)
     updated = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
     norm = tree.norm(grads)
     moved = rate * tree.norm(updates)
+
+    # ── Guard: chosen on the device, since the host sees a step's numbers late
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(moved)
 
     def guard(new, old):
@@ -51,6 +57,7 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     params = tree.graft(rest, guard(updated, trained))
     more = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     metrics = {**metrics, **more}
+    # After the metrics, so that a coefficient can follow them.
     extra = {**state.extra, **kept}
     extra = algorithm.update(extra, params, state.step + 1, metrics)
     state = state.replace(
@@ -86,6 +93,8 @@ def gradients(
   def combine(moving, fixed):
     return algorithm.combine(moving, fixed, state.extra, hparams)
 
+  # One microbatch on one device sees the whole batch, coupled or not; else a
+  # loss that couples its examples needs all their features before its gradient.
   if algorithm.batch_level and (accumulation > 1 or axis_name is not None):
     grads, terms = _coupled(
       features, combine, trained, batch, accumulation, axis_name

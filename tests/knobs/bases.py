@@ -111,7 +111,7 @@ def _write_published(model, adapter):
 
 def _write_run(folder, config):
   """A run folder whose parameters are all 1."""
-  shapes = trained.whole(build_lib.prepare_model(config))
+  shapes = trained.model_shapes(build_lib.prepare_model(config))
   params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
   zero = jnp.zeros((), jnp.int32)
   state = state_lib.TrainState(zero, params, {}, {}, {}, zero)

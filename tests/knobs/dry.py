@@ -22,7 +22,7 @@ from dpo_jax import export, loop, sweeps, tree, verbs
 from dpo_jax.config import load
 from dpo_jax.eval import generate
 from dpo_jax.models import sample as sample_lib
-from dpo_jax.run import build, forward, held_out, together
+from dpo_jax.run import build, forward, held_out
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import checkpoint, log
 from dpo_jax.train import state as state_lib
@@ -89,7 +89,7 @@ def training(plan):
     def save(self, state, identity, *, wait):
       events.append(("save", state.step))
 
-  def evaluate(setup, algorithm, state, *_):
+  def evaluate(setup, measured, state):
     events.append(("evaluate", state.step))
     return {"loss": 0.0}
 
@@ -101,13 +101,13 @@ def training(plan):
       stack,
       (trained_lib, "initial", lambda setup: {}),
       (build, "initial_state", lambda *_: _state(0)),
-      (build, "train_step", _free_step(peaks)),
       (forward, "token_logps", _zero_logps),
       (held_out, "evaluate", evaluate),
       (checkpoint, "Checkpointer", Checkpointer),
       (log, "peak_flops", lambda: (1.0, "")),
     )
     run, _ = plan_lib.run_of(plan._replace(cache={}))
+    run = run._replace(step=_free_step(run, peaks))
     try:
       loop.fit(plan.config, folder / "run", run)
     except (ValueError, FloatingPointError) as error:
@@ -126,31 +126,23 @@ def _state(number):
   return state_lib.TrainState(number, {}, {}, {}, {}, zero)
 
 
-def _free_step(peaks):
-  """Function (run, state) -> step that costs nothing and fails ever more.
+def _free_step(run, peaks):
+  """A step of a run that costs nothing and fails ever more.
 
   Args:
     peaks: metrics that are the largest of something.
   """
+  bounds = None
+  if run.algorithm.first is not None:
+    bounds = run.algorithm.first(run.hparams, NOISE)
+  loss = 0.0 if bounds is None else bounds[1]
 
-  def train_step(run, state):
-    bounds = None
-    if run.algorithm.first is not None:
-      bounds = run.algorithm.first(run.hparams, NOISE)
-    loss = 0.0 if bounds is None else bounds[1]
+  def step(state, batch, hparams):
+    skipped = state.step + 1.0
+    metrics = {"loss": loss, "skipped": skipped, **dict.fromkeys(peaks, NOISE)}
+    return _state(state.step + 1), metrics
 
-    def step(state, batch, hparams):
-      skipped = state.step + 1.0
-      metrics = {
-        "loss": loss,
-        "skipped": skipped,
-        **dict.fromkeys(peaks, NOISE),
-      }
-      return _state(state.step + 1), metrics
-
-    return step
-
-  return train_step
+  return step
 
 
 def _zero_logps(setup, params, loader, numbers):
@@ -194,7 +186,8 @@ def sampling(plan):
     return sample_lib.Samples(letters, ends, ends == 0, np.zeros(shape))
 
   with _folder() as folder, contextlib.redirect_stdout(io.StringIO()):
-    setup = setup._replace(cache={"sample": draw})
+    programs = setup.programs._replace(sample=draw)
+    setup = setup._replace(programs=programs)
     generate.write(setup, None, {}, folder)
     return calls, _files(folder)
 
@@ -215,8 +208,9 @@ def sweeping(plan):
       (sweeps, "_reference", lambda *_: None),
       (sweeps, "_parts", lambda *parts: [parts[:2]]),
       (sweeps, "_train", train),
-      (together, "prepare_point", lambda *_: None),
-      (together, "beside", lambda *_: None),
+      (sweeps, "prepare_point", lambda *_: None),
+      (sweeps, "_kept", lambda run: run),
+      (sweeps, "beside", lambda *_: None),
     )
     sweeps.sweep(plan.config, made, folder)
     return at_once, _files(folder)
@@ -234,7 +228,7 @@ def exporting(plan):
   pushed = []
 
   def zeros(setup, *_):
-    return _zeros(trained_lib.whole(setup))
+    return _zeros(trained_lib.model_shapes(setup))
 
   def trained(setup, *_):
     return _zeros(trained_lib.trained_shapes(setup))
@@ -247,7 +241,7 @@ def exporting(plan):
       (checkpoint, "identity", lambda _: {"step": 1, "checksums": {}}),
       (trained_lib, "initial", zeros),
       (trained_lib, "merged", zeros),
-      (trained_lib, "trained", trained),
+      (trained_lib, "restored", trained),
       (export, "push", lambda folder, name: pushed.append(name)),
     )
     verbs.export(plan.config, folder, None)

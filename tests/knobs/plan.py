@@ -14,6 +14,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from dpo_jax import tree
+from dpo_jax.algos import base
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import build
@@ -114,7 +115,10 @@ def layout(plan):
 def model(plan):
   """The forward pass, and the parameters."""
   setup, precision = setup_of(plan)
-  params, batch = trained_lib.whole(setup), worlds.batch(worlds.examples(8))
+  params, batch = (
+    trained_lib.model_shapes(setup),
+    worlds.batch(worlds.examples(8)),
+  )
 
   def apply(params, batch):
     hidden, head = setup.model.apply(params, batch)
@@ -135,8 +139,9 @@ def _initial_state(plan):
   """Function () -> TrainState at step 0, to be traced."""
   run, _ = run_of(plan)
   setup = run.setup
-  if setup.config.init_from is not None:  # files are read, not traced
-    setup.once("initial", lambda: trained_lib.initial(setup))
+  if setup.source.spec is not None:  # files are read, not traced
+    kept = plan.once("its base", lambda _: trained_lib.initial(setup))
+    setup = setup._replace(base=kept)
   return lambda: build.initial_state(run, trained_lib.initial(setup))
 
 
@@ -151,7 +156,7 @@ def data(plan):
   run, _ = run_of(plan)
   parts = [run.total, _batches(run.feed.loader)]
   if plan.config.data.eval is not None:
-    parts.append(_batches(build.held_out_loader(run.setup)[0]))
+    parts.append(_batches(run.held_out.loader()[0]))
   return parts
 
 
@@ -184,7 +189,7 @@ def step(plan):
 def _batch(run):
   """A batch, with log-probs of a cached reference where the step needs them."""
   batch, _ = run.feed.loader.batch(0)
-  if run.setup.config.ref != "cached":
+  if not run.reference.cached:
     return batch
   shape = batch["target_index"].shape
   return {**batch, "ref_token_logps": np.zeros(shape, np.float32)}
@@ -196,7 +201,8 @@ def _features(plan):
 
   def features(state, batch):
     batch = algorithm.prepare(batch, state.frozen, state.extra)
-    return algorithm.features(state.params, state.frozen, batch, {"step": 0})
+    options = state.params, state.frozen, batch, {}, base.rng_of(0)
+    return algorithm.features(*options)
 
   return features
 
@@ -225,7 +231,7 @@ def gradient(plan):
   """The gradient of the loss for the log-probs, and the values it reads."""
   run, _ = run_of(plan)
   of_features = run.algorithm._replace(
-    features=lambda moving, frozen, fixed, hparams: (moving, fixed),
+    features=lambda moving, frozen, fixed, *_: (moving, fixed),
     prepare=lambda fixed, frozen, extra: fixed,
   )
 
