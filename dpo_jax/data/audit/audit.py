@@ -15,26 +15,28 @@ _CONTEXT = 8  # tokens in front of one that its text is looked up behind
 _PART = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of a character
 
 
-def audit(config, kind, scored):
+def audit(config, kind, with_scores):
   """The reports of data.train and, where it is set, data.eval.
 
   Args:
     config: see `report`.
-    kind, scored: what the loss compares, see comparisons.arrange.
+    kind, with_scores: what the loss compares, see comparisons.arrange.
   """
   tokenizer = tokenize.load(config.tokenizer)
   fields = ["data.train"]
   if config.data.eval is not None:
     fields.append("data.eval")
-  return [report(config, kind, scored, tokenizer, field) for field in fields]
+  return [
+    report(config, kind, with_scores, tokenizer, field) for field in fields
+  ]
 
 
-def report(config, kind, scored, tokenizer, field):
+def report(config, kind, with_scores, tokenizer, field):
   """The report of a data set, as plain values.
 
   Args:
     config: reads data, audit and tokenizer (its name).
-    kind, scored: see `audit`.
+    kind, with_scores: see `audit`.
     tokenizer: tokenize.Tokenizer.
     field: "data.train" or "data.eval".
   Returns: {"field", "spec", "tokenizer", "shown": examples token by token,
@@ -49,14 +51,14 @@ def report(config, kind, scored, tokenizer, field):
     policy = sources.Policy("skip")
     facts = []
     each = _encoded(config, kind, tokenizer, source, policy, field)
-    for record, made in each:
-      error = comparisons.problem(made.example, kind, scored)
+    for record, encoded in each:
+      error = comparisons.problem(encoded.example, kind, with_scores)
       if error is not None:
         policy.bad(error)
         continue
-      facts.append(counts.facts_of(record, made, tokenizer))
+      facts.append(counts.facts_of(record, encoded, tokenizer))
       if len(shown) < config.audit.show:
-        shown.append(_show(record, made, tokenizer))
+        shown.append(_show(record, encoded, tokenizer))
     parts.append(
       {
         "source": source,
@@ -84,11 +86,11 @@ def _encoded(config, kind, tokenizer, source, policy, field):
   form = comparisons.FORMS[kind]
   records = list(sources.read(source, form, policy, field))
   each = tokenize.encode_each(records, tokenizer, config.data)
-  for record, made in zip(records, each, strict=True):
-    if made.error is None:
-      yield record, made
+  for record, encoded in zip(records, each, strict=True):
+    if encoded.error is None:
+      yield record, encoded
     else:
-      policy.bad(made.error)
+      policy.bad(encoded.error)
 
 
 def _about(name, tokenizer):
@@ -103,9 +105,9 @@ def _about(name, tokenizer):
   }
 
 
-def _show(record, made, tokenizer):
+def _show(record, encoded, tokenizer):
   """An example as plain values: its tokens are (id, text or None, special)."""
-  example = made.example
+  example = encoded.example
   prompt, count = example.prompt, len(example.completions)
   names = [f"completion {k}" for k in range(count)]
   if count == 1:
@@ -115,7 +117,7 @@ def _show(record, made, tokenizer):
     names[winner], names[loser] = "chosen", "rejected"
   return {
     "origin": record.origin,
-    "changed": dict(made.changed),
+    "changed": dict(encoded.changed),
     "prompt": _tokens([], prompt, tokenizer),
     "completions": [
       {"name": name, "tokens": _tokens(prompt, ids, tokenizer)}
