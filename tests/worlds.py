@@ -123,9 +123,9 @@ def batch(
   return rows.build(items, assigned, shape, layout, extras)
 
 
-def arranged(items, kind, scored=False):
+def arranged(items, kind, with_scores=False):
   """Examples as a loss compares them, see comparisons.arrange."""
-  items = [comparisons.arrange(item, kind, scored) for item in items]
+  items = [comparisons.arrange(item, kind, with_scores) for item in items]
   if kind == "mismatched":
     return list(comparisons.mismatched(items, "these"))
   return items

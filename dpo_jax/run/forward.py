@@ -108,11 +108,11 @@ def attach_reference(setup, params, loader, folder, stop=None):
   if first and not described:
     store.describe(entry.path, entry.about)
   # What one process sees decides for all: they must compute the same batches.
-  found = _shared(reference.find(entry) if first else {}, len(entry.blocks))
-  if len(found) < len(entry.blocks):
-    written = _compute(setup, params, in_order, entry, found, stop)
-    found |= _shared(written, len(entry.blocks))
-  loader.set_reference(reference.load(entry, found))
+  stored = _shared(reference.find(entry) if first else {}, len(entry.blocks))
+  if len(stored) < len(entry.blocks):
+    written = _compute(setup, params, in_order, entry, stored, stop)
+    stored |= _shared(written, len(entry.blocks))
+  loader.set_reference(reference.load(entry, stored))
 
 
 def _made_of(setup, params, loader):
@@ -137,20 +137,20 @@ def _function(config):
   return {name: fields[name] for name in fields if name not in how}
 
 
-def _compute(setup, params, loader, entry, found, stop):
-  """Computes the blocks that were not found, and writes this process's share.
+def _compute(setup, params, loader, entry, stored, stop):
+  """Computes the blocks that were not stored, and writes this process's share.
 
   Args:
     setup, params: as for `token_logps`.
     loader: in-order Loader of all examples, not of the missing ones: so the
       batches are those of a run that was not interrupted, to the bit.
     entry: reference.Entry.
-    found: blocks that are there.
+    stored: blocks that are there.
     stop: as for `attach_reference`.
   Returns: {number: checksum} of the blocks that this process wrote.
   """
   per_block = len(entry.blocks[0])
-  missing = [n for n in range(len(entry.blocks)) if n not in found]
+  missing = [n for n in range(len(entry.blocks)) if n not in stored]
   numbers = [
     n
     for n in range(loader.steps)
@@ -164,7 +164,7 @@ def _compute(setup, params, loader, entry, found, stop):
   for index, values in progress.over(
     token_logps(setup, params, loader, numbers),
     sum(len(loader.indices(n)) for n in numbers),
-    "reference log-probs" + (" still missing" if found else ""),
+    "reference log-probs" + (" still missing" if stored else ""),
     unit="examples",
     loud=jax.process_index() == 0,
   ):
@@ -193,5 +193,5 @@ def _shared(checksums, blocks):
   for number, checksum in checksums.items():
     table[:, number] = 1, checksum
   # [processes, 2, blocks]; a block is in the table of one process at most.
-  there, sums = multihost_utils.process_allgather(table).max(axis=0)
-  return {int(n): int(sums[n]) for n in np.flatnonzero(there)}
+  known, sums = multihost_utils.process_allgather(table).max(axis=0)
+  return {int(n): int(sums[n]) for n in np.flatnonzero(known)}

@@ -15,14 +15,14 @@ _CONTEXT = 8  # tokens in front of one that its text is looked up behind
 _PART = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of a character
 
 
-def audit(name, options, limits, kind, scored):
+def audit(name, options, limits, kind, with_scores):
   """The reports of data.train and, where it is set, data.eval.
 
   Args:
     name: of the tokenizer.
     options: the fields of config.data.
     limits: the fields of config.audit.
-    kind, scored: what the loss compares, see comparisons.arrange.
+    kind, with_scores: what the loss compares, see comparisons.arrange.
   """
   tokenizer = tokenize.load(name)
   specs = {"data.train": options.train}
@@ -31,19 +31,19 @@ def audit(name, options, limits, kind, scored):
   return [
     {
       "tokenizer": _about(name, tokenizer),
-      **report(spec, field, tokenizer, options, limits, kind, scored),
+      **report(spec, field, tokenizer, options, limits, kind, with_scores),
     }
     for field, spec in specs.items()
   ]
 
 
-def report(spec, field, tokenizer, options, limits, kind, scored):
+def report(spec, field, tokenizer, options, limits, kind, with_scores):
   """The report of a data set, as plain values.
 
   Args:
     spec, field: the source, and "data.train" or "data.eval".
     tokenizer: tokenize.Tokenizer.
-    options, limits, kind, scored: see `audit`.
+    options, limits, kind, with_scores: see `audit`.
   Returns: {"field", "spec", "shown": examples token by token,
     "parts": [`audit_counts.summary` with "source", for each part of a mixture,
     then for all if there are several], "checks": see `audit_counts.checks`}.
@@ -55,14 +55,14 @@ def report(spec, field, tokenizer, options, limits, kind, scored):
     policy = sources.Policy("skip")
     facts = []
     each = _encoded(options, kind, tokenizer, source, policy, field)
-    for record, made in each:
-      error = comparisons.problem(made.example, kind, scored)
+    for record, encoded in each:
+      error = comparisons.problem(encoded.example, kind, with_scores)
       if error is not None:
         policy.bad(error)
         continue
-      facts.append(counts.facts_of(record, made, tokenizer))
+      facts.append(counts.facts_of(record, encoded, tokenizer))
       if len(shown) < limits.show:
-        shown.append(_show(record, made, tokenizer))
+        shown.append(_show(record, encoded, tokenizer))
     parts.append(
       {
         "source": source,
@@ -89,11 +89,11 @@ def _encoded(options, kind, tokenizer, source, policy, field):
   form = comparisons.FORMS[kind]
   records = list(sources.read(source, form, policy, field))
   each = tokenize.encode_each(records, tokenizer, options)
-  for record, made in zip(records, each, strict=True):
-    if made.error is None:
-      yield record, made
+  for record, encoded in zip(records, each, strict=True):
+    if encoded.error is None:
+      yield record, encoded
     else:
-      policy.bad(made.error)
+      policy.bad(encoded.error)
 
 
 def _about(name, tokenizer):
@@ -108,9 +108,9 @@ def _about(name, tokenizer):
   }
 
 
-def _show(record, made, tokenizer):
+def _show(record, encoded, tokenizer):
   """An example as plain values: its tokens are (id, text or None, special)."""
-  example = made.example
+  example = encoded.example
   prompt, count = example.prompt, len(example.completions)
   names = [f"completion {k}" for k in range(count)]
   if count == 1:
@@ -120,7 +120,7 @@ def _show(record, made, tokenizer):
     names[winner], names[loser] = "chosen", "rejected"
   return {
     "origin": record.origin,
-    "changed": dict(made.changed),
+    "changed": dict(encoded.changed),
     "prompt": _tokens([], prompt, tokenizer),
     "completions": [
       {"name": name, "tokens": _tokens(prompt, ids, tokenizer)}

@@ -79,15 +79,15 @@ class Facts(NamedTuple):
   pairs: tuple[tuple[int, int], ...]
 
 
-def facts_of(record, made, tokenizer):
+def facts_of(record, encoded, tokenizer):
   """The Facts of an example.
 
   Args:
     record: sources.Record.
-    made: its tokenize.Encoded, which has an example.
+    encoded: its tokenize.Encoded, which has an example.
     tokenizer: tokenize.Tokenizer.
   """
-  example, changed = made.example, made.changed
+  example, changed = encoded.example, encoded.changed
   bos = count_bos(example, tokenizer)
   found = {
     "boundary_merges": changed["boundary merge"],

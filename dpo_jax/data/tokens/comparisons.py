@@ -13,7 +13,7 @@ class Example(NamedTuple):
   """A prompt with completions, in token ids.
 
   Attributes:
-    example_id: identity for randomness and logs: the record's number.
+    example_id: number of the record, for randomness and logs.
     source: which data set of a mixture.
     prompt: ids, never empty; a list, or a view of an array.
     completions: ids of each, never empty; all are scored.
@@ -49,7 +49,7 @@ FORMS = {
 }
 
 
-def arrange(example, kind, scored):
+def arrange(example, kind, with_scores):
   """The example whose `pairs` hold what a loss of this kind compares.
 
       pairs       (winner, loser, weight)
@@ -60,21 +60,21 @@ def arrange(example, kind, scored):
   Args:
     example: Example.
     kind: see losses.Loss.data, or "sft".
-    scored: whether the loss reads the scores of completions; where it does
+    with_scores: whether the loss reads the scores of completions; where it does
       not, they do not count as a change of the data either.
   Raises: fields.BadRecord where `problem` finds one.
   """
-  error = problem(example, kind, scored)
+  error = problem(example, kind, with_scores)
   if error is not None:
     raise error
-  if not scored:
+  if not with_scores:
     example = example._replace(scores=None)
   if kind == "rankings":
     return _ranked(example)
   return _labelled(example) if kind in ("labels", "mismatched") else example
 
 
-def problem(example, kind, scored):
+def problem(example, kind, with_scores):
   """The BadRecord that says why a loss cannot use an example, or None.
 
   Args: see `arrange`.
@@ -87,7 +87,7 @@ def problem(example, kind, scored):
           f"{example.origin}: label {label} must be true or false, 1 or 0, or "
           "1 or -1; set a threshold before you train on it",
         )
-  return _score_problem(example) if scored else None
+  return _score_problem(example) if with_scores else None
 
 
 def _score_problem(example):

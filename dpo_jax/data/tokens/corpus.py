@@ -65,13 +65,13 @@ class _Job(NamedTuple):
   loud: bool
 
 
-def load(spec, field, kind, scored, tokenizer, options, policy, *, loud):
+def load(spec, field, kind, with_scores, tokenizer, options, policy, *, loud):
   """The Loaded of a source.
 
   Args:
     spec: see data/read/sources.py.
     field: the config field that it came from, for messages.
-    kind, scored: what the loss compares, see comparisons.arrange.
+    kind, with_scores: what the loss compares, see comparisons.arrange.
     tokenizer: tokenize.Tokenizer.
     options: config.data; reads the limits of lengths, bad_records, token_cache.
     policy: sources.Policy; counts the records that are skipped, those of a
@@ -86,7 +86,7 @@ def load(spec, field, kind, scored, tokenizer, options, policy, *, loud):
     max_completion_length=options.max_completion_length,
     long_prompt=options.long_prompt,
     kind=kind,
-    scored=scored,
+    with_scores=with_scores,
   )
   job = _Job(
     *(spec, field, task, tokenizer),
@@ -108,8 +108,8 @@ def _load(job, known, rows, policy):
     policy: sources.Policy.
   """
   entry = _entry(job, known, rows)
-  found = entry and cache.read(entry)
-  if found is None:
+  kept = entry and cache.read(entry)
+  if kept is None:
     if job.task.kind == "mismatched":
       changed, parts = _mismatched(job, known, rows, policy)
     else:
@@ -118,20 +118,20 @@ def _load(job, known, rows, policy):
     with contextlib.closing(parts):
       entry, parts = _worth_keeping(job, entry, parts)
       if entry is None:
-        made = examples_lib.in_memory(parts)
-        return Loaded(made, dict(changed), None)
+        return Loaded(examples_lib.in_memory(parts), dict(changed), None)
 
       def notes():
         _check_unchanged(job, known)
         skipped = {"skipped": policy.skipped, "first": policy.first}
         return {"changed": dict(changed), **skipped}
 
-      found = cache.write(entry, parts, notes)
+      kept = cache.write(entry, parts, notes)
   else:
-    policy.skipped.update(found[1]["skipped"])
-    policy.first = found[1]["first"] | policy.first
-  made, notes = found
-  return Loaded(made, notes["changed"], entry.path)
+    _, notes = kept
+    policy.skipped.update(notes["skipped"])
+    policy.first = notes["first"] | policy.first
+  examples, notes = kept
+  return Loaded(examples, notes["changed"], entry.path)
 
 
 def _entry(job, known, rows):
@@ -148,8 +148,10 @@ def _entry(job, known, rows):
         stacklevel=2,
       )
     return None
+  task = job.task._asdict()
+  task["scored"] = task.pop("with_scores")  # as addresses have it
   made_of = {
-    **job.task._asdict(),
+    **task,
     "tokenizer": identity,
     "sources": [part.value for part in known],
     "bad_records": job.bad_records,
@@ -198,19 +200,19 @@ def _check_unchanged(job, known):
 def _mismatched(job, known, rows, policy):
   """(what was changed, chunks) for KTO: of labelled examples, kept or made."""
   labels = job._replace(task=job.task._replace(kind="labels"))
-  found = _load(labels, known, rows, policy)
+  labelled = _load(labels, known, rows, policy)
   dtype = examples_lib.token_dtype(job.tokenizer.vocab_size)
 
   def chunks():
-    made = comparisons.mismatched(found.examples, job.spec)
+    pairs = comparisons.mismatched(labelled.examples, job.spec)
     yield from _shown(
       job,
-      examples_lib.chunks(made, dtype),
-      *(len(found.examples), "mismatched"),
+      examples_lib.chunks(pairs, dtype),
+      *(len(labelled.examples), "mismatched"),
       size=lambda chunk: len(chunk.arrays["source"]),
     )
 
-  return found.changed, chunks()
+  return labelled.changed, chunks()
 
 
 def _encoded(job, rows, policy, changed):
@@ -224,16 +226,16 @@ def _encoded(job, rows, policy, changed):
   """
   usable = 0
   with contextlib.closing(_made(job)) as parts:
-    for items, made in _shown(
+    for items, part in _shown(
       job,
       parts,
       *(rows, f"{job.spec}: tokenised"),
-      size=lambda part: len(part[0]),
+      size=lambda one: len(one[0]),
     ):
-      _report(items, made.bad, policy)
-      changed.update(made.changed)
-      usable += len(made.chunk.arrays["source"])
-      yield made.chunk
+      _report(items, part.bad, policy)
+      changed.update(part.changed)
+      usable += len(part.chunk.arrays["source"])
+      yield part.chunk
   if not usable:
     raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
 

@@ -15,7 +15,7 @@ class Task(NamedTuple):
     tokenizer: its name.
     vocab_size: tokens that it may give; the model may have fewer rows.
     max_prompt_length, max_completion_length, long_prompt: as in config.data.
-    kind, scored: see comparisons.arrange.
+    kind, with_scores: see comparisons.arrange.
   """
 
   tokenizer: str | None
@@ -24,7 +24,7 @@ class Task(NamedTuple):
   max_completion_length: int
   long_prompt: str
   kind: str
-  scored: bool
+  with_scores: bool
 
 
 class Made(NamedTuple):
@@ -53,12 +53,13 @@ def make(task, tokenizer, first, records):
   """
   good, changed, bad = [], collections.Counter(), {}
   each = tokenize.encode_each(records, tokenizer, task, first)
-  for place, made in enumerate(each):
-    changed.update(made.changed)
+  for place, encoded in enumerate(each):
+    changed.update(encoded.changed)
     try:
-      if made.error is not None:
-        raise made.error
-      good.append(comparisons.arrange(made.example, task.kind, task.scored))
+      if encoded.error is not None:
+        raise encoded.error
+      example = encoded.example
+      good.append(comparisons.arrange(example, task.kind, task.with_scores))
     except fields.BadRecord as error:
       bad[place] = error.reason, str(error)
   dtype = examples_lib.token_dtype(tokenizer.vocab_size)

@@ -122,8 +122,8 @@ class Examples:
       completions=tuple(ids[a:b] for a, b in itertools.pairwise(ends)),
       pairs=tuple((*itertools.islice(members, n), w) for n, w in compared),
       **{
-        name: tuple(arrays[name][spans[name]].tolist()) if there else None
-        for name, there in zip(OPTIONAL, has, strict=True)
+        name: tuple(arrays[name][spans[name]].tolist()) if has_it else None
+        for name, has_it in zip(OPTIONAL, has, strict=True)
       },
     )
 
@@ -172,7 +172,7 @@ class Examples:
     some = np.diff(pairs) > 0  # `reduceat` knows no empty sums
     if some.any():
       compared[some] = np.maximum.reduceat(sizes, pairs[:-1][some])
-    found = Columns(
+    columns = Columns(
       prompt=prompt,
       scored=np.diff(ends[:, _TOKENS]) - prompt,
       longest=np.maximum.reduceat(behind, first),
@@ -180,7 +180,7 @@ class Examples:
       pairs=np.diff(pairs),
       compared=compared,
     )
-    return tuple(column.astype(np.int32) for column in found)
+    return tuple(column.astype(np.int32) for column in columns)
 
   @property
   def token_fingerprint(self):
@@ -286,7 +286,7 @@ def flatten(examples, token_dtype):
   """The Chunk of a list of comparisons.Example."""
   pieces = [ids for e in examples for ids in (e.prompt, *e.completions)]
   pairs = [pair for e in examples for pair in e.pairs]
-  found = {
+  values = {
     "lengths": [len(ids) for ids in pieces],
     "sizes": [len(pair) - 1 for pair in pairs],
     "members": [k for pair in pairs for k in pair[:-1]],
@@ -303,15 +303,15 @@ def flatten(examples, token_dtype):
         1 + len(e.completions),
         len(e.pairs),
         sum(map(len, e.pairs)) - len(e.pairs),
-        *(0 if values is None else len(values) for values in more),
+        *(0 if x is None else len(x) for x in more),
       ]
     )
-    has.append([values is not None for values in more])
+    has.append([x is not None for x in more])
   for name in OPTIONAL:
-    found[name] = [x for e in examples for x in getattr(e, name) or ()]
+    values[name] = [x for e in examples for x in getattr(e, name) or ()]
   counts = np.asarray(counts, DTYPES["ends"]).reshape(-1, len(COUNTED))
   arrays = {
-    **{name: np.asarray(x, DTYPES[name]) for name, x in found.items()},
+    **{name: np.asarray(x, DTYPES[name]) for name, x in values.items()},
     "tokens": np.fromiter(itertools.chain.from_iterable(pieces), token_dtype),
     "ends": np.cumsum(counts, axis=0),
     "has": np.asarray(has, DTYPES["has"]),

@@ -49,14 +49,14 @@ def run(task, parts, count):
   try:
     for items, first, records in parts:
       with _without_interrupts():  # the first one starts the processes
-        made = executor.submit(_make, task, first, records)
-      waiting.append((items, made))
+        future = executor.submit(_make, task, first, records)
+      waiting.append((items, future))
       if len(waiting) > _AT_ONCE * count:
-        items, made = waiting.popleft()
-        yield items, made.result()
+        items, future = waiting.popleft()
+        yield items, future.result()
     while waiting:
-      items, made = waiting.popleft()
-      yield items, made.result()
+      items, future = waiting.popleft()
+      yield items, future.result()
   except loky.BrokenProcessPool as error:
     raise RuntimeError(
       "a process that tokenises is gone (out of memory?); run this again"

@@ -135,16 +135,16 @@ def encode(records, tokenizer, options, policy):
     policy: sources.Policy for bad records.
   Returns: (list of comparisons.Example, Counter of what was changed).
   """
-  made_of, changed = [], collections.Counter()
-  for made in encode_each(records, tokenizer, options):
-    if made.error is not None:
-      policy.bad(made.error)
+  examples, changed = [], collections.Counter()
+  for encoded in encode_each(records, tokenizer, options):
+    if encoded.error is not None:
+      policy.bad(encoded.error)
       continue
-    made_of.append(made.example)
-    changed.update(made.changed)
-  if not made_of:
+    examples.append(encoded.example)
+    changed.update(encoded.changed)
+  if not examples:
     raise ValueError(f"no usable record is left (skipped: {policy.skipped})")
-  return made_of, changed
+  return examples, changed
 
 
 def encode_each(records, tokenizer, options, first=0):
@@ -161,21 +161,21 @@ def encode_each(records, tokenizer, options, first=0):
     ("error", "keep_end", "keep_start"), options.long_prompt, "data.long_prompt"
   )
   texts = [_text(record, tokenizer) for record in records]
-  good = [made.record for made in texts if isinstance(made, chat.Rendered)]
+  good = [text.record for text in texts if isinstance(text, chat.Rendered)]
   prompts = iter(tokenizer.encode([r.prompt for r in good]))
   joined = iter(
     tokenizer.encode([r.prompt + c for r in good for c in r.completions])
   )
-  for number, made in enumerate(texts, first):
+  for number, text in enumerate(texts, first):
     changed = collections.Counter()
-    if isinstance(made, sources.BadRecord):
-      yield Encoded(None, changed, made)
+    if isinstance(text, sources.BadRecord):
+      yield Encoded(None, changed, text)
       continue
     prompt = next(prompts)
-    whole = [next(joined) for _ in made.record.completions]
+    whole = [next(joined) for _ in text.record.completions]
     try:
       example = _example(
-        number, made, prompt, whole, tokenizer, options, changed
+        number, text, prompt, whole, tokenizer, options, changed
       )
     except sources.BadRecord as error:
       yield Encoded(None, changed, error)
@@ -191,12 +191,12 @@ def _text(record, tokenizer):
     return error
 
 
-def _example(number, made, prompt, joined, tokenizer, options, changed):
+def _example(number, text, prompt, joined, tokenizer, options, changed):
   """The Example of a chat.Rendered whose texts have the ids given."""
-  record = made.record
+  record = text.record
   if record.tokens is None:
     completions = [
-      _end(ids, tokenizer.eos_id, made.ended, changed)
+      _end(ids, tokenizer.eos_id, text.ended, changed)
       for ids in _behind(prompt, joined, record, tokenizer, changed)
     ]
   else:
@@ -204,7 +204,7 @@ def _example(number, made, prompt, joined, tokenizer, options, changed):
   limit = options.max_completion_length
   # What a policy drew up to a limit of its own has no end either.
   whole = [
-    len(ids) <= limit and (made.ended or ids[-1] == tokenizer.eos_id)
+    len(ids) <= limit and (text.ended or ids[-1] == tokenizer.eos_id)
     for ids in completions
   ]
   completions = [_cut(ids, options, changed) for ids in completions]

@@ -112,13 +112,13 @@ def test_a_graded_label_is_refused():
 
 def test_a_loss_of_scores_refuses_what_it_cannot_use():
   good = TWO._replace(scores=(2.0, 1.0))
-  assert worlds.arranged([good], "pairs", scored=True) == [good]
+  assert worlds.arranged([good], "pairs", with_scores=True) == [good]
   for item, words in (
     (TWO._replace(scores=(1.0, 2.0)), "won with the score 1.0 against 2.0"),
     (TWO, "needs 'scores'"),
   ):
     with pytest.raises(ValueError, match=words):
-      worlds.arranged([item], "pairs", scored=True)
+      worlds.arranged([item], "pairs", with_scores=True)
 
 
 def test_the_mismatch_of_a_run_of_equal_prompts_is_the_next_other_one():

@@ -46,7 +46,7 @@ def load(
   spec,
   kind="pairs",
   *,
-  scored=False,
+  with_scores=False,
   tokenizer=BYTES,
   policy=None,
   loud=False,
@@ -55,7 +55,7 @@ def load(
   options = base.get_config().data
   options.update(fields)
   policy = policy or sources.Policy(options.bad_records)
-  args = spec, "data.train", kind, scored, tokenizer, options, policy
+  args = spec, "data.train", kind, with_scores, tokenizer, options, policy
   return corpus.load(*args, loud=loud)
 
 
@@ -97,6 +97,14 @@ def test_a_kept_source_is_tokenised_once(path, tmp_path, calls):
   assert made.examples.fingerprint() == again.examples.fingerprint() == want
 
 
+def test_the_address_is_that_of_earlier_versions(path, tmp_path):
+  """What they kept is found."""
+  assert (
+    load(path, token_cache=str(tmp_path)).folder.name
+    == "5154a26f999d2d43e81c95c9"
+  )
+
+
 def test_a_file_is_what_it_holds(path, tmp_path, calls):
   folder = str(tmp_path / "tokens")
   load(path, token_cache=folder)
@@ -118,7 +126,7 @@ CHANGES = (
   {"max_completion_length": 2},
   {"long_prompt": "keep_start"},
   {"bad_records": "skip"},
-  {"scored": True},
+  {"with_scores": True},
   {"kind": "rankings"},
   {"kind": "sft"},
   {"kind": "labels"},
@@ -288,7 +296,7 @@ def processes(request, monkeypatch):
 
 def test_bad_records_are_skipped_wherever_they_are_found(processes, bad):
   policy = sources.Policy("skip")
-  found = load(bad, scored=True, policy=policy, bad_records="skip")
+  found = load(bad, with_scores=True, policy=policy, bad_records="skip")
   assert policy.skipped == {
     "invalid JSON": 1,
     "empty": 1,
@@ -316,7 +324,7 @@ def test_the_first_bad_record_of_the_file_is_the_error(processes, bad, count):
   with pytest.raises(
     ValueError, match=rf"bad\.jsonl:{place}: .*skip'"
   ) as error:
-    load(bad, scored=True)
+    load(bad, with_scores=True)
   assert "\n" not in str(error.value)
 
 
