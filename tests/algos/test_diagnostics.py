@@ -1,5 +1,6 @@
 """Metrics beside the losses: drift, displacement, intervals, calibration."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,16 +93,22 @@ def terms_of(batch, count):
   model, params = worlds.model("llama")
   algorithm = preference.make(config, model.apply)
   ref = {"ref": worlds.noisy(params, 7, 0.05)}
-  batch = algorithm.prepare(batch, ref, {})
   hparams = {"beta": 0.3, "label_smoothing": 0.0}
-  return algorithm.objective(params, {}, batch, hparams)
+
+  @jax.jit
+  def terms(params, ref, batch):
+    prepared = algorithm.prepare(batch, ref, {})
+    return algorithm.objective(params, {}, prepared, hparams)
+
+  return terms(params, ref, batch)
 
 
 def test_metrics_by_source_are_those_of_its_examples_alone():
   items = worlds.examples(6, seed=3)
-  both = reduce.means(terms_of(two_sources(worlds.batch(items)), 2).metrics)
+  means = jax.jit(reduce.means)
+  both = means(terms_of(two_sources(worlds.batch(items)), 2).metrics)
   for source in (0, 1):
-    alone = reduce.means(terms_of(worlds.batch(items[source::2]), 1).metrics)
+    alone = means(terms_of(worlds.batch(items[source::2]), 1).metrics)
     assert "drift/displaced" in alone
     for name, value in alone.items():
       np.testing.assert_allclose(

@@ -91,12 +91,15 @@ def test_draws_change_with_the_step_and_cover_every_token_alike():
 
 def test_draws_follow_the_example_wherever_it_lies():
   """Alone, reversed, in rows of its own: the same tokens are drawn."""
-  together = needs.NEEDS["common_logps"]
+
+  @jax.jit
+  def together(batch, values):
+    return needs.NEEDS["common_logps"](scored(batch, values, 7))
 
   def by_example(batch):
     ids = batch["tokens"].astype(np.float32)
     values = np.take_along_axis(ids, batch["target_index"], axis=1)
-    out = np.asarray(together(scored(batch, values, 7)))
+    out = np.asarray(together(batch, values))
     per = batch["example_id"].shape[1]
     count = batch["completion_weights"].shape[2]
     found = {}
@@ -116,27 +119,33 @@ def test_draws_follow_the_example_wherever_it_lies():
 def test_sums_of_squares_and_kls_are_those_of_the_whole_distributions(chunk):
   model, params = worlds.model("llama", head_chunk=chunk)
   ref = worlds.noisy(params, 4)
-  outputs, ref_outputs = model.apply(params, BATCH), model.apply(ref, BATCH)
 
   def log_probs(outputs):
     hidden, head = outputs
     at = jnp.take_along_axis(hidden, BATCH["source_index"][..., None], axis=1)
-    return np.asarray(jax.nn.log_softmax(logprobs.logits(at, head)), np.float64)
+    return jax.nn.log_softmax(logprobs.logits(at, head))
 
-  p, q = log_probs(outputs), log_probs(ref_outputs)
-  batch = {**BATCH, "ref_outputs": ref_outputs}
-  zeros, rng = jnp.zeros(SHAPE), base.rng_of(0)
-  s = needs.Scored(batch, zeros, zeros, outputs, rng)
+  @jax.jit
+  def both(params, ref):
+    outputs, ref_outputs = model.apply(params, BATCH), model.apply(ref, BATCH)
+    batch = {**BATCH, "ref_outputs": ref_outputs}
+    zeros, rng = jnp.zeros(SHAPE), base.rng_of(0)
+    s = needs.Scored(batch, zeros, zeros, outputs, rng)
+    sums = {k: needs.NEEDS[k](s) for k in ("sum_sq_probs", "sequence_kl")}
+    return sums, log_probs(outputs), log_probs(ref_outputs)
+
+  sums, p, q = jax.tree.map(np.float64, both(params, ref))
   mask = np.asarray(base.scored_mask(BATCH))
   for name, per_token in (
     ("sum_sq_probs", np.log(np.sum(np.exp(2 * p), axis=-1))),
     ("sequence_kl", np.sum(np.exp(q) * (q - p), axis=-1)),
   ):
-    got = needs.NEEDS[name](s)
     for r, c, slots in comparisons():
       for side, slot in enumerate(slots):
         want = tokens_of(np.where(mask, per_token, 0.0), r, slot).sum()
-        np.testing.assert_allclose(got[r, c, side], want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+          sums[name][r, c, side], want, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_lengths_scores_and_presence_are_those_of_the_examples():

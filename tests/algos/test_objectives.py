@@ -26,8 +26,13 @@ def terms_of(algo, config, batch, ref_scale=0.05):
   model, params = worlds.model("llama")
   algorithm = algo.make(config, model.apply)
   frozen = {"ref": worlds.noisy(params, 7, ref_scale)}
-  batch = algorithm.prepare(batch, frozen, {})
-  return jax.jit(algorithm.objective)(params, {}, batch, HPARAMS)
+
+  @jax.jit
+  def terms(params, frozen, batch):
+    prepared = algorithm.prepare(batch, frozen, {})
+    return algorithm.objective(params, {}, prepared, HPARAMS)
+
+  return terms(params, frozen, batch)
 
 
 def test_a_comparison_counts_by_its_weight():
@@ -77,11 +82,12 @@ def test_cached_reference_log_probs_replace_the_reference():
   batch = worlds.batch(ITEMS)
   model, params = worlds.model("llama")
   algorithm = preference.make(config, model.apply)
-  prepared = algorithm.prepare(batch, {"ref": params}, {})
+  prepared = jax.jit(algorithm.prepare)(batch, {"ref": params}, {})
   cached = {**batch, "ref_token_logps": prepared["ref_token_logps"]}
   assert algorithm.prepare(cached, {}, {}) is cached
-  got = algorithm.objective(params, {}, cached, HPARAMS).losses["dpo"]
-  want = algorithm.objective(params, {}, prepared, HPARAMS).losses["dpo"]
+  objective = jax.jit(algorithm.objective)
+  got = objective(params, {}, cached, HPARAMS).losses["dpo"]
+  want = objective(params, {}, prepared, HPARAMS).losses["dpo"]
   np.testing.assert_array_equal(got[0], want[0])
 
 
@@ -136,11 +142,11 @@ def test_registries_take_a_notebooks_own_entries(monkeypatch):
 
 @pytest.mark.parametrize("name", list(worlds.MODELS))
 def test_needed_flops_count_every_kernel_and_every_visible_pair(name):
-  model, params = worlds.model(name)
-  c = model.config
+  c = worlds.MODELS[name]
+  init = decoder.build(c, worlds.VOCAB).init
   kernels = sum(
     leaf.size
-    for path, leaf in tree.named(params)
+    for path, leaf in tree.named(jax.eval_shape(init, jax.random.key(0)))
     if path.startswith(("layers", "rest")) and "kernel" in path
   )
   tokens, scored, visible = 100, 40, 700

@@ -6,6 +6,7 @@ cut at two tokens, so the answers are all there is and their probabilities sum
 to one.
 """
 
+import functools
 import itertools
 
 import jax
@@ -63,6 +64,7 @@ def batch(wins):
   return worlds.batch(examples, packed=False)
 
 
+@functools.cache
 def model():
   """(decoder.Model, parameters of a policy that has its preferences)."""
   built = decoder.build(model_config.PRESETS["micro"], TOKENIZER.vocab_size)

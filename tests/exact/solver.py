@@ -21,8 +21,12 @@ def minimise(f, start, *data, steps=60):
   with jax.enable_x64(True):
 
     def local(z, *data):
-      value, gradient = jax.value_and_grad(f)(z, *data)
-      return value, gradient, jax.jacfwd(jax.grad(f))(z, *data)
+      def slope(z):
+        value, gradient = jax.value_and_grad(f)(z, *data)
+        return gradient, (value, gradient)
+
+      hessian, first = jax.jacfwd(slope, has_aux=True)(z)
+      return *first, hessian
 
     compiled = jax.jit(jax.vmap(local))
 

@@ -1,5 +1,6 @@
 """Settings, random arguments and derivatives for the tests of losses."""
 
+import functools
 import inspect
 import itertools
 import types
@@ -173,28 +174,25 @@ def values_of(case, seed, spread=3.0):
 def extremes_of(case):
   """Arguments at the ends of what a run may meet, in float64.
 
-  Δ from −1e4 to 1e4, probabilities of 1, one token or 1e4, and padding.
+  Δ from −1e4 to 1e4, probabilities of 1, one token or 1e4, and padding. Five
+  batches of the shape of `values_of`, so that one program serves both: of
+  padding and of five comparisons, in which either side meets every end.
   """
-  each = (0.0, 1e4, -1e4, 50.0, -50.0)
-  delta = np.array(list(itertools.product(each, repeat=2)))
-  rest = width(case) - 2
-  delta = np.concatenate([delta, delta[::-1], delta], axis=-1)[:, : 2 + rest]
+  ends = np.array((0.0, 1e4, -1e4, 50.0, -50.0))
+  first = np.tile(np.arange(5), 5)
+  delta = ends[np.stack([first, (first + np.repeat(np.arange(5), 5)) % 5], -1)]
+  delta = np.concatenate([delta, delta[::-1]], axis=-1)[:, : width(case)]
   # Apart by more than what differences move: no ties among what is sorted.
   delta -= 0.25 * np.arange(delta.size).reshape(delta.shape)
-  delta = np.concatenate([np.zeros_like(delta[:1]), delta])
-  policy, ref = np.minimum(delta, 0.0), np.minimum(-delta, 0.0)
-  count = len(delta)
   lengths = np.where(np.arange(delta.size) % 3, 1.0, 1e4).reshape(delta.shape)
-  lengths[0] = 0.0
-  gap = np.geomspace(1e-4, 1e4, count) * (np.arange(count) > 0)
-  real = np.ones(delta.shape, bool)
-  real[0] = False
+  policy, ref = np.minimum(delta, 0.0), np.minimum(-delta, 0.0)
+  gap, count = np.geomspace(1e-4, 1e4, len(delta)), np.arange(len(delta))
   values = {
     "policy_logps": policy,
     "ref_logps": ref,
     "rewards": delta,
     "lengths": lengths,
-    "scores": np.stack([gap, np.zeros(count)], axis=-1),
+    "scores": np.stack([gap, np.zeros_like(gap)], axis=-1),
     "prefix_logps": policy / 2,
     "ref_prefix_logps": ref,
     "common_logps": policy,
@@ -202,21 +200,31 @@ def extremes_of(case):
     # π(y)² ≤ Σ_v π(v)², and a vocabulary of e^10.
     "sum_sq_probs": np.maximum(1.5 * policy, -10 * lengths),
     "sequence_kl": np.abs(delta[:, ::-1]),
-    "labels": (np.arange(count) % 2).astype(float),
-    "weights": real[:, 0].astype(float),
-    "present": real,
-    "running": {"mean": np.float64(0.0), "count": np.float64(0.0)},
+    "labels": (count % 2).astype(float),
+    "weights": np.ones_like(gap),
+    "present": np.ones(delta.shape, bool),
   }
-  return {k: values[k] for k in arguments(case)}
+
+  def batch(part):
+    def of(value):
+      real = value.reshape(5, 5, *value.shape[1:])[part]
+      padded = np.concatenate([np.zeros_like(real[:1]), real])
+      return padded.reshape(2, 3, *real.shape[1:])
+
+    every = {name: of(value) for name, value in values.items()}
+    every["running"] = {"mean": np.float64(0.0), "count": np.float64(0.0)}
+    return {name: every[name] for name in arguments(case)}
+
+  return [batch(part) for part in range(5)]
 
 
 def as_bf16(x):
   """The nearest bf16 numbers, in the dtype of x."""
-  return np.asarray(jnp.asarray(x, jnp.bfloat16)).astype(x.dtype)
+  return x.astype(jnp.bfloat16).astype(x.dtype)
 
 
 def cast(values, dtype):
-  """Arrays of `dtype`; masks stay masks."""
+  """JAX's arrays of `dtype`; masks stay masks."""
   return jax.tree.map(
     lambda x: jnp.asarray(x, bool if x.dtype == bool else dtype), values
   )
@@ -263,17 +271,41 @@ def pull(case, values):
 
 
 def value_and_gradients(case, values, scale, dtype):
-  """(losses, factors), and autodiff of Σ scale · loss by every float array."""
-  values = cast(values, dtype)
-  masks = {k: v for k, v in values.items() if k == "present"}
-  floats = {k: v for k, v in values.items() if k not in masks}
+  """(losses, factors), and autodiff of Σ scale · loss by every float array.
 
-  def total(floats):
-    loss, factor = loss_of(case, {**floats, **masks})
-    return jnp.sum(loss * jnp.asarray(scale, dtype)), (loss, factor)
+  Args:
+    dtype: of the arrays, in which all is computed.
+  Returns: the two as numpy arrays.
+  """
+  numbers = numeric(case)
+  texts = tuple(case.fields.items() - numbers.items())
+  program = compiled(case.name, case.divergence, texts)
+  with jax.enable_x64(dtype == "float64"):
+    masks = {k: v for k, v in values.items() if k == "present"}
+    floats = {k: v for k, v in values.items() if k not in masks}
+    floats, scale = jax.tree.map(lambda x: x.astype(dtype), (floats, scale))
+    out = program(floats, masks, numbers, scale)
+    return jax.tree.map(np.asarray, out)
 
-  gradients, out = jax.grad(total, has_aux=True)(floats)
-  return out, gradients
+
+@functools.cache
+def compiled(name, divergence, texts):
+  """The program of `value_and_gradients`, for all numbers of the fields.
+
+  JAX keeps one of it for each dtype and shape.
+  """
+  case = Case(name, dict(texts), divergence)
+
+  @jax.jit
+  def program(floats, masks, fields, scale):
+    def total(floats):
+      loss, factor = loss_of(case, {**floats, **masks}, fields)
+      return jnp.sum(loss * scale), (loss, factor)
+
+    gradients, out = jax.grad(total, has_aux=True)(floats)
+    return out, gradients
+
+  return program
 
 
 def slope_of(case, values, name, scale, frozen=True):
@@ -283,13 +315,17 @@ def slope_of(case, values, name, scale, frozen=True):
     frozen: whether the statistics without gradient stay as they were.
   """
   slopes, step = np.zeros(values[name].shape), 2e-4
-  for index in np.ndindex(slopes.shape):
-    change = 0.0
+  # Comparisons that nothing couples move at once: each cost is of its own.
+  coupled = losses.LOSSES[case.name].batch_level
+  places = slopes.shape if coupled else slopes.shape[-1:]
+  for place in np.ndindex(places):
+    at, change = place if coupled else (..., *place), 0.0
     for move, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
       moved = values[name].copy()
-      moved[index] += move * step
+      moved[at] += move * step
       moved = {**values, name: moved}
       loss, _ = oracle_of(case, moved, values if frozen else moved)
       change = change + weight * loss
-    slopes[index] = np.sum(scale * change) / (12 * step)
+    slope = scale * change / (12 * step)
+    slopes[at] = np.sum(slope) if coupled else slope
   return slopes

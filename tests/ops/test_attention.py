@@ -96,14 +96,34 @@ def supported(name, shared, softcap):
   return name != "cudnn" or softcap is None
 
 
+ALL_CASES = [
+  (name, packed, shared, window, softcap)
+  for name in IMPLEMENTATIONS
+  for packed, shared in LAYOUTS
+  for window, softcap in ((None, None), (9, None), (None, 2.0), (9, 2.0))
+  if supported(name, shared, softcap) and (packed or softcap is None)
+]
+# All that an implementation has at once; nothing of it; and a layout of each.
+FAST_CASES = [
+  ("tiled", True, True, 9, 2.0),
+  ("tiled", True, False, None, None),
+  ("tiled", False, True, 9, None),
+  ("blockwise", True, True, 9, 2.0),
+  ("blockwise", True, False, None, None),
+  ("blockwise", False, True, 9, None),
+  ("cudnn", True, True, 9, None),
+  ("cudnn", True, False, None, None),
+  ("cudnn", False, True, 9, None),
+  ("splash", True, False, 9, 2.0),
+  ("splash", False, False, None, None),
+]
+
+
 @pytest.mark.parametrize(
   ("name", "packed", "shared", "window", "softcap"),
   [
-    (name, packed, shared, window, softcap)
-    for name in IMPLEMENTATIONS
-    for packed, shared in LAYOUTS
-    for window, softcap in ((None, None), (9, None), (None, 2.0))
-    if supported(name, shared, softcap) and (packed or softcap is None)
+    pytest.param(*case, marks=[] if case in FAST_CASES else pytest.mark.slow)
+    for case in ALL_CASES
   ],
 )
 def test_implementation_equals_the_dense_oracle(
@@ -137,14 +157,14 @@ def test_bf16_costs_the_rounding_of_its_inputs_and_no_more(name):
 def test_every_registered_name_is_tested():
   named = set(attention.ATTENTION) - {"xla", "auto"}
   assert named == set(IMPLEMENTATIONS)
+  assert set(FAST_CASES) <= set(ALL_CASES)
 
 
 def test_splash_of_a_prompt_with_several_completions_is_nan_not_wrong():
   batch = worlds.batch(ITEMS[1:2])
   (q, k, v), _ = random_qkv(batch)
-  out = IMPLEMENTATIONS["splash"](
-    q, k, v, layout_of(batch), window=None, scale=0.3
-  )
+  fn = functools.partial(IMPLEMENTATIONS["splash"], window=None, scale=0.3)
+  out = jax.jit(fn)(q, k, v, layout_of(batch))
   assert bool(jnp.all(jnp.isnan(out)))
 
 
@@ -177,9 +197,8 @@ def test_attention_is_causal_inside_a_branch_and_blind_across_branches():
   (q, k, v), _ = random_qkv(batch)
   second = (layout.branch_ids == 2)[..., None, None]
   changed = jnp.where(second, v + 1.0, v)
-  kwargs = {"window": None, "scale": 0.3}
-  before = tiled.tiled(q, k, v, layout, **kwargs)
-  after = tiled.tiled(q, k, changed, layout, **kwargs)
+  fn = jax.jit(functools.partial(tiled.tiled, window=None, scale=0.3))
+  before, after = fn(q, k, v, layout), fn(q, k, changed, layout)
   moved = jnp.any(before != after, axis=(-1, -2))
   np.testing.assert_array_equal(moved, layout.branch_ids == 2)
 

@@ -34,21 +34,22 @@ COUPLED = pytest.mark.parametrize(
 
 
 def rearranged(values, change):
-  """The comparisons of a batch, as one row, through `change`."""
-  return {
-    name: value
-    if name == "running"
-    else change(value.reshape(1, 6, *value.shape[2:]))
-    for name, value in values.items()
-  }
+  """The comparisons of a batch, in rows of three, through `change`."""
+
+  def moved(value):
+    value = change(value.reshape(6, *value.shape[2:]))
+    return value.reshape(-1, 3, *value.shape[1:])
+
+  return {k: v if k == "running" else moved(v) for k, v in values.items()}
 
 
 def of_real(case, values, scale):
-  """Losses and gradients by the log-probs, in f32."""
+  """Losses and gradients by the log-probs, in f32, of one row."""
   (loss, _), gradients = loss_cases.value_and_gradients(
     case, values, scale, "float32"
   )
-  return np.asarray(loss), np.asarray(gradients["policy_logps"])
+  slopes = gradients["policy_logps"]
+  return loss.reshape(-1), slopes.reshape(-1, slopes.shape[-1])
 
 
 @COUPLED
@@ -57,40 +58,42 @@ def test_padding_anywhere_changes_no_other_comparison(name, garbage):
   case, places = loss_cases.of(name), [1, 2, 3, 5, 6, 8]
 
   def padded(value, filling=garbage):
-    out = np.full((1, 9, *value.shape[2:]), filling)
-    out[:, places] = value
+    out = np.full((9, *value.shape[1:]), filling)
+    out[places] = value
     return out
 
-  values = rearranged(loss_cases.values_of(case, seed=0), np.asarray)
+  values = loss_cases.values_of(case, seed=0)
   scale = loss_cases.pull(case, values)
   more = rearranged(values, padded)
-  more["weights"] = padded(values["weights"], 0.0)
+  none = {"weights": values["weights"], "scale": scale}
+  none = rearranged(none, lambda value: padded(value, 0.0))
+  more["weights"] = none["weights"]
   loss, gradient = of_real(case, values, scale)
-  other, other_gradient = of_real(case, more, padded(scale, 0.0))
-  real = scale[0] != 0
+  other, other_gradient = of_real(case, more, none["scale"])
+  real = scale.reshape(6) != 0
   # Sums of f32 in another order.
+  np.testing.assert_allclose(other[places][real], loss[real], rtol=1e-6)
   np.testing.assert_allclose(
-    other[:, places][:, real], loss[:, real], rtol=1e-6
-  )
-  np.testing.assert_allclose(
-    other_gradient[:, places][:, real], gradient[:, real], rtol=1e-5, atol=1e-7
+    other_gradient[places][real], gradient[real], rtol=1e-5, atol=1e-7
   )
   if np.isfinite(garbage):
     assert np.all(np.isfinite(other))
-    np.testing.assert_array_equal(np.delete(other_gradient, places, 1), 0.0)
+    np.testing.assert_array_equal(np.delete(other_gradient, places, 0), 0.0)
 
 
 @COUPLED
 def test_permuting_a_batch_permutes_its_losses(name):
   case, order = loss_cases.of(name), [4, 0, 5, 3, 1, 2]
-  values = rearranged(loss_cases.values_of(case, seed=0), np.asarray)
+  values = loss_cases.values_of(case, seed=0)
   scale = loss_cases.pull(case, values)
-  moved = rearranged(values, lambda value: value[:, order])
-  real = scale[0] != 0
+  moved = rearranged({**values, "scale": scale}, lambda value: value[order])
+  moved_scale = moved.pop("scale")
+  real = (scale.reshape(6) != 0)[order]
   for got, want in zip(
-    of_real(case, moved, scale[:, order]),
+    of_real(case, moved, moved_scale),
     of_real(case, values, scale),
     strict=True,
   ):
-    got, want = got[:, real[order]], want[:, order][:, real[order]]
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+      got[real], want[order][real], rtol=1e-5, atol=1e-7
+    )
