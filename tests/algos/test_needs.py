@@ -75,9 +75,9 @@ def test_draws_change_with_the_step_and_cover_every_token_alike():
   unequal = max(comparisons(), key=lambda c: np.ptp(sizes(c)))
   (r, _, slots), counts = unequal, sizes(unequal)
   side, steps = int(np.argmax(counts)), 200
-  each = jax.jit(jax.vmap(lambda step: needs._random_rank(BATCH, base.rng_of(step))))(
-    jnp.arange(steps)
-  )
+  each = jax.jit(
+    jax.vmap(lambda step: needs._random_rank(BATCH, base.rng_of(step)))
+  )(jnp.arange(steps))
   own = BATCH["target_slot"][r] == slots[side]
   ranks = np.asarray(each)[:, r, own]
   # A permutation at each step, and each token in each place 1 / n of the time.
@@ -125,7 +125,8 @@ def test_sums_of_squares_and_kls_are_those_of_the_whole_distributions(chunk):
 
   p, q = log_probs(outputs), log_probs(ref_outputs)
   batch = {**BATCH, "ref_outputs": ref_outputs}
-  s = needs.Scored(batch, jnp.zeros(SHAPE), jnp.zeros(SHAPE), outputs, base.rng_of(0))
+  zeros = jnp.zeros(SHAPE)
+  s = needs.Scored(batch, zeros, zeros, outputs, base.rng_of(0))
   mask = np.asarray(base.scored_mask(BATCH))
   for name, per_token in (
     ("sum_sq_probs", np.log(np.sum(np.exp(2 * p), axis=-1))),

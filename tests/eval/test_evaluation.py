@@ -63,9 +63,7 @@ def held_out(tmp_path_factory):
   return path
 
 
-def test_the_files_hold_the_result_and_every_sample(
-  evaluated, measured, trees
-):
+def test_the_files_hold_the_result_and_every_sample(evaluated, measured, trees):
   workdir, result = evaluated
   saved = json.loads((workdir / "evaluation.json").read_text())
   assert saved == json.loads(json.dumps(result))

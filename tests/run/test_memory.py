@@ -38,9 +38,7 @@ def prepared(*overrides, model="pythia-70m", lora=False):
 
 
 def choice(available, monkeypatch, *overrides, **kwargs):
-  setup, optimizer, shape, extra = prepared(
-    "mesh.data=8", *overrides, **kwargs
-  )
+  setup, optimizer, shape, extra = prepared("mesh.data=8", *overrides, **kwargs)
   monkeypatch.setattr(memory, "of_device", lambda *_: available)
   fitted, found = memory.fitted(setup, optimizer, shape, 1, extra)
   assert fitted.model.config.remat == found.remat
