@@ -375,7 +375,7 @@ def test_what_an_algorithm_keeps_follows_updates_and_not_those_refused(how):
 
 @pytest.mark.parametrize("how", HOW)
 def test_what_is_kept_of_a_part_of_the_batch_is_refused(how):
-  """Before anything is computed: a microbatch's would be lost, or a device's."""
+  """Before anything is computed: that of other parts would be lost."""
   whole = dpo()
 
   def combine(*args):
