@@ -46,6 +46,17 @@ def _sharding(x):
   return x.sharding
 
 
+def sharing(config, run):
+  """The Run of a config that differs from another's in how long and how often.
+
+  In steps, in what is logged and when, and in traced fields: what is compiled
+  and the data stay.
+  """
+  return build.sharing(config, run)._replace(
+    total=config.train.steps, rhythm=build.rhythm_of(config)
+  )
+
+
 def asking(setup, config):
   """A Setup whose data and samples are those of another config.
 

@@ -137,8 +137,14 @@ def test_the_summary_is_that_of_the_rows(setup, trees, measured):
 def test_samples_that_are_not_of_the_policy_itself_have_no_kl(
   setup, trees, override
 ):
-  here = load("sample.count=2", "sample.draws=2", f"sample.{override}")
-  summary, rows = frontier.measure(folders.asking(setup, here), *trees)
+  draw = setup.programs.sample
+
+  def as_compiled(*args, **options):
+    return draw(*args, **{**options, "temperature": 1.0, "top_p": 1.0})
+
+  programs = setup.programs._replace(sample=as_compiled)
+  here = folders.asking(setup, load(f"sample.{override}"))
+  summary, rows = frontier.measure(here._replace(programs=programs), *trees)
   assert set(summary["means"]) == {"reward/vader", "length"}
   assert not any("kl" in row for row in rows)
 

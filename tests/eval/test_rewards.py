@@ -9,12 +9,11 @@ import pytest
 from sklearn import linear_model
 from sklearn.feature_extraction import text as features
 
-from dpo_jax import loop
 from dpo_jax.config import load as load_lib
 from dpo_jax.data.tokens import comparisons
 from dpo_jax.eval import rewards
 from dpo_jax.run import build, forward
-from tests import conftest
+from tests import conftest, folders
 
 BETA = 0.5
 
@@ -165,11 +164,11 @@ def test_labels_of_one_class_are_refused(labelled):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-  """(run folder, state) of a few DPO steps on the toy task."""
+  """(run folder, state) of a policy that is not its reference."""
   workdir = tmp_path_factory.mktemp("run")
-  overrides = ("train.steps=6", "data.eval=None", f"loss.beta={BETA}")
-  result = loop.fit(load("configs/dpo.py:smoke", *overrides), workdir)
-  return workdir, jax.device_get(result.state)
+  overrides = ("data.eval=None", f"loss.beta={BETA}")
+  config = load("configs/dpo.py:smoke", *overrides)
+  return workdir, jax.device_get(folders.untrained(config, workdir)[1])
 
 
 # More than a batch, of many lengths; one prompt is empty.
@@ -204,14 +203,6 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(trained):
   # Differences of sums of some 30 f32 log-probs of order 5.
   np.testing.assert_allclose(got, want, atol=1e-4)
   assert np.abs(got).min() > 1e-2
-
-
-def test_an_implicit_reward_prefers_what_the_policy_learned_to(trained):
-  workdir, _ = trained
-  kind, unkind, *_ = rewards.load(f"implicit:{workdir}").score(
-    PROMPTS, COMPLETIONS
-  )
-  assert kind > unkind
 
 
 def test_implicit_needs_the_folder_of_a_run_that_has_a_beta(tmp_path):

@@ -1,5 +1,7 @@
 """Log-probs and KL over data sets."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -10,14 +12,13 @@ from tests import conftest, worlds
 
 ITEMS = worlds.examples(22, seed=3, completions=4)
 LENGTH = 24  # of prompt and completion, at most
-SPLIT = ("mesh.fsdp=2", "mesh.tensor=2")
+CHUNKED_SPLIT = ("model.head_chunk=5", "mesh.fsdp=2", "mesh.tensor=2")
 LAYOUTS = {
   "packed, shared": (),
   "packed, repeated": ("data.shared=False",),
   "unpacked, shared": ("data.packed=False",),
   "short rows": ("data.max_row_length=40",),
-  "chunked head": ("model.head_chunk=5",),
-  "spread": SPLIT,
+  "chunked head, spread": CHUNKED_SPLIT,
 }
 
 
@@ -26,9 +27,14 @@ def load(*overrides):
   return load_lib.load_config(config, ("data.batch_size=16", *overrides))
 
 
+@functools.cache
+def prepared(*overrides):
+  return build.prepare_model(load(*overrides))
+
+
 @pytest.fixture(scope="module")
 def setup():
-  return build.prepare_model(load())
+  return prepared()
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +51,11 @@ def alone(setup, trees):
   Prompt and completion alone in one decode call, without the batch layout.
   """
   model = setup.model
-  decode = jax.jit(model.decode)
+  decode, cache = jax.jit(model.decode), model.init_cache(1, LENGTH)
 
   def rows(params, prompt, completion):
     ids = np.zeros((1, LENGTH), np.int32)
     ids[0, : len(prompt) + len(completion)] = prompt + completion
-    cache = model.init_cache(1, LENGTH)
     logits, _ = decode(params, ids, np.arange(LENGTH)[None], cache)
     logits = np.asarray(logits[0, :, : model.vocab_size], np.float64)
     top = logits.max(axis=-1, keepdims=True)
@@ -75,7 +80,7 @@ def picked(logps, example):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_log_probs_are_those_of_each_example_alone(layout, trees, alone):
-  setup = build.prepare_model(load(*LAYOUTS[layout]))
+  setup = prepared(*LAYOUTS[layout])
   loader = forward.loader_of(setup, ITEMS)
   # The last batch is smaller; the first has more examples than rows.
   assert loader.steps == 2
@@ -88,9 +93,9 @@ def test_log_probs_are_those_of_each_example_alone(layout, trees, alone):
     np.testing.assert_allclose(logps, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", [(), ("model.head_chunk=5",), SPLIT])
+@pytest.mark.parametrize("how", [(), CHUNKED_SPLIT])
 def test_kl_is_the_sum_over_the_whole_vocabulary(how, trees, alone):
-  setup = build.prepare_model(load(*how))
+  setup = prepared(*how)
   loader = forward.loader_of(setup, ITEMS)
   seen = []
   for index, kl, ours, theirs in forward.token_kl(setup, *trees, loader):

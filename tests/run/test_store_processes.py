@@ -59,6 +59,12 @@ def said(folder):
   return one, written
 
 
+def small_blocks(monkeypatch):
+  """The same blocks in this process as in the others."""
+  count = store_driver.EXAMPLES_PER_BLOCK
+  monkeypatch.setattr(reference, "EXAMPLES_PER_BLOCK", count)
+
+
 def blocks_of(folder):
   """{number: path} of the blocks of the only entry of a store."""
   paths = list((folder / "ref_logps").glob("*/*.f32"))
@@ -93,9 +99,7 @@ def test_a_store_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
   assert both["batches"] == sorted(need)
   assert written == [sorted(missing)[::2], sorted(missing)[1::2]]
 
-  monkeypatch.setattr(
-    reference, "EXAMPLES_PER_BLOCK", store_driver.EXAMPLES_PER_BLOCK
-  )
+  small_blocks(monkeypatch)
   setup = build.prepare_model(store_driver.load())
   params = trained.initial(setup)
   loader = forward.loader_of(setup, store_driver.ITEMS)
@@ -111,9 +115,15 @@ def test_a_store_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
       assert values.tolist() == both["values"][index]
 
 
-def test_both_processes_refuse_an_entry_of_something_else(tmp_path):
+def test_both_processes_refuse_an_entry_of_something_else(
+  tmp_path, monkeypatch
+):
   """None is left waiting for the other one."""
-  assert_both_succeed(together(tmp_path))
+  small_blocks(monkeypatch)
+  setup = build.prepare_model(store_driver.load())
+  loader = forward.loader_of(setup, store_driver.ITEMS)
+  store = tmp_path / "ref_logps"
+  forward.attach_reference(setup, trained.initial(setup), loader, store)
   (path,) = (tmp_path / "ref_logps").glob("*/entry.json")
   about = json.loads(path.read_text())
   path.write_text(json.dumps({**about, "examples": 23}))

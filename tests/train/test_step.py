@@ -1,5 +1,7 @@
 """The train step: optimiser, guard, reference, compilations, precision."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from configs import common
 from dpo_jax import tree
 from dpo_jax.algos import preference
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import run as run_lib
 from dpo_jax.train import optim
 from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
@@ -36,13 +40,32 @@ def make(optim_name="sgd", loss="dpo", **changes):
   return step, state, hparams
 
 
-def test_training_starts_at_log_two_and_the_loss_falls():
-  step, state, hparams = make("rmsprop")
-  step = jax.jit(step)
-  history = []
+@functools.cache
+def shared(name, **changes):
+  """`make`, its step compiled once: it donates a copy of what it is given."""
+  step, state, hparams = make(name, **changes)
+  compiled = jax.jit(step, donate_argnums=0)
+
+  def call(state, hparams):
+    return compiled(jax.tree.map(jnp.copy, state), BATCH, hparams)
+
+  call.compiled = compiled
+  return call, state, hparams
+
+
+@functools.cache
+def trained():
+  """(state at first, state after ten steps, metrics of each)."""
+  step, state, hparams = shared("rmsprop")
+  first, history = state, []
   for _ in range(10):
-    state, metrics = step(state, BATCH, hparams)
+    state, metrics = step(state, hparams)
     history.append(metrics)
+  return first, state, history
+
+
+def test_training_starts_at_log_two_and_the_loss_falls():
+  _, _, history = trained()
   first, last = history[0], history[-1]
   np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-6)
   np.testing.assert_allclose(first["rewards/margins"], 0, atol=1e-6)
@@ -51,12 +74,8 @@ def test_training_starts_at_log_two_and_the_loss_falls():
 
 
 def test_the_reference_is_bit_unchanged_after_ten_steps_and_gets_no_gradient():
-  step, state, hparams = make("rmsprop")
-  before = jax.tree.map(np.asarray, state.frozen)
-  step = jax.jit(step, donate_argnums=0)
-  state = jax.tree.map(jnp.copy, state)
-  for _ in range(10):
-    state, _ = step(state, BATCH, hparams)
+  first, state, _ = trained()
+  before = jax.tree.map(np.asarray, first.frozen)
   jax.tree.map(np.testing.assert_array_equal, state.frozen, before)
   moved = jax.tree.map(
     lambda a, b: bool(jnp.any(a != b)), state.params, before["ref"]
@@ -65,6 +84,7 @@ def test_the_reference_is_bit_unchanged_after_ten_steps_and_gets_no_gradient():
 
   model, params = worlds.model("llama")
   algorithm = preference.make(topology.config_of(), model.apply)
+  _, _, hparams = shared("rmsprop")
 
   def loss(ref):
     batch = algorithm.prepare(BATCH, {"ref": ref}, {})
@@ -112,11 +132,12 @@ def test_at_the_reference_each_pair_pulls_with_half_beta():
   direction = worlds.noisy(jax.tree.map(jnp.zeros_like, params), 11, 1.0)
   size = 1e-3
 
+  @jax.jit
   def along(t):
     moved = jax.tree.map(lambda p, d: p + t * d, params, direction)
-    return float(by_hand(moved))
+    return by_hand(moved)
 
-  slope = (along(size) - along(-size)) / (2 * size)
+  slope = float(along(size) - along(-size)) / (2 * size)
   dot = sum(
     float(jnp.vdot(g, d))
     for g, d in zip(
@@ -129,14 +150,11 @@ def test_at_the_reference_each_pair_pulls_with_half_beta():
 
 @pytest.mark.parametrize("field", ["beta", "label_smoothing", "learning_rate"])
 def test_changing_a_hyper_parameter_does_not_recompile(field):
-  step, state, hparams = make("rmsprop")
-  compiled = jax.jit(step)
-  compiled(state, BATCH, hparams)
-  _, one = compiled(state, BATCH, hparams)
-  other_state, other = compiled(
-    state, BATCH, {**hparams, field: jnp.float32(0.3)}
-  )
-  assert compiled._cache_size() == 1
+  step, state, hparams = shared("rmsprop")
+  changed_hparams = {**hparams, field: jnp.float32(0.3)}
+  _, one = step(state, hparams)
+  other_state, other = step(state, changed_hparams)
+  assert step.compiled._cache_size() == 1
   if field == "learning_rate":
     changed = tree.norm(
       jax.tree.map(jnp.subtract, other_state.params, state.params)
@@ -144,12 +162,10 @@ def test_changing_a_hyper_parameter_does_not_recompile(field):
     assert changed > 0
     assert other["learning_rate"] != one["learning_rate"]
   else:
-    _, later = compiled(other_state, BATCH, hparams)
-    _, later_other = compiled(
-      other_state, BATCH, {**hparams, field: jnp.float32(0.3)}
-    )
+    _, later = step(other_state, hparams)
+    _, later_other = step(other_state, changed_hparams)
     assert later["loss"] != later_other["loss"]
-  assert compiled._cache_size() == 1
+  assert step.compiled._cache_size() == 1
 
 
 def test_rmsprop_is_torchs():
@@ -206,9 +222,9 @@ def test_moments_in_bf16_follow_those_in_f32(name):
   # Each is off by its own roundings, of 2⁻⁸ at most; their mean is not off.
   assert np.std(got / want) < 0.15
   np.testing.assert_allclose(got.mean(), want.mean(), rtol=0.01)
-  lost = jnp.asarray(1.0, jnp.bfloat16)
+  lost = np.asarray(1.0, jnp.bfloat16)
   for _ in range(steps):  # rounded to the nearest, it would never come down
-    lost = (0.999 * lost.astype(jnp.float32)).astype(jnp.bfloat16)
+    lost = (np.float32(0.999) * lost.astype(np.float32)).astype(jnp.bfloat16)
   assert lost > 0.99
   assert want.mean() < 0.5
 
@@ -242,10 +258,9 @@ def test_schedules_warm_up_and_decay():
 
 
 def test_the_first_step_takes_the_first_factor_of_the_schedule():
-  step, state, hparams = make("sgd", warmup=3, clip_norm=None)
-  step = jax.jit(step)
+  step, state, hparams = shared("sgd", warmup=3, clip_norm=0.01)
   for want in (0.25, 0.5, 0.75, 1.0, 1.0):
-    state, metrics = step(state, BATCH, hparams)
+    state, metrics = step(state, hparams)
     np.testing.assert_allclose(metrics["learning_rate"], 1e-2 * want, rtol=1e-6)
 
 
@@ -264,30 +279,111 @@ def test_frozen_paths_do_not_move_and_have_no_optimizer_state():
 
 
 def test_a_non_finite_update_changes_nothing_but_its_count():
-  step, state, hparams = make("rmsprop")
-  step = jax.jit(step)
-  state, _ = step(state, BATCH, hparams)
-  bad, metrics = step(state, BATCH, {**hparams, "beta": jnp.float32(jnp.nan)})
+  step, state, hparams = shared("rmsprop")
+  state, _ = step(state, hparams)
+  bad, metrics = step(state, {**hparams, "beta": jnp.float32(jnp.nan)})
   jax.tree.map(np.testing.assert_array_equal, bad.params, state.params)
   jax.tree.map(np.testing.assert_array_equal, bad.opt_state, state.opt_state)
   assert int(bad.skipped) == 1
   assert metrics["skipped"] == 1
   assert int(bad.step) == int(state.step) + 1
-  good, _ = step(bad, BATCH, hparams)
+  good, _ = step(bad, hparams)
   assert int(good.skipped) == 0
   # Finite gradients, but an update that is not.
-  huge, _ = step(state, BATCH, {**hparams, "learning_rate": jnp.float32("inf")})
+  huge, _ = step(state, {**hparams, "learning_rate": jnp.float32("inf")})
   jax.tree.map(np.testing.assert_array_equal, huge.params, state.params)
   assert int(huge.skipped) == 1
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-  step, state, hparams = make("sgd", clip_norm=1e-3)
-  new, metrics = jax.jit(step)(state, BATCH, hparams)
+  step, state, hparams = shared("sgd", warmup=3, clip_norm=0.01)
+  new, metrics = step(state, hparams)
   moved = jax.tree.map(jnp.subtract, new.params, state.params)
-  assert metrics["grad_norm"] > 1e-3
-  # Differences of parameters of order 1 lose digits of updates of order 1e-5.
-  np.testing.assert_allclose(tree.norm(moved), 1e-2 * 1e-3, rtol=0.05)
+  assert metrics["grad_norm"] > 0.1
+  # The first quarter of the warm-up. Differences of parameters of order 1 lose
+  # digits of updates of order 1e-5.
+  np.testing.assert_allclose(tree.norm(moved), 1e-2 * 0.01 / 4, rtol=0.05)
+
+
+def follower(algorithm):
+  """The algorithm, which keeps the sum of its losses and counts its updates."""
+
+  def update(extra, params, step, metrics):
+    del params, step
+    loss, count = extra["losses"], extra["updates"]
+    return {**extra, "losses": loss + metrics["loss"], "updates": count + 1}
+
+  def extra(params):
+    own = algorithm.extra(params)
+    return {**own, "losses": jnp.float32(0), "updates": jnp.int32(0)}
+
+  return algorithm._replace(extra=extra, update=update)
+
+
+# Accumulation and mode.
+HOW = {"plain": (1, "jit"), "accumulation": (2, "jit"), "pmap": (1, "pmap")}
+
+
+def running(algorithm, how):
+  """(step of a batch, first state, hparams) on two devices, in one of HOW."""
+  accumulation, mode = HOW[how]
+  mesh = mesh_lib.of_devices(jax.devices()[:2])
+  _, params = worlds.model("llama")
+  optimizer = topology.recording_sgd()
+  step = step_lib.make(
+    algorithm,
+    optimizer,
+    accumulation=accumulation,
+    axis_name=run_lib.axis_name(mode),
+  )
+  state = state_lib.create(
+    params, optimizer, {"ref": params}, algorithm.extra(params)
+  )
+  compiled = run_lib.evaluator(step, mesh, mode)
+  batch = worlds.batch(worlds.examples(8), packed=False, row_multiple=4)
+  batch = run_lib.place_batch(batch, mesh, mode)
+  _, _, hparams = make()
+  return (
+    (lambda state, hparams: compiled(state, batch, hparams)),
+    state,
+    hparams,
+  )
+
+
+def dpo():
+  model, _ = worlds.model("llama")
+  return preference.make(topology.config_of(), model.apply)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_an_algorithm_keeps_follows_updates_and_not_those_refused(how):
+  """It sees the metrics of the whole batch, whatever this is cut into."""
+  step, state, hparams = running(follower(dpo()), how)
+  once, first = step(state, hparams)
+  assert first["loss"] == once.extra["losses"]
+  np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-6)
+  bad, metrics = step(once, {**hparams, "beta": jnp.float32(jnp.nan)})
+  assert np.isnan(metrics["loss"])
+  assert (int(bad.step), int(bad.skipped)) == (2, 1)
+  assert int(bad.extra["updates"]) == 1
+  assert bad.extra["losses"] == once.extra["losses"]
+  twice, second = step(bad, hparams)
+  assert int(twice.extra["updates"]) == 2
+  want = float(first["loss"]) + float(second["loss"])
+  np.testing.assert_allclose(twice.extra["losses"], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_is_kept_of_a_part_of_the_batch_is_refused(how):
+  """Before anything is computed: that of other parts would be lost."""
+  whole = dpo()
+
+  def combine(*args):
+    return whole.combine(*args)._replace(kept={"mine": jnp.float32(1)})
+
+  step, state, hparams = running(whole._replace(combine=combine), how)
+  with pytest.raises(ValueError, match=r"keeps \['mine'\].*batch_level = True"):
+    step(state, hparams)
 
 
 @pytest.mark.parametrize(

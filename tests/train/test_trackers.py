@@ -10,14 +10,25 @@ import pytest
 
 from dpo_jax import loop
 from dpo_jax.config import load as load_lib
+from dpo_jax.run import build
 from dpo_jax.train import trackers
-from tests import conftest
+from tests import conftest, folders
 
 
 def load(*overrides):
   config = str(conftest.ROOT / "configs/dpo.py:smoke")
   overrides = ("log.every=1", "eval.every=1", *overrides)
   return load_lib.load_config(config, overrides)
+
+
+@pytest.fixture(scope="module")
+def run():
+  """A Run whose programs and data all of these share."""
+  return build.prepare(load())
+
+
+def fit(config, workdir, run):
+  loop.fit(config, workdir, folders.sharing(config, run))
 
 
 def logged(workdir):
@@ -50,12 +61,12 @@ class FakeWandb(types.ModuleType):
 
 
 def test_wandb_gets_every_value_and_a_resumed_run_keeps_its_name(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, run
 ):
   fake = FakeWandb()
   monkeypatch.setitem(sys.modules, "wandb", fake)
   for steps in (2, 3):
-    loop.fit(load("log.wandb=mine", f"train.steps={steps}"), tmp_path)
+    fit(load("log.wandb=mine", f"train.steps={steps}"), tmp_path, run)
   assert fake.values == logged(tmp_path)
   assert fake.finished == 2
   first, second = fake.runs
@@ -69,11 +80,11 @@ def test_wandb_gets_every_value_and_a_resumed_run_keeps_its_name(
   [("wandb", "log.wandb=mine"), ("tensorboardX", "log.tensorboard=true")],
 )
 def test_a_missing_package_is_named_before_training(
-  tmp_path, monkeypatch, package, override
+  tmp_path, monkeypatch, package, override, run
 ):
   monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(ValueError, match=r"pip install 'dpo_jax\[log\]'"):
-    loop.fit(load(override), tmp_path)
+    fit(load(override), tmp_path, run)
   assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -82,11 +93,11 @@ def test_nothing_is_opened_unless_the_config_asks(tmp_path):
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_the_logged_values_once_after_a_resume(tmp_path):
+def test_tensorboard_shows_the_logged_values_once_after_a_resume(tmp_path, run):
   from tensorboard.backend.event_processing import event_accumulator
 
   for steps in (2, 3):
-    loop.fit(load("log.tensorboard=true", f"train.steps={steps}"), tmp_path)
+    fit(load("log.tensorboard=true", f"train.steps={steps}"), tmp_path, run)
   events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
   events.Reload()
   shown = {
@@ -103,9 +114,9 @@ def test_tensorboard_shows_the_logged_values_once_after_a_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_itself_takes_a_run(tmp_path, monkeypatch):
+def test_wandb_itself_takes_a_run(tmp_path, monkeypatch, run):
   monkeypatch.setenv("WANDB_MODE", "offline")
-  loop.fit(load("log.wandb=mine"), tmp_path)
+  fit(load("log.wandb=mine"), tmp_path, run)
   (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
   deadline = time.monotonic() + 30  # a process of its own writes the file
   while b"rewards/margins" not in file.read_bytes():
