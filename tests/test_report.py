@@ -6,6 +6,7 @@ import math
 import pathlib
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -393,15 +394,19 @@ def test_what_a_run_lacks_is_said_and_the_rest_is_shown(
   ],
 )
 def test_a_section_without_data_says_so(tmp_path, gone, said):
-  build(tmp_path)
-  report.write(tmp_path)
+  """Nor does a picture stay that was drawn when there were some."""
+  build(tmp_path, betas=(0.1,), steps=5)
   for path in tmp_path.glob(f"*/{gone}"):
     path.unlink()
+  for name in ("frontier.png", "curves.png"):
+    (tmp_path / name).write_bytes(b"of before")
   assert said in Page(report.write(tmp_path)).text
   text = (tmp_path / "report.md").read_text()
   assert said in text
   pictures = {path.name for path in tmp_path.glob("*.png")}
   assert pictures == set(re.findall(r"\((\w+\.png)\)", text))
+  for name in pictures:
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -563,20 +568,27 @@ def test_colours_are_ordered_and_keep_clear_of_their_background():
     assert (luminance(dark[0]) + 0.05) / 0.058 > 2.2
 
 
-def test_a_second_write_overwrites(tmp_path):
-  build(tmp_path)
-  page = report.write(tmp_path)
+def test_a_second_write_overwrites(whole, tmp_path):
+  workdir = shutil.copytree(whole, tmp_path / "again")
+  page = workdir / "report.html"
   before = page.read_text()
-  report.write(tmp_path)
+  page.write_text("another")
+  assert report.write(workdir) == page
   assert page.read_text() == before
-  about = json.loads((tmp_path / "sweep.json").read_text())
-  (tmp_path / "sweep.json").write_text(
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_another_title_takes_the_place_of_the_one_before(whole, tmp_path):
+  workdir = shutil.copytree(whole, tmp_path / "again")
+  about = json.loads((workdir / "sweep.json").read_text())
+  (workdir / "sweep.json").write_text(
     json.dumps(about | {"title": "another & <title>"})
   )
-  assert report.write(tmp_path) == page == pathlib.Path(tmp_path, "report.html")
+  page = report.write(workdir)
+  assert page == pathlib.Path(workdir, "report.html")
   assert "another &amp; &lt;title&gt;" in page.read_text()
   assert "dpo over loss.beta" not in page.read_text()
-  assert (tmp_path / "report.md").read_text().startswith("# another &amp; ")
+  assert (workdir / "report.md").read_text().startswith("# another &amp; ")
 
 
 def test_a_file_that_is_not_json_is_named(tmp_path):
