@@ -17,6 +17,11 @@ from dpo_jax.data.tokens import encoding, tokenize
 
 _MOST = 16  # beyond these the parent, which reads the records, is too slow
 _AT_ONCE = 2  # parts that a process has: one waits while another is worked on
+# What a terminal or a scheduler sends to all of a group: the parent decides.
+_OF_PARENT = (
+  *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+  *(signal.SIGUSR1, signal.SIGUSR2),
+)
 
 
 def processes():
@@ -48,7 +53,7 @@ def run(task, parts, count):
   waiting = collections.deque()
   try:
     for items, first, records in parts:
-      with _without_interrupts():  # the first one starts the processes
+      with _without_signals():  # the first one starts the processes
         future = executor.submit(_make, task, first, records)
       waiting.append((items, future))
       if len(waiting) > _AT_ONCE * count:
@@ -66,10 +71,10 @@ def run(task, parts, count):
 
 
 @contextlib.contextmanager
-def _without_interrupts():
-  """Ctrl-C waits; processes that are started here never get it."""
-  resource_tracker.ensure_running()  # its start would let Ctrl-C through
-  mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+def _without_signals():
+  """Ctrl-C and others wait; processes that are started here never get them."""
+  resource_tracker.ensure_running()  # its start would let them through
+  mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_PARENT)
   try:
     yield
   finally:
@@ -77,8 +82,7 @@ def _without_interrupts():
 
 
 def _begin(parent):
-  """Has a process end with its parent, whose signals it does not get."""
-  os.setpgrp()
+  """Has a process end with its parent."""
 
   def watch():
     while os.getppid() == parent:

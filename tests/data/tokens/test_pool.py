@@ -173,7 +173,7 @@ def test_ctrl_c_is_said_once_and_ends_all(script, working):
 def test_other_signals_are_the_parents_and_none_outlives_it(script, tmp_path):
   _, *pids = said(script, "pids").split()
   said(script, "made 3")
-  os.killpg(script.pid, signal.SIGUSR1)  # would end a process of the group
+  os.killpg(script.pid, signal.SIGUSR1)  # would end any of them
   said(script, "made 30")
   assert (tmp_path / "script.py.runs").read_text() == "once"
   script.kill()
