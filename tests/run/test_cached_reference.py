@@ -295,7 +295,8 @@ def test_a_run_uses_the_store_that_its_config_names(data, tmp_path, passes):
   """And leaves none in its own folder."""
   named = f"ref_store={tmp_path / 'named'}"
   for _ in range(2):
-    run = build.prepare(of_eights(data, "ref=cached", named))
+    config = of_eights(data, "data.eval=None", "ref=cached", named)
+    run = build.prepare(config)
     loop.begin(run, tmp_path / "run")
     assert run.feed.loader.has_reference
   assert len(passes) == 1

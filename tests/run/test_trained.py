@@ -62,8 +62,11 @@ def nbytes(value):
     *(pytest.param(k, marks=pytest.mark.slow) for k in ("bfloat16", "int8")),
   ],
 )
-def test_the_base_is_there_once_and_only_adapters_have_optimiser_state(kind):
-  run = build.prepare(config(f"lora.base={kind}"))
+def test_the_base_is_there_once_and_only_adapters_have_optimiser_state(
+  kind, run
+):
+  if kind != run.setup.source.held:
+    run = build.prepare(config(f"lora.base={kind}"))
   initial, state = start(run)
   step = run.step
   batch, _ = run.feed.batch(0, None)
@@ -179,7 +182,7 @@ def test_evaluation_and_samples_are_those_of_the_adapted_policy(
   got = json.loads(text)["comparisons"]["loss"]
   want = held_out.evaluate(run.setup, run.held_out, state)["loss"]
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  assert abs(got - np.log(2)) > 0.01
+  assert abs(got - np.log(2)) > 1e-4  # the base's is log 2 to an ulp, 6e-8
   prompts = ["--config.sample.prompts=toy:4", "--config.sample.count=2"]
   assert cli.main(["sample", *argv, *prompts]) == 0
   assert "step 2" in capsys.readouterr().out
