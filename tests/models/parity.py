@@ -5,7 +5,9 @@ torch is imported by the functions that need it only.
 
 import copy
 import dataclasses
+import functools
 import json
+import re
 import sys
 
 import jax
@@ -18,6 +20,7 @@ from dpo_jax.algos import base
 from dpo_jax.data.batch import rows
 from dpo_jax.data.tokens import comparisons
 from dpo_jax.models import axes, decoder, families, hf, keys
+from dpo_jax.models import write as write_lib
 from dpo_jax.ops import logprobs
 from dpo_jax.parallel import mesh as mesh_lib
 from tests import worlds
@@ -128,15 +131,10 @@ def write(raw, folder, *, dtype="float32", files=1, rename=None, extra=None):
   Returns: nested dict of the parameters in the files, as numpy f32.
   """
   config, vocab_size = families.read(raw)
-  model = decoder.build(config, vocab_size)
-  params = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1)
   flat = {
-    path: np.asarray(x).astype(DTYPES[dtype]) for path, x in tree.named(params)
+    path: x.astype(DTYPES[dtype])
+    for path, x in random(config, vocab_size).items()
   }
-  for path, x in flat.items():
-    axis = keys.vocabulary_axis(path)
-    if axis is not None:  # what pads the vocabulary is not in the file
-      np.moveaxis(x, axis, 0)[vocab_size:] = 0
   tensors = {
     name: x
     for name, x in tensors_of(raw, config, vocab_size, flat).items()
@@ -146,6 +144,28 @@ def write(raw, folder, *, dtype="float32", files=1, rename=None, extra=None):
     tensors = {rename(name): x for name, x in tensors.items()}
   put(folder, raw, tensors | (extra or {}), files)
   return tree.nest({k: x.astype(np.float32) for k, x in flat.items()})
+
+
+def random(config, vocab_size):
+  """{path: random parameters as numpy f32}, of numbers that a model could have.
+
+  Compiles nothing. What pads the vocabulary is 0.
+  """
+  model = decoder.build(config, vocab_size)
+  rng, out = np.random.default_rng(0), {}
+  for path, x in shapes_of(model).items():
+    one = 1 - config.norm_offset if re.search(r"norm\w*/scale$", path) else 0
+    out[path] = (one + 0.1 * rng.standard_normal(x)).astype(np.float32)
+    axis = keys.vocabulary_axis(path)
+    if axis is not None:
+      np.moveaxis(out[path], axis, 0)[vocab_size:] = 0
+  return out
+
+
+def shapes_of(model):
+  """{path: shape} of the parameters."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return {path: x.shape for path, x in tree.named(shapes)}
 
 
 def tensors_of(raw, config, vocab_size, flat):
@@ -209,6 +229,7 @@ TOLERANCE = {
   "packed": 2e-5,
   "completion": 2e-4,
   "decode": 2e-5,
+  "exported": 2e-5,
 }
 ITEMS = worlds.examples(7, seed=3, completions=4)
 _LAYOUT = rows.Layout(True, True, 2, None)
@@ -217,13 +238,14 @@ _LENGTH = 24  # of the plain sequences
 FAST = {"xla_backend_optimization_level": 0}
 
 
-def measure(raw, folder, *, decode=False, fault=None):
+def measure(raw, folder, *, decode=False, export=False, fault=None):
   """The largest absolute differences of a random model from transformers.
 
   Args:
     raw: content of config.json.
     folder: for the checkpoint.
     decode: with the cache too.
+    export: what is written of it, as transformers loads it, too.
     fault: fields of ModelConfig to get wrong, or None.
   Returns: {what: difference}; see test_families.
   """
@@ -235,12 +257,13 @@ def measure(raw, folder, *, decode=False, fault=None):
   ids = rng.integers(0, VOCAB, (2, _LENGTH)).tolist()
   want = np.stack([theirs(torch_model, row) for row in ids])
   plain = _plain(ids)
-  run, out = _forward(model), {}
+  run, out = _forward(model.config, model.vocab_size), {}
 
   def logits(run):
     return run(params, plain)[0][:, :_LENGTH, :VOCAB]
 
-  out["logits"] = _difference(logits(run), want)
+  ours = logits(run)
+  out["logits"] = _difference(ours, want)
   got = by_completion(run(params, packed)[1], packed)
   single = _completion_logps(torch_model)
   assert got.keys() == single.keys()
@@ -250,10 +273,14 @@ def measure(raw, folder, *, decode=False, fault=None):
   )
   if decode:
     out["decode"] = _difference(_decoded(model, params, np.asarray(ids)), want)
+  if export:
+    exported = _exported(folder, params)
+    again = np.stack([theirs(exported, row) for row in ids])
+    out["exported"] = _difference(ours, again)
   if fault is not None:
     faulty = dataclasses.replace(model.config, **fault)
     assert faulty != model.config
-    run = _forward(decoder.build(faulty, model.vocab_size))
+    run = _forward(faulty, model.vocab_size)
     out["fault"] = _difference(logits(run), want)
   return out
 
@@ -294,8 +321,10 @@ def by_completion(values, batch):
   return out
 
 
-def _forward(model):
+@functools.cache
+def _forward(config, vocab_size):
   """(params, batch) -> logits of every position, log-probs of the scored."""
+  model = decoder.build(config, vocab_size)
 
   def forward(params, batch):
     hidden, head = model.apply(params, batch)
@@ -303,6 +332,19 @@ def _forward(model):
     return logprobs.logits(hidden, head), logps
 
   return jax.jit(forward, compiler_options=FAST)
+
+
+def _exported(folder, params):
+  """The torch model of what is written of a checkpoint's parameters."""
+  import torch
+  import transformers
+
+  c, out = hf.open_folder(folder), folder / "exported"
+  out.mkdir()
+  write_lib.write(out, params, c.config, c.vocab_size, c.raw, "float32")
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    out, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
 
 
 def _plain(ids):

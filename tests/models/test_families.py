@@ -8,6 +8,7 @@ prints a line of the largest absolute differences:
                 against one sequence prompt + completion at a time
     completion  sums of these over a completion
     decode      logits of a prefill and single steps with the cache
+    exported    logits of what was written, loaded by transformers
     fault       logits with a fault planted in the config: what the tolerance
                 has to catch
     gradient    of the DPO loss, relative; of the worst leaf
@@ -194,7 +195,9 @@ def test_a_published_architecture_computes_what_transformers_does(
 ):
   decode = name in _families().values()
   raw, fault = parity.small(name), FAULTS.get(name)
-  numbers = parity.measure(raw, tmp_path, decode=decode, fault=fault)
+  numbers = parity.measure(
+    raw, tmp_path, decode=decode, export=True, fault=fault
+  )
   parity.show(capsys, name, numbers)
   parity.assert_equal_up_to_rounding(numbers)
 

@@ -235,9 +235,7 @@ def test_parameters_are_born_sharded_as_the_base_holds_them(base, tmp_path):
 
 def shapes_of(raw):
   """{path: shape} of the parameters."""
-  model = decoder.build(*families.read(raw))
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  return {path: x.shape for path, x in tree.named(shapes)}
+  return parity.shapes_of(decoder.build(*families.read(raw)))
 
 
 def wanted(raw, table=None):

@@ -1,8 +1,11 @@
 """What is exported is read back bit for bit, and by transformers and PEFT."""
 
+import copy
 import dataclasses
+import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,6 +34,28 @@ IDS = np.random.default_rng(0).integers(0, parity.VOCAB, 24).tolist()
 CLOSE = 2e-5
 
 
+class World(NamedTuple):
+  """A random checkpoint that tests share; nothing is written beside it."""
+
+  folder: pathlib.Path
+  checkpoint: hf.Checkpoint
+  model: decoder.Model
+  params: dict
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  """f(name of a published architecture) -> World."""
+
+  @functools.cache
+  def of(name):
+    folder = tmp_path_factory.mktemp("base")
+    parity.write(parity.small(name), folder)
+    return World(folder, *read(folder))
+
+  return of
+
+
 def read(folder):
   """(Checkpoint, Model, params) of a folder."""
   checkpoint = hf.open_folder(folder)
@@ -48,8 +73,7 @@ def bits(params):
   return {path: np.asarray(x) for path, x in tree.named(params)}
 
 
-def logits(model, params, ids=IDS):
-  decode = jax.jit(model.decode, compiler_options=parity.FAST)
+def logits(model, decode, params, ids=IDS):
   tokens = np.asarray([ids])
   positions = np.arange(len(ids))[None]
   out, _ = decode(params, tokens, positions, model.init_cache(1, len(ids)))
@@ -57,11 +81,9 @@ def logits(model, params, ids=IDS):
 
 
 @pytest.mark.parametrize("name", parity.SUPPORTED)
-def test_import_export_import_changes_no_bit(name, tmp_path):
-  first, second = tmp_path / "a", tmp_path / "b"
-  first.mkdir()
-  parity.write(parity.small(name), first)
-  checkpoint, _, params = read(first)
+def test_import_export_import_changes_no_bit(name, world, tmp_path):
+  first, checkpoint, _, params = world(name)
+  second = tmp_path / "b"
   write(second, checkpoint, params)
   again, _, back = read(second)
   jax.tree.map(np.testing.assert_array_equal, bits(params), bits(back))
@@ -94,11 +116,9 @@ def test_a_checkpoint_in_bfloat16_survives_bit_for_bit_in_its_own_type(
 
 
 def test_a_large_checkpoint_is_several_files_and_an_index(
-  tmp_path, monkeypatch
+  world, tmp_path, monkeypatch
 ):
-  (tmp_path / "a").mkdir()
-  parity.write(parity.small("gpt2"), tmp_path / "a")
-  checkpoint, _, params = read(tmp_path / "a")
+  _, checkpoint, _, params = world("gpt2")
   monkeypatch.setattr(write_lib, "FILE_BYTES", 40_000)
   write(tmp_path / "b", checkpoint, params)
   files = sorted(p.name for p in (tmp_path / "b").glob("*.safetensors"))
@@ -124,9 +144,13 @@ def test_a_model_of_no_published_architecture_says_what_differs():
     write_lib.describe(odd, 300)
 
 
-def adapter_of(params, scale=0.05):
-  adapter = lora.init(jax.random.key(1), params, 3, ALL)
-  return worlds.noisy(adapter, 2, scale)
+def adapter_of(params, rank=3):
+  """A random adapter, as numpy f32: nothing is compiled."""
+  rng = np.random.default_rng(2)
+  return jax.tree.map(
+    lambda x: (0.05 * rng.standard_normal(x.shape)).astype(np.float32),
+    jax.eval_shape(lambda: lora.init(jax.random.key(1), params, rank, ALL)),
+  )
 
 
 def options(**changes):
@@ -148,20 +172,17 @@ def about_of(checkpoint, params):
 @pytest.mark.parametrize("name", ADAPTED)
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_an_adapter_written_for_peft_reads_back_as_the_same_product(
-  name, stabilised, tmp_path
+  name, stabilised, world, tmp_path
 ):
   """The same leaves, but where three share a matrix there: then A·B."""
-  base = tmp_path / "base"
-  base.mkdir()
-  parity.write(parity.small(name), base)
-  checkpoint, _, params = read(base)
+  _, checkpoint, _, params = world(name)
   adapter, about = adapter_of(params), options(rank_stabilised=stabilised)
   where = about_of(checkpoint, params)
   peft.write(tmp_path, adapter, *where, about)
   back, rank, scale = peft.read(tmp_path, *where)
   assert (rank, scale) == (3, about["scale"])
-  want = lora.merge(params, adapter, scale)
-  got = lora.merge(params, back, scale)
+  merge = jax.jit(lora.merge)
+  want, got = merge(params, adapter, scale), merge(params, back, scale)
   for (path, a), (_, b) in zip(tree.named(got), tree.named(want), strict=True):
     # Sums of three products of order 0.1, in another order.
     np.testing.assert_allclose(a, b, atol=1e-6, err_msg=path)
@@ -178,11 +199,8 @@ def test_an_adapter_written_for_peft_reads_back_as_the_same_product(
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
   ],
 )
-def test_what_an_adapter_cannot_be_is_named(changes, message, tmp_path):
-  base = tmp_path / "base"
-  base.mkdir()
-  parity.write(parity.small("gpt2"), base)
-  checkpoint, _, params = read(base)
+def test_what_an_adapter_cannot_be_is_named(changes, message, world, tmp_path):
+  _, checkpoint, _, params = world("gpt2")
   where = about_of(checkpoint, params)
   peft.write(tmp_path, adapter_of(params), *where, options())
   path = tmp_path / "adapter_config.json"
@@ -191,11 +209,8 @@ def test_what_an_adapter_cannot_be_is_named(changes, message, tmp_path):
     peft.read(tmp_path, *where)
 
 
-def test_tensors_of_an_adapter_that_fit_nowhere_are_named(tmp_path):
-  base = tmp_path / "base"
-  base.mkdir()
-  parity.write(parity.small("meta-llama/Llama-3.2-1B"), base)
-  checkpoint, _, params = read(base)
+def test_tensors_of_an_adapter_that_fit_nowhere_are_named(world, tmp_path):
+  _, checkpoint, _, params = world("meta-llama/Llama-3.2-1B")
   where = about_of(checkpoint, params)
   peft.write(tmp_path, adapter_of(params), *where, options())
   file = tmp_path / "adapter_model.safetensors"
@@ -214,28 +229,6 @@ def test_tensors_of_an_adapter_that_fit_nowhere_are_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", parity.SUPPORTED)
-def test_transformers_loads_what_is_exported_with_equal_logits(
-  name, tmp_path, capsys
-):
-  import torch
-  import transformers
-
-  first, second = tmp_path / "a", tmp_path / "b"
-  first.mkdir()
-  parity.write(parity.small(name), first)
-  checkpoint, model, params = read(first)
-  write(second, checkpoint, params)
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(
-    second, dtype=torch.float32, attn_implementation="eager"
-  ).eval()
-  want = parity.theirs(theirs, IDS)
-  worst = float(np.max(np.abs(logits(model, params) - want)))
-  parity.show(capsys, f"{name}, exported", {"logits": worst})
-  assert worst <= CLOSE
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])
 def test_a_model_born_here_is_loaded_by_transformers(name, tmp_path):
   import torch
@@ -243,32 +236,43 @@ def test_a_model_born_here_is_loaded_by_transformers(name, tmp_path):
 
   config = dataclasses.replace(worlds.MODELS[name], head_bias=False)
   model = decoder.build(config, worlds.VOCAB)
-  params = worlds.noisy(jax.jit(model.init)(jax.random.key(0)), 1)
+  params = tree.nest(parity.random(config, worlds.VOCAB))
   raw = write_lib.describe(config, worlds.VOCAB)
   write_lib.write(tmp_path, params, config, worlds.VOCAB, raw, "float32")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, dtype=torch.float32
   ).eval()
   ids = [i % worlds.VOCAB for i in IDS]
-  got, want = logits(model, params, ids), parity.theirs(theirs, ids)
+  decode = jax.jit(model.decode, compiler_options=parity.FAST)
+  got = logits(model, decode, params, ids)
+  want = parity.theirs(theirs, ids)
   np.testing.assert_allclose(got, want, atol=CLOSE)
 
 
+@pytest.fixture(scope="module", params=ADAPTED)
+def adapted(request, tmp_path_factory):
+  """(name, torch model, Checkpoint, params, logits) that two tests share."""
+  folder = tmp_path_factory.mktemp("torch")
+  theirs = parity.save(parity.small(request.param), folder)
+  checkpoint, model, params = read(folder)
+  decode = jax.jit(model.decode, compiler_options=parity.FAST)
+  ours = functools.partial(logits, model, decode)
+  return request.param, theirs, checkpoint, params, ours
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ADAPTED)
-def test_peft_loads_our_adapter_with_equal_logits(name, tmp_path, capsys):
+def test_peft_loads_our_adapter_with_equal_logits(adapted, tmp_path, capsys):
   import peft as peft_library
 
-  base = tmp_path / "base"
-  base.mkdir()
-  theirs = parity.save(parity.small(name), base)
-  checkpoint, model, params = read(base)
-  adapter, about = adapter_of(params), options()
+  name, theirs, checkpoint, params, ours = adapted
+  adapter, about = adapter_of(params, 4), options(rank=4)
   peft.write(tmp_path, adapter, *about_of(checkpoint, params), about)
-  got = logits(model, lora.graft(params, adapter, about["scale"]))
+  got = ours(lora.graft(params, adapter, about["scale"]))
   plain = parity.theirs(theirs, IDS)
-  adapted = peft_library.PeftModel.from_pretrained(theirs, tmp_path).eval()
-  want = parity.theirs(adapted, IDS)
+  theirs = peft_library.PeftModel.from_pretrained(
+    copy.deepcopy(theirs), tmp_path
+  ).eval()
+  want = parity.theirs(theirs, IDS)
   worst = float(np.max(np.abs(got - want)))
   parity.show(capsys, f"{name}, adapter", {"logits": worst})
   assert worst <= CLOSE
@@ -276,16 +280,12 @@ def test_peft_loads_our_adapter_with_equal_logits(name, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ADAPTED)
-def test_an_adapter_made_by_peft_is_read_with_equal_logits(name, tmp_path):
+def test_an_adapter_made_by_peft_is_read_with_equal_logits(adapted, tmp_path):
   """With a rank and an alpha of its own for one module of every layer."""
   import peft as peft_library
   import torch
 
-  base = tmp_path / "base"
-  base.mkdir()
-  theirs = parity.save(parity.small(name), base)
-  checkpoint, model, params = read(base)
+  name, theirs, checkpoint, params, ours = adapted
   one = "o_proj" if name.startswith(("meta", "micro", "google")) else None
   config = peft_library.LoraConfig(
     r=4,
@@ -295,16 +295,16 @@ def test_an_adapter_made_by_peft_is_read_with_equal_logits(name, tmp_path):
     alpha_pattern={one: 3} if one else {},
     task_type="CAUSAL_LM",
   )
-  adapted = peft_library.get_peft_model(theirs, config).eval()
+  theirs = peft_library.get_peft_model(copy.deepcopy(theirs), config).eval()
   torch.manual_seed(0)
   with torch.no_grad():
-    for key, p in adapted.named_parameters():
+    for key, p in theirs.named_parameters():
       if "lora_" in key:
         p.copy_(0.1 * torch.randn_like(p))
-  adapted.save_pretrained(tmp_path / "adapter")
+  theirs.save_pretrained(tmp_path / "adapter")
   back, rank, scale = peft.read(
     pathlib.Path(tmp_path / "adapter"), *about_of(checkpoint, params)
   )
   assert (rank, scale) == (4, 3.0)
-  got = logits(model, lora.graft(params, back, scale))
-  np.testing.assert_allclose(got, parity.theirs(adapted, IDS), atol=CLOSE)
+  got = ours(lora.graft(params, back, scale))
+  np.testing.assert_allclose(got, parity.theirs(theirs, IDS), atol=CLOSE)

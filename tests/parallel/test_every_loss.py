@@ -1,4 +1,9 @@
-"""Every loss through the real step: it trains, wherever the batch is cut."""
+"""Every loss through the real step: it trains, wherever the batch is cut.
+
+What a loss does with the log-probs of a batch does not depend on what computes
+them: the fast tier takes a model of two tables that compiles in a moment, the
+slow tier a decoder.
+"""
 
 import functools
 
@@ -10,7 +15,8 @@ import pytest
 from configs import losses as fields
 from dpo_jax.algos import base, preference
 from dpo_jax.algos import terms as terms_lib
-from dpo_jax.ops import losses, reduce
+from dpo_jax.models import axes
+from dpo_jax.ops import logprobs, losses, reduce
 from dpo_jax.train import step as step_lib
 from tests import worlds
 from tests.parallel import test_topology as topology
@@ -40,30 +46,61 @@ def items_of(loss):
   return worlds.arranged(items, kind, loss == "odpo")
 
 
-def compute(loss, **topology_of):
-  """(gradient, metrics, parameters after a step) of a loss."""
+@functools.cache
+def tables():
+  """Parameters of `apply`: an embedding, positions and a head."""
+  rng, vocab, embed = np.random.default_rng(0), 128, 16
+  shapes = {
+    "embed": {"tokens": (vocab, embed), "positions": (64, embed)},
+    "head": {"kernel": (embed, vocab)},
+  }
+  return jax.tree.map(
+    lambda shape: rng.normal(scale=0.5, size=shape).astype(np.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def apply(params, batch, chunk=None):
+  """A decoder.Model.apply that sees one token and its position alone."""
+  tables = params["embed"]
+  tokens = axes.constrain(tables["tokens"], "vocab", None)[batch["tokens"]]
+  hidden = jnp.tanh(tokens + tables["positions"][batch["positions"]])
+  hidden = axes.constrain(hidden, "rows", None, None)
+  head = logprobs.Head(
+    params["head"]["kernel"], None, worlds.VOCAB, chunk=chunk
+  )
+  return hidden, head
+
+
+def compute(loss, name, *, chunk=None, **how):
+  """(gradient, metrics, parameters after a step) of a loss and a model."""
   config = config_of(loss)
   hparams = base.numeric_fields(config.loss)
   if "beta" in hparams:
     hparams["beta"] = max(hparams["beta"], 0.05)  # or rounding is all there is
   hparams["learning_rate"] = 0.1
-  return topology.compute(
-    "llama",
-    config=config,
-    items=items_of(loss),
-    hparams={k: jnp.float32(v) for k, v in hparams.items()},
-    **topology_of,
-  )
+  how |= {"config": config, "items": items_of(loss)}
+  how["hparams"] = {k: jnp.float32(v) for k, v in hparams.items()}
+  if name == "tables":
+    return topology.compute_of(
+      functools.partial(apply, chunk=chunk), tables(), **how
+    )
+  return topology.compute(name, chunk=chunk, **how)
 
 
 @functools.cache
-def truth(loss):
-  return compute(loss, packed=False, shared=False)
+def truth(loss, name):
+  return compute(loss, name, packed=False, shared=False)
 
 
+MODELS = ["tables", pytest.param("llama", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("loss", TRAINED)
-def test_every_loss_trains_a_step(loss):
-  gradient, metrics, _ = truth(loss)
+def test_every_loss_trains_a_step(loss, name):
+  gradient, metrics, _ = truth(loss, name)
   assert np.isfinite(metrics["loss"])
   assert metrics["grad_norm"] > 1e-3
   for leaf in jax.tree.leaves(gradient):
@@ -87,19 +124,22 @@ def slow_but(*fast):
   ]
 
 
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("cut", slow_but("pmap, accumulation"))
 @pytest.mark.parametrize("loss", COUPLED)
-def test_a_coupled_loss_is_that_of_the_global_batch(loss, cut):
+def test_a_coupled_loss_is_that_of_the_global_batch(loss, cut, name):
   """Sorted ranks, reference points and δ see all of it: two stages where the
   batch is cut."""
-  got, want = compute(loss, **CUT[cut]), truth(loss)
+  got, want = compute(loss, name, **CUT[cut]), truth(loss, name)
   topology.assert_equal_up_to_rounding(got, want)
 
 
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("cut", slow_but("mesh, accumulation"))
 @pytest.mark.parametrize("loss", NEEDY)
-def test_what_a_loss_needs_does_not_depend_on_the_cut(loss, cut):
-  topology.assert_equal_up_to_rounding(compute(loss, **CUT[cut]), truth(loss))
+def test_what_a_loss_needs_does_not_depend_on_the_cut(loss, cut, name):
+  got, want = compute(loss, name, **CUT[cut]), truth(loss, name)
+  topology.assert_equal_up_to_rounding(got, want)
 
 
 def test_a_per_device_statistic_would_be_seen(monkeypatch):
@@ -107,13 +147,13 @@ def test_a_per_device_statistic_would_be_seen(monkeypatch):
   monkeypatch.setattr(reduce, "gather_rows", lambda tree, axis_name: tree)
   with pytest.raises(AssertionError):
     topology.assert_equal_up_to_rounding(
-      compute("kto_pair", **CUT["pmap"]), truth("kto_pair")
+      compute("kto_pair", "tables", **CUT["pmap"]), truth("kto_pair", "tables")
     )
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_terms():
   """0.8 DPO + 0.2 BCO + NLL: means over pairs and a mean over tokens."""
-  _, whole, _ = truth("mpo")
+  _, whole, _ = truth("mpo", "tables")
   terms = fields.parse("mpo")
   assert terms == [(0.8, "dpo"), (0.2, "bco"), (1.0, "nll")]
   config = config_of("mpo").loss
@@ -122,26 +162,22 @@ def test_a_mixture_is_the_weighted_sum_of_its_terms():
   np.testing.assert_allclose(
     whole["loss"], sum(w * parts_of[n] for w, n in terms), rtol=1e-6
   )
-  np.testing.assert_allclose(
-    parts_of["nll"], truth("nll")[1]["loss"], rtol=1e-5
-  )
-  np.testing.assert_allclose(
-    parts_of["dpo"], truth("dpo")[1]["loss"], rtol=1e-5
-  )
+  nll, dpo = (truth(name, "tables")[1] for name in ("nll", "dpo"))
+  np.testing.assert_allclose(parts_of["nll"], nll["loss"], rtol=1e-5)
+  np.testing.assert_allclose(parts_of["dpo"], dpo["loss"], rtol=1e-5)
   # The metrics are those of the heaviest term.
-  assert whole["rewards/margins"] == truth("dpo")[1]["rewards/margins"]
+  assert whole["rewards/margins"] == dpo["rewards/margins"]
 
 
 def test_bco_keeps_the_mean_of_its_rewards_between_steps():
   """δ is the mean over steps of the batches' mean rewards."""
-  model, params = worlds.model("llama")
-  algorithm = preference.make(config_of("bco"), model.apply)
+  algorithm = preference.make(config_of("bco"), apply)
   step = jax.jit(
     step_lib.make(
       algorithm, topology.recording_sgd(), accumulation=1, axis_name=None
     )
   )
-  state = topology.make_state(params, algorithm.extra(params))
+  state = topology.make_state(tables(), algorithm.extra(tables()))
   hparams = {"beta": jnp.float32(0.1), "learning_rate": jnp.float32(0.05)}
   batch, rewards = worlds.batch(items_of("bco")), []
   for count in range(1, 4):

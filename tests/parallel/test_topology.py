@@ -3,6 +3,9 @@
 The truth is the plainest computation there is: one device, every example in
 its own row, the prompt repeated for every completion, dense attention, all
 logits at once. Everything else must give its loss, metrics and gradient.
+
+The fast tier runs two programs of each model: one with everything on, and one
+under pmap; the slow tier runs every setting alone.
 """
 
 import functools
@@ -70,13 +73,18 @@ def gradient_and_step(algorithm, accumulation, axis_name):
   return fn
 
 
-def compute(
-  name,
+def compute(name, *, attention="tiled", chunk=None, **how):
+  """`compute_of` one of worlds.MODELS."""
+  model, params = worlds.model(name, attention=attention, head_chunk=chunk)
+  return compute_of(model.apply, params, **how)
+
+
+def compute_of(
+  apply,
+  params,
   *,
   config=None,
   algo=preference,
-  attention="tiled",
-  chunk=None,
   accumulation=1,
   mesh=None,
   mode="jit",
@@ -85,8 +93,7 @@ def compute(
   **layout,
 ):
   """Runs gradient_and_step in one topology and layout."""
-  model, params = worlds.model(name, attention=attention, head_chunk=chunk)
-  algorithm = algo.make(config or config_of(), model.apply)
+  algorithm = algo.make(config or config_of(), apply)
   state = make_state(params, algorithm.extra(params))
   batch = worlds.batch(items, **layout)
   fn = gradient_and_step(algorithm, accumulation, run.axis_name(mode))
@@ -174,59 +181,90 @@ DEVICES = {
 }
 
 
+# Packed, shared, tiled, padded, in microbatches, the head in chunks.
+EVERYTHING = {**DEVICES["mesh 2x2x2, accumulation"], "chunk": 7, "extra": 3}
+# And the other side of two switches: prompts repeated, the head whole.
+PMAP = {**DEVICES["pmap over 8, accumulation"], "shared": False}
+
+
+@pytest.mark.parametrize("how", [EVERYTHING, PMAP], ids=["mesh", "pmap"])
+@pytest.mark.parametrize("name", worlds.MODELS)
+def test_everything_at_once_changes_nothing(name, how):
+  assert_equal_up_to_rounding(compute(name, **how), truth(name))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", worlds.MODELS)
 def test_layout_changes_nothing(name, layout):
   assert_equal_up_to_rounding(compute(name, **LAYOUTS[layout]), truth(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("name", worlds.MODELS)
 def test_devices_change_nothing(name, devices):
   assert_equal_up_to_rounding(compute(name, **DEVICES[devices]), truth(name))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
   "how",
-  [LAYOUTS["accumulation"], DEVICES["mesh 2x2x2"], DEVICES["pmap over 8"]],
+  [
+    EVERYTHING,
+    pytest.param(LAYOUTS["accumulation"], marks=SLOW),
+    pytest.param(DEVICES["mesh 2x2x2"], marks=SLOW),
+    pytest.param(DEVICES["pmap over 8"], marks=SLOW),
+  ],
+  ids=["everything", "accumulation", "mesh", "pmap"],
 )
 def test_sft_is_a_mean_over_the_tokens_of_the_global_batch(how):
   got = compute("llama", algo=sft, **{**how, "config": config_of("sft", "sft")})
   assert_equal_up_to_rounding(got, truth("llama", "sft"))
 
 
-def test_vmap_over_beta_equals_one_run_for_each():
-  model, params = worlds.model("llama")
+@functools.cache
+def plain(dtype="float32"):
+  """(gradient_and_step, the same compiled, params, batch), the head chunked."""
+  model, params = worlds.model("llama", dtype=dtype, head_chunk=7)
   algorithm = preference.make(config_of(), model.apply)
-  state, batch = make_state(params), worlds.batch(ITEMS)
   fn = gradient_and_step(algorithm, 1, None)
-  betas = jnp.float32([0.05, 0.3, 5.0])
-  axes_of = {"beta": 0, "label_smoothing": None, "learning_rate": None}
-  points = jax.jit(jax.vmap(fn, in_axes=(None, None, axes_of)))(
-    state, batch, {**HPARAMS, "beta": betas}
+  return fn, jax.jit(fn), params, worlds.batch(ITEMS)
+
+
+BETAS = jnp.float32([0.05, 0.3, 5.0])
+OVER_BETA = {"beta": 0, "label_smoothing": None, "learning_rate": None}
+
+
+@pytest.mark.slow
+def test_vmap_over_beta_equals_one_run_for_each():
+  fn, single, params, batch = plain()
+  state = make_state(params)
+  points = jax.jit(jax.vmap(fn, in_axes=(None, None, OVER_BETA)))(
+    state, batch, {**HPARAMS, "beta": BETAS}
   )
-  single = jax.jit(fn)
-  for i, beta in enumerate(betas):
+  for i, beta in enumerate(BETAS):
     want = single(state, batch, {**HPARAMS, "beta": beta})
     got = jax.tree.map(lambda x, i=i: x[i], points)
     assert_equal_up_to_rounding(got, want)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_vmap_over_whole_states_equals_one_step_for_each(dtype):
-  """Three small models in one program, one batch, the head chunked."""
-  model, params = worlds.model("llama", dtype=dtype, head_chunk=7)
-  algorithm = preference.make(config_of(), model.apply)
-  fn, batch = gradient_and_step(algorithm, 1, None), worlds.batch(ITEMS)
+@pytest.mark.parametrize(
+  "dtype", ["float32", pytest.param("bfloat16", marks=SLOW)]
+)
+def test_vmap_over_states_and_beta_equals_one_step_for_each(dtype):
+  """Three small models, each with its β, in one program and of one batch."""
+  fn, single, params, batch = plain(dtype)
   states = [make_state(worlds.noisy(params, 20 + i, 0.02)) for i in range(3)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-  points = jax.jit(jax.vmap(fn, in_axes=(0, None, None)))(
-    stacked, batch, HPARAMS
+  points = jax.jit(jax.vmap(fn, in_axes=(0, None, OVER_BETA)))(
+    stacked, batch, {**HPARAMS, "beta": BETAS}
   )
-  single = jax.jit(fn)
-  for i, state in enumerate(states):
+  for i, (state, beta) in enumerate(zip(states, BETAS, strict=True)):
     got = jax.tree.map(lambda x, i=i: x[i], points)
-    want = single(state, batch, HPARAMS)
+    want = single(state, batch, {**HPARAMS, "beta": beta})
     if dtype == "float32":
       assert_equal_up_to_rounding(got, want)
     else:
@@ -236,18 +274,16 @@ def test_vmap_over_whole_states_equals_one_step_for_each(dtype):
 
 
 def test_four_completions_serving_six_pairs_equal_six_separate_pairs():
-  together, apart = [], []
-  for e in worlds.examples(6, seed=5, completions=4):
-    together.append(e)
+  apart = []
+  for e in ITEMS:
     for w, l, weight in e.pairs:
       two = (e.completions[w], e.completions[l])
       apart.append(e._replace(completions=two, pairs=((0, 1, weight),)))
-  model, params = worlds.model("neox")
-  algorithm = preference.make(config_of(), model.apply)
-  fn = jax.jit(gradient_and_step(algorithm, 1, None))
+  assert any(len(e.pairs) == 6 for e in ITEMS)
+  _, single, params, batch = plain()
   state = make_state(params)
-  got = fn(state, worlds.batch(together), HPARAMS)
-  want = fn(state, worlds.batch(apart), HPARAMS)
+  got = single(state, batch, HPARAMS)
+  want = single(state, worlds.batch(apart), HPARAMS)
   assert_equal_up_to_rounding(got, want)
 
 
