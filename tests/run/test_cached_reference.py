@@ -325,23 +325,26 @@ def assert_same_training(got, want):
 
 
 def test_a_cached_reference_trains_as_a_frozen_one(data, tmp_path, passes):
-  held_out = f"data.eval={data}"
-  frozen = train(tmp_path / "frozen", data, held_out, "ref=frozen")
+  how = f"data.eval={data}", "train.accumulation=2"
+  frozen = train(tmp_path / "frozen", data, *how, "ref=frozen")
   assert not passes
   assert not (tmp_path / "frozen/ref_logps").exists()
   assert [row["kind"] for row in frozen] == 3 * ["train"] + ["eval"]
   assert_same_training(
-    train(tmp_path / "cached", data, held_out, "ref=cached"), frozen
+    train(tmp_path / "cached", data, *how, "ref=cached"), frozen
   )
   assert len(passes) == 1  # training and held-out data are the same
   before = stored(tmp_path / "cached/ref_logps")
-  train(tmp_path / "cached", data, held_out, "ref=cached")
+  train(tmp_path / "cached", data, *how, "ref=cached")
   assert len(passes) == 1
   assert stored(tmp_path / "cached/ref_logps") == before
 
 
-def test_a_cached_reference_serves_pmap_and_accumulation(data, tmp_path):
-  how = "data.eval=None", "mesh.mode=pmap", "train.accumulation=2"
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_cached_reference_serves_pmap(accumulation, data, tmp_path):
+  cut = f"train.accumulation={accumulation}"
+  how = "data.eval=None", "mesh.mode=pmap", cut
   got, want = (
     train(tmp_path / ref, data, *how, f"ref={ref}")
     for ref in ("cached", "frozen")

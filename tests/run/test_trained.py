@@ -125,7 +125,8 @@ def test_policy_equals_reference_until_the_adapter_has_learned(run):
       *("ref=cached", "train.accumulation=2"),
       *("lora.base=nf4", "lora.rank_stabilised=True"),
     ],
-    ["mesh.mode=pmap"],
+    # tests/parallel/test_adapters has the adapter of pmap itself.
+    pytest.param(["mesh.mode=pmap"], marks=pytest.mark.slow),
   ],
 )
 def test_a_run_with_an_adapter_learns_whatever_its_reference(

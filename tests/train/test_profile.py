@@ -13,7 +13,8 @@ from tests import conftest
 def test_the_trace_opens_and_holds_steps_of_the_run(tmp_path, capsys):
   config = str(conftest.ROOT / "configs/dpo.py:smoke")
   argv = ["train", "--config", config, "--workdir", str(tmp_path)]
-  assert cli.main([*argv, "--profile", "--config.train.steps=6"]) == 0
+  fields = "--config.train.steps=6", "--config.data.eval=None"
+  assert cli.main([*argv, "--profile", *fields]) == 0
   assert "ui.perfetto.dev" in capsys.readouterr().out
   (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
   with gzip.open(trace) as file:
