@@ -1,7 +1,8 @@
-"""Runs `fit` in a process of its own: driver.py WORKDIR KILL_AT OVERRIDE …
+"""Runs `fit` in a process of its own: driver.py WORKDIRS KILL_AT OVERRIDE …
 
-Writes the example ids of every batch to WORKDIR/ids.jsonl as it is placed, and
-kills itself without warning once KILL_AT steps have been logged and a
+The same run in each of the WORKDIRS, which a comma separates, in turn. Writes
+the example ids of every batch to WORKDIR/ids.jsonl as it is placed, and kills
+itself without warning once KILL_AT steps have been logged in the last and a
 checkpoint is complete.
 """
 
@@ -26,8 +27,8 @@ def wait_for_a_checkpoint(workdir):
     time.sleep(0.05)
 
 
-def main(workdir, kill_at, *overrides):
-  workdir = pathlib.Path(workdir)
+def fit(workdir, kill_at, config):
+  """The exit code of one run."""
   workdir.mkdir(parents=True, exist_ok=True)
   batch_of = loader.Loader.batch
   step_of = log.Logger.step
@@ -47,8 +48,18 @@ def main(workdir, kill_at, *overrides):
     return out
 
   loader.Loader.batch, log.Logger.step = batch, step
+  try:
+    return loop.fit(config, workdir).exit_code
+  finally:
+    loader.Loader.batch, log.Logger.step = batch_of, step_of
+
+
+def main(workdirs, kill_at, *overrides):
   config = load.load_config("configs/dpo.py:smoke", overrides)
-  return loop.fit(config, workdir).exit_code
+  *before, last = map(pathlib.Path, workdirs.split(","))
+  for workdir in before:
+    assert fit(workdir, None, config) == 0
+  return fit(last, kill_at, config)
 
 
 if __name__ == "__main__":

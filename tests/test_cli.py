@@ -9,6 +9,7 @@ import pytest
 import dpo_jax
 from dpo_jax import cli
 from dpo_jax.config import load
+from tests import folders
 
 GOOD = [
   {"prompt": f"The plot {i}", "chosen": " is fine.", "rejected": " is bad."}
@@ -78,10 +79,21 @@ def test_bad_data_names_file_record_and_field(
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_bad_records_are_skipped_and_counted_if_the_config_says_so(train):
+def trained(tmp_path, *overrides):
+  """Makes the run folder of `train`, so that nothing is left to train."""
+  fields = [f"data.train={tmp_path}/my.jsonl", "data.eval=None", *overrides]
+  config = load.load_config("configs/dpo.py:smoke", fields)
+  folders.run(config, tmp_path / "run")
+
+
+def test_bad_records_are_skipped_and_counted_if_the_config_says_so(
+  train, tmp_path
+):
   bad = {**PLAIN, "chosen": ""}
   content = lines(*GOOD, bad, bad) + b'{"prompt": '
-  code, _, out = train("--config.data.bad_records=skip", content=content)
+  (tmp_path / "my.jsonl").write_bytes(content)
+  trained(tmp_path, "data.bad_records=skip")
+  code, _, out = train("--config.data.bad_records=skip")
   assert code == 0
   assert "8 examples" in out
   assert "2 skipped: empty, 1 skipped: invalid JSON" in out
@@ -237,17 +249,18 @@ def test_eval_refuses_a_reference_that_was_trained_on(tmp_path, capsys):
     return code, capsys.readouterr().err
 
   configs = f"{dpo_jax.__path__[0]}/../configs"
-  sft = ["train", f"--config={configs}/sft.py:smoke", f"--workdir={tmp_path}/a"]
-  assert main(*sft)[0] == 0
-  dpo = f"--config={configs}/dpo.py:smoke"
-  start = f"--config.init_from={tmp_path}/a"
+  sft = load.load_config(f"{configs}/sft.py:smoke", ["train.steps=3"])
+  folders.run(sft, tmp_path / "a", step=2)
+  start = [f"init_from={tmp_path}/a"]
+  dpo = load.load_config(f"{configs}/dpo.py:smoke", start)
+  folders.run(dpo, tmp_path / "b")
   run = f"--workdir={tmp_path}/b"
-  assert main("train", dpo, start, run)[0] == 0
   assert main("eval", run)[0] == 0
-  code, err = main("eval", run, dpo)  # a random reference
+  random = f"--config={configs}/dpo.py:smoke"
+  code, err = main("eval", run, random)
   assert code == 2
   assert "init_from (saved " in err
-  assert main(*sft, "--config.train.steps=3")[0] == 0
+  folders.run(sft, tmp_path / "a", step=3)
   code, err = main("eval", run)
   assert code == 2
   assert "is not the reference that this run was trained with" in err
@@ -298,7 +311,7 @@ def test_a_wrong_verb_or_folder_gets_one_line_and_writes_nothing(
 def test_another_config_in_the_same_folder_is_refused_and_loses_nothing(
   train, tmp_path
 ):
-  assert train()[0] == 0
+  trained(tmp_path)
 
   def files():
     root = tmp_path / "run"

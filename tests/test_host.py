@@ -41,6 +41,7 @@ def test_a_second_run_finds_the_programs_of_the_first(tmp_path):
   def train(name):
     command = [sys.executable, "-m", "dpo_jax.cli", "train"]
     options = ["--config", str(conftest.ROOT / "configs/dpo.py:smoke")]
+    options += ["--config.train.steps=1", "--config.data.eval=None"]
     workdir = tmp_path / name
     subprocess.run(
       [*command, *options, "--workdir", str(workdir), "--profile"],

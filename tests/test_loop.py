@@ -14,10 +14,10 @@ import pytest
 from configs import common
 from dpo_jax import loop
 from dpo_jax.config import load as load_lib
-from dpo_jax.run import build, held_out
+from dpo_jax.run import build, feed, held_out
 from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
-from tests import conftest
+from tests import conftest, folders
 
 slow = pytest.mark.slow
 DRIVER = pathlib.Path(__file__).with_name("driver.py")
@@ -76,12 +76,14 @@ def test_bf16_activations_train_and_their_noise_is_printed(tmp_path, capsys):
 
 def test_dpo_learns_the_toy_task_and_continues_a_finished_run(tmp_path):
   overrides = ("train.steps=12", "eval.every=6", "log.every=1")
-  result = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  config = load("configs/dpo.py:smoke", *overrides)
+  run = build.prepare(config)
+  result = loop.fit(config, tmp_path, run)
   losses = [row["loss"] for row in rows_of(tmp_path)]
   assert abs(losses[0] - np.log(2)) < 1e-5
   assert losses[-1] < 0.3
   assert result.evaluation["rewards/accuracies"] > 0.95
-  again = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  again = loop.fit(config, tmp_path, run)
   assert int(again.state.step) == 12
   longer = (*overrides, "train.steps=14")
   more = loop.fit(load("configs/dpo.py:smoke", *longer), tmp_path)
@@ -143,16 +145,15 @@ def test_a_run_moves_between_meshes_and_pmap(tmp_path):
 
 
 def test_dpo_starts_from_an_sft_run(tmp_path):
-  loop.fit(load("configs/sft.py:smoke", "train.steps=5"), tmp_path / "sft")
+  folders.run(load("configs/sft.py:smoke"), tmp_path / "sft")
   init = f"init_from={tmp_path / 'sft'}"
   result = loop.fit(
     load("configs/dpo.py:smoke", init, "train.steps=1", "log.every=1"),
     tmp_path / "dpo",
   )
-  manager = checkpoint.load_params(tmp_path / "sft", result.state.frozen["ref"])
-  assert state_lib.fingerprint(manager) == state_lib.fingerprint(
-    result.state.frozen["ref"]
-  )
+  reference = result.state.frozen["ref"]
+  there = checkpoint.load_params(tmp_path / "sft", reference)
+  assert state_lib.fingerprint(there) == state_lib.fingerprint(reference)
   (first,) = rows_of(tmp_path / "dpo")
   assert abs(first["loss"] - np.log(2)) < 1e-5
   misfit = load("configs/dpo.py:smoke", init, "model.mlp=32")
@@ -160,22 +161,45 @@ def test_dpo_starts_from_an_sft_run(tmp_path):
     loop.fit(misfit, tmp_path / "misfit")
 
 
-def start(workdir, *overrides, kill_at=None, devices=1):
-  """The driver in a process of its own: `fit` that writes down example ids."""
-  flags = f"--xla_force_host_platform_device_count={devices}"
-  return subprocess.Popen(
-    [sys.executable, str(DRIVER), str(workdir), str(kill_at), *overrides],
-    env={
-      **os.environ,
-      "XLA_FLAGS": flags,
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(conftest.ROOT),
-    },
-    cwd=conftest.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """Starts the driver in a process of its own, see driver.py.
+
+  All find the programs that the first of them compiled.
+  """
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+  running = []
+
+  def run(*workdirs, fields=(), kill_at=None, devices=1):
+    flags = os.environ["XLA_FLAGS"]  # the last of two is the one that counts
+    flags += f" --xla_force_host_platform_device_count={devices}"
+    process = subprocess.Popen(
+      [
+        *(sys.executable, str(DRIVER), ",".join(map(str, workdirs))),
+        *(str(kill_at), *fields),
+      ],
+      env={
+        **cache,
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(conftest.ROOT),
+      },
+      cwd=conftest.ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    running.append(process)
+    return process
+
+  yield run
+  for process in running:
+    process.kill()  # what a failed test left
 
 
 def finish(process, code=0):
@@ -184,9 +208,9 @@ def finish(process, code=0):
   return out
 
 
-def wait_for_steps(process, metrics):
+def wait_for_steps(process, metrics, count=3):
   deadline = time.monotonic() + 120
-  while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+  while not (metrics.exists() and metrics.read_text().count("\n") > count):
     assert time.monotonic() < deadline
     assert process.poll() is None, process.stdout.read()
     time.sleep(0.1)
@@ -207,28 +231,29 @@ def values_of(workdir):
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=slow)])
-def test_a_killed_run_resumes_bit_for_bit_in_a_new_process(tmp_path, devices):
+def test_a_killed_run_resumes_bit_for_bit_in_a_new_process(
+  tmp_path, devices, start
+):
   """2N steps = kill -9 after N + a new process, across an epoch's end, with
-  accumulation: the same examples, every logged value, every saved bit."""
-  overrides = [
-    "train.steps=8",
-    "checkpoint.every=4",
+  accumulation: the same examples, every logged value, every saved bit.
+
+  An epoch of 20 examples ends inside the third batch of 8.
+  """
+  fields = [
+    "data.train=toy:20",
+    "train.steps=4",
+    "checkpoint.every=2",
     "log.every=1",
     "train.accumulation=2",
-    "data.batch_size=200",
     "data.eval=None",
   ]
   if devices == 8:
-    overrides += ["mesh.fsdp=2", "mesh.tensor=2"]
+    fields += ["mesh.fsdp=2", "mesh.tensor=2"]
   whole, cut = tmp_path / "whole", tmp_path / "cut"
-  processes = [
-    start(whole, *overrides, devices=devices),
-    start(cut, *overrides, devices=devices, kill_at=6),
-  ]
-  finish(processes[0])
-  finish(processes[1], -signal.SIGKILL)
-  resumed = finish(start(cut, *overrides, devices=devices))
-  assert "steps 4 to 8" in resumed
+  killed = start(whole, cut, fields=fields, devices=devices, kill_at=3)
+  finish(killed, -signal.SIGKILL)
+  resumed = finish(start(cut, fields=fields, devices=devices))
+  assert "steps 2 to 4" in resumed
   ids = {
     name: [
       json.loads(line)
@@ -237,48 +262,64 @@ def test_a_killed_run_resumes_bit_for_bit_in_a_new_process(tmp_path, devices):
     for name in ("whole", "cut")
   }
   by_step = dict(ids["whole"])
-  assert len(by_step) == 8
+  assert len(by_step) == 4
   for step, examples in ids["cut"]:
     assert examples == by_step[step]
-  assert len({i for step in range(4) for i in by_step[step]}) == 800
+  assert len({i for step in range(2) for i in by_step[step]}) == 16
+  assert len({i for step in range(3) for i in by_step[step]}) == 20
   assert values_of(cut) == values_of(whole)
-  assert final_checksums(cut, 8) == final_checksums(whole, 8)
+  assert final_checksums(cut, 4) == final_checksums(whole, 4)
 
 
 @pytest.mark.parametrize(
   ("number", "code"),
-  [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 42, marks=slow)],
+  [(signal.SIGTERM, 42), pytest.param(signal.SIGINT, 130, marks=slow)],
 )
-def test_a_signal_saves_and_the_same_command_resumes(tmp_path, number, code):
-  overrides = ("train.steps=100000", "checkpoint.every=100000", "log.every=1")
-  process = start(tmp_path, *overrides)
-  wait_for_steps(process, tmp_path / "metrics.jsonl")
+def test_a_signal_saves_and_the_same_command_resumes(
+  tmp_path, number, code, start
+):
+  fields = ("train.steps=100000", "checkpoint.every=100000", "log.every=1")
+  metrics = tmp_path / "metrics.jsonl"
+  process = start(tmp_path, fields=fields)
+  wait_for_steps(process, metrics)
   with pytest.raises(ValueError, match="in use by another running process"):
     loop.fit(load(), tmp_path)  # meanwhile, a second run in the same folder
   process.send_signal(number)
-  out = finish(process, code)
-  assert "the same command resumes" in out
+  assert "the same command resumes" in finish(process, code)
   stopped = rows_of(tmp_path)[-1]["step"]
-  more = finish(start(tmp_path, *overrides, f"train.steps={stopped + 2}"))
-  assert f"steps {stopped} to {stopped + 2}" in more
-  assert [r["step"] for r in rows_of(tmp_path)] == list(range(1, stopped + 3))
+  process = start(tmp_path, fields=fields)
+  for line in process.stdout:
+    if f"steps {stopped} to" in line:
+      break
+  # `train … | tee log`: Ctrl-C ends tee first, and there is no reader any more.
+  process.stdout.close()
+  wait_for_steps(process, metrics, stopped + 1)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(timeout=120) == health.EXIT_INTERRUPTED
+  steps = [row["step"] for row in rows_of(tmp_path)]
+  assert steps == list(range(1, len(steps) + 1))
+  assert (tmp_path / "checkpoints" / str(len(steps))).exists()
+
+
+@pytest.fixture(scope="module")
+def eight():
+  """(config, base.Run) of eight steps, whose programs are compiled once."""
+  overrides = ("train.steps=8", "eval.every=3", "checkpoint.every=4")
+  config = load("configs/dpo.py:smoke", *overrides)
+  return config, build.prepare(config)
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_training_stops_when_nothing_is_finite_and_keeps_what_was_saved(
-  tmp_path, every, monkeypatch
+  tmp_path, every, eight
 ):
   """Whether the log line is written by a step or by an evaluation."""
-  overrides = ["train.max_skipped=3", f"log.every={every}", "eval.every=2"]
-  config = load("configs/dpo.py:smoke", *overrides, "train.steps=20")
-  hparams = build.hyper_params
-
-  def broken(config):
-    return {**hparams(config), "learning_rate": np.float32("inf")}
-
-  monkeypatch.setattr(build, "hyper_params", broken)
+  config, run = eight
+  rhythm = run.rhythm._replace(log=every, evaluate=2, max_skipped=3)
+  broken = {**run.hparams, "learning_rate": np.float32("inf")}
+  run = run._replace(rhythm=rhythm, hparams=broken)
   with pytest.raises(FloatingPointError, match=r"[34] updates in a row"):
-    loop.fit(config, tmp_path)
+    loop.fit(config, tmp_path, run)
   assert rows_of(tmp_path)[-1]["skipped"] >= 3
 
 
@@ -296,50 +337,49 @@ def interrupted_in(monkeypatch, module, name, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("where", ["evaluation", "save"])
 def test_a_signal_in_the_middle_of_anything_still_saves(
-  where, tmp_path, monkeypatch
+  where, tmp_path, monkeypatch, eight
 ):
-  overrides = ("train.steps=8", "eval.every=3", "checkpoint.every=4")
-  config = load("configs/dpo.py:smoke", *overrides)
+  config, run = eight
   if where == "evaluation":
     interrupted_in(monkeypatch, held_out, "evaluate")
   else:
     interrupted_in(monkeypatch, checkpoint.Checkpointer, "save")
-  result = loop.fit(config, tmp_path)
+  result = loop.fit(config, tmp_path, run)
   assert result.exit_code == health.EXIT_REQUEUE
   stopped = int(result.state.step)
   assert stopped == {"evaluation": 4, "save": 5}[where]
   assert (tmp_path / "checkpoints" / str(stopped)).exists()
-  resumed = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
+  resumed = loop.fit(config, tmp_path, run)
   assert int(resumed.state.step) == 8
 
 
 def test_a_signal_in_the_last_evaluation_ends_the_sweep_it_is_of(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, eight
 ):
+  config, run = eight
   interrupted_in(monkeypatch, held_out, "evaluate")
-  result = loop.fit(load("configs/dpo.py:smoke"), tmp_path)
+  result = loop.fit(config, tmp_path, run._replace(total=2))
   assert int(result.state.step) == 2  # all of them
   assert result.exit_code == health.EXIT_REQUEUE
 
 
 def test_a_signal_while_data_are_read_stops_at_once(tmp_path, monkeypatch):
-  interrupted_in(monkeypatch, build, "build_loader")
+  interrupted_in(monkeypatch, feed, "load")
   with pytest.raises(health.Stopped) as caught:
     loop.fit(load("configs/dpo.py:smoke"), tmp_path)
   assert caught.value.exit_code == health.EXIT_REQUEUE
   assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_ctrl_c_saves_though_the_reader_of_the_output_is_gone(tmp_path):
-  """`train … | tee log`: Ctrl-C ends tee first."""
-  process = start(tmp_path, "train.steps=100000", "log.every=1")
-  metrics = tmp_path / "metrics.jsonl"
-  wait_for_steps(process, metrics)
-  process.stdout.close()
-  process.send_signal(signal.SIGINT)
-  assert process.wait(timeout=120) == health.EXIT_INTERRUPTED
-  stopped = rows_of(tmp_path)[-1]["step"]
-  assert (tmp_path / "checkpoints" / str(stopped)).exists()
+def test_a_second_signal_takes_its_usual_effect_at_once():
+  with (  # noqa: PT012 - the second one, and no other, raises
+    pytest.raises(KeyboardInterrupt) as caught,
+    health.stop_on_signal() as stop,
+  ):
+    signal.raise_signal(signal.SIGINT)
+    assert stop.exit_code == health.EXIT_INTERRUPTED
+    signal.raise_signal(signal.SIGINT)
+  assert caught.type is not health.Stopped
 
 
 def test_other_data_under_the_same_name_is_refused(tmp_path):
@@ -353,17 +393,15 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
       )
     )
 
-  def train(steps):
-    overrides = (f"data.train={data}", "data.eval=None", f"train.steps={steps}")
-    return loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path / "run")
-
+  overrides = (f"data.train={data}", "data.eval=None", "train.steps=4")
+  config = load("configs/dpo.py:smoke", *overrides)
   write("b")
-  train(2)
+  folders.run(config, tmp_path / "run", step=2)
   write("c")
   with pytest.raises(ValueError, match=r"data_fingerprint \(saved '8 examples"):
-    train(4)
+    loop.fit(config, tmp_path / "run")
   write("b")
-  assert int(train(4).state.step) == 4
+  assert int(loop.fit(config, tmp_path / "run").state.step) == 4
 
 
 @slow
@@ -373,15 +411,7 @@ def test_the_evaluation_is_the_mean_over_all_comparisons(tmp_path):
   result = loop.fit(load("configs/dpo.py:smoke", *overrides), tmp_path)
   config = load("configs/dpo.py:smoke", "data.batch_size=960")
   run = build.prepare(config)
-  setup = run.setup
-  loader, _ = build.build_loader(
-    config,
-    setup.tokenizer,
-    setup.model.config,
-    "toy",
-    training=False,
-    row_multiple=1,
-  )
+  loader, _ = feed.load(run.setup, run.algorithm, "toy", "data.eval", 1)
   batch = loader.batch(0)[0]
   state = result.state
   batch = run.algorithm.prepare(batch, state.frozen, {})
