@@ -83,7 +83,7 @@ def trained(tmp_path, *overrides):
   """Makes the run folder of `train`, so that nothing is left to train."""
   fields = [f"data.train={tmp_path}/my.jsonl", "data.eval=None", *overrides]
   config = load.load_config("configs/dpo.py:smoke", fields)
-  folders.run(config, tmp_path / "run")
+  folders.untrained(config, tmp_path / "run")
 
 
 def test_bad_records_are_skipped_and_counted_if_the_config_says_so(
@@ -250,17 +250,17 @@ def test_eval_refuses_a_reference_that_was_trained_on(tmp_path, capsys):
 
   configs = f"{dpo_jax.__path__[0]}/../configs"
   sft = load.load_config(f"{configs}/sft.py:smoke", ["train.steps=3"])
-  folders.run(sft, tmp_path / "a", step=2)
+  folders.untrained(sft, tmp_path / "a", step=2)
   start = [f"init_from={tmp_path}/a"]
   dpo = load.load_config(f"{configs}/dpo.py:smoke", start)
-  folders.run(dpo, tmp_path / "b")
+  folders.untrained(dpo, tmp_path / "b")
   run = f"--workdir={tmp_path}/b"
   assert main("eval", run)[0] == 0
   random = f"--config={configs}/dpo.py:smoke"
   code, err = main("eval", run, random)
   assert code == 2
   assert "init_from (saved " in err
-  folders.run(sft, tmp_path / "a", step=3)
+  folders.untrained(sft, tmp_path / "a", step=3)
   code, err = main("eval", run)
   assert code == 2
   assert "is not the reference that this run was trained with" in err

@@ -145,7 +145,7 @@ def test_a_run_moves_between_meshes_and_pmap(tmp_path):
 
 
 def test_dpo_starts_from_an_sft_run(tmp_path):
-  folders.run(load("configs/sft.py:smoke"), tmp_path / "sft")
+  folders.untrained(load("configs/sft.py:smoke"), tmp_path / "sft")
   init = f"init_from={tmp_path / 'sft'}"
   result = loop.fit(
     load("configs/dpo.py:smoke", init, "train.steps=1", "log.every=1"),
@@ -396,7 +396,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
   overrides = (f"data.train={data}", "data.eval=None", "train.steps=4")
   config = load("configs/dpo.py:smoke", *overrides)
   write("b")
-  folders.run(config, tmp_path / "run", step=2)
+  folders.untrained(config, tmp_path / "run", step=2)
   write("c")
   with pytest.raises(ValueError, match=r"data_fingerprint \(saved '8 examples"):
     loop.fit(config, tmp_path / "run")
