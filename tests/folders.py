@@ -3,6 +3,7 @@
 And built configs with other questions asked of them.
 """
 
+import contextlib
 import json
 import pathlib
 
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 from dpo_jax import loop
 from dpo_jax.config import load
 from dpo_jax.run import build
-from dpo_jax.train import checkpoint
+from dpo_jax.train import health
 from tests import worlds
 
 
 def untrained(config, workdir, step=2, *, seed=1, noise=0.1, run=None):
   """The folder of a run, as `fit` leaves it, of parameters plus noise.
+
+  A folder that is there is gone on with, as `fit` would.
 
   Args:
     config: of the run.
@@ -29,13 +32,13 @@ def untrained(config, workdir, step=2, *, seed=1, noise=0.1, run=None):
   Returns: (Run that knows its reference, TrainState that was saved).
   """
   run = build.prepare(config) if run is None else run
-  run, state = loop.begin(run, workdir)
-  params = worlds.noisy(state.params, seed, noise)
-  state = state.replace(
-    step=jax.device_put(jnp.int32(step), state.step.sharding),
-    params=jax.device_put(params, jax.tree.map(_sharding, state.params)),
-  )
-  with checkpoint.Checkpointer(workdir, keep=run.rhythm.keep) as checkpoints:
+  with health.lock(workdir), contextlib.ExitStack() as opened:
+    run, state, checkpoints = loop.restore(run, workdir, None, opened)
+    params = worlds.noisy(state.params, seed, noise)
+    state = state.replace(
+      step=jax.device_put(jnp.int32(step), state.step.sharding),
+      params=jax.device_put(params, jax.tree.map(_sharding, state.params)),
+    )
     checkpoints.save(state, run.identity, wait=True)
   text = json.dumps(run.setup.asked, indent=2) + "\n"
   (pathlib.Path(workdir) / "config.json").write_text(text)
