@@ -371,7 +371,10 @@ def test_a_signal_while_data_are_read_stops_at_once(tmp_path, monkeypatch):
   assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_a_second_signal_takes_its_usual_effect_at_once():
+def test_a_second_signal_takes_its_usual_effect_at_once(request):
+  # A shell's background jobs ignore Ctrl-C, and so would this process there.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
   with (  # noqa: PT012 - the second one, and no other, raises
     pytest.raises(KeyboardInterrupt) as caught,
     health.stop_on_signal() as stop,

@@ -106,7 +106,7 @@ def test_training_an_adapter_leaves_no_second_copy_of_the_base_alive(run):
 
 def test_policy_equals_reference_until_the_adapter_has_learned(run):
   """To rounding: the two passes are not fused alike on every processor."""
-  assert run.reference.name == "base"
+  assert run.setup.asked["ref"] == "base"
   initial, state = start(run)
   step = run.step
   batch, _ = run.feed.batch(0, None)
