@@ -137,6 +137,8 @@ def script(tmp_path):
     stderr=subprocess.PIPE,
     text=True,
     process_group=0,
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     env={**os.environ, "PYTHONPATH": str(conftest.ROOT)},
   ) as process:
     yield process
