@@ -111,13 +111,20 @@ def assert_sound(case, values, where):
   for leaf in jax.tree.leaves((got, gradients)):
     assert np.all(np.isfinite(leaf)), where
   want, _ = loss_cases.oracle_of(case, values)
-  # f32 numbers of 1e4 are 1e-3 apart, and the first is padding.
-  np.testing.assert_allclose(
-    got[real], want[real], rtol=1e-3, atol=1e-3, err_msg=where
+  slopes = {
+    name: loss_cases.slope_of(case, values, name, scale)
+    for name in loss_cases.moving(case)
+  }
+  # f32 numbers of 1e4 are 1e-3 apart, which f-divergences make 1e13 times more
+  # before they subtract two such scores; and the first is padding.
+  slack = (
+    1
+    + np.abs(want)
+    + sum(np.abs(slope).reshape(2, 3, -1).sum(-1) for slope in slopes.values())
   )
-  for name in loss_cases.moving(case):
-    got_slope = np.float64(gradients[name])[real]
-    slope = loss_cases.slope_of(case, values, name, scale)[real]
+  assert np.max((np.abs(got - want) - 1e-3 * slack)[real]) <= 0, where
+  for name, slope in slopes.items():
+    got_slope, slope = np.float64(gradients[name])[real], slope[real]
     noise = 1e-5 + 1e-11 * np.abs(want[real][:, None])  # of the differences
     if case.name in ("dpop", "orpo"):  # a kink at Δ_w = 0, a pole at π = 1
       slope = np.where(np.abs(slope) > noise, slope, 0.0)
