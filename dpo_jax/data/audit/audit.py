@@ -52,27 +52,26 @@ def report(spec, field, tokenizer, options, limits, kind, with_scores):
   parts, shown = [], []
   every, skipped, first = [], collections.Counter(), {}
   for _, source in sources.parse(spec, field):
-    policy = sources.Policy("skip")
-    facts = []
-    each = _encoded(options, kind, tokenizer, source, policy, field)
-    for record, encoded in each:
-      error = comparisons.problem(encoded.example, kind, with_scores)
+    policy, facts = sources.Policy("skip"), []
+    items = sources.read_part(source, comparisons.FORMS[kind], field)
+    records = list(policy.usable(items))
+    each = tokenize.encode_each(records, tokenizer, options)
+    for record, encoded in zip(records, each, strict=True):
+      error = encoded.error or comparisons.problem(
+        encoded.example, kind, with_scores
+      )
       if error is not None:
         policy.bad(error)
         continue
       facts.append(counts.facts_of(record, encoded, tokenizer))
       if len(shown) < limits.show:
         shown.append(_show(record, encoded, tokenizer))
-    parts.append(
-      {
-        "source": source,
-        **counts.summary(facts, policy.skipped, policy.first),
-      }
-    )
+    summary = counts.summary(facts, policy.skipped, policy.first)
+    parts.append({"source": source, **summary})
     every += facts
     skipped += policy.skipped
     first = policy.first | first
-  found = counts.checks(parts, limits)
+  checks = counts.checks(parts, limits)
   if len(parts) > 1:
     parts.append({"source": "all", **counts.summary(every, skipped, first)})
   return {
@@ -80,20 +79,8 @@ def report(spec, field, tokenizer, options, limits, kind, with_scores):
     "spec": spec,
     "shown": shown,
     "parts": parts,
-    "checks": found,
+    "checks": checks,
   }
-
-
-def _encoded(options, kind, tokenizer, source, policy, field):
-  """Yields (record, tokenize.Encoded) of the usable records of a source."""
-  form = comparisons.FORMS[kind]
-  records = list(sources.read(source, form, policy, field))
-  each = tokenize.encode_each(records, tokenizer, options)
-  for record, encoded in zip(records, each, strict=True):
-    if encoded.error is None:
-      yield record, encoded
-    else:
-      policy.bad(encoded.error)
 
 
 def _about(name, tokenizer):

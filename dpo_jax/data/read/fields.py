@@ -9,8 +9,11 @@ class BadRecord(ValueError):
   """A record that cannot be used; the message says where and what to do."""
 
   def __init__(self, reason, message):
-    super().__init__(message)
+    super().__init__(reason, message)  # by which another process has it too
     self.reason = reason
+
+  def __str__(self):
+    return self.args[1]
 
 
 def field(row, name, kind, origin, what=None):

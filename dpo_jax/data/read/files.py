@@ -1,15 +1,15 @@
 """Rows of .jsonl, .csv and .parquet files, each with where it stands.
 
-A reader is a function (path, policy) that yields (origin, row). What is wrong
-with one row goes to the policy; what is wrong with the file is an error.
+A reader is a function path that yields (origin, row). What is wrong with one
+row is a BadRecord in its place; what is wrong with the file is an error.
 """
 
 import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
-from typing import NamedTuple
 
 from etils import epath
 
@@ -22,20 +22,12 @@ _JSON_COLUMNS = {
 }
 
 
-class Content(NamedTuple):
-  """What a file holds, wherever it is.
-
-  Attributes:
-    digest: of its bytes, hexadecimal.
-    rows: about how many, or None if that is not known before they are read.
-  """
-
-  digest: str
-  rows: int | None
-
-
 def content(path):
-  """The Content of a file of FILES; reads it once, block by block."""
+  """What a file holds, wherever it is; reads it once, block by block.
+
+  Returns: (digest of its bytes, hexadecimal; about how many rows, or None if
+    that is not known before they are read).
+  """
   path = epath.Path(path)
   digest, lines = hashlib.blake2b(digest_size=16), 0
   with _readable(path), path.open("rb") as file:
@@ -43,7 +35,7 @@ def content(path):
       digest.update(block)
       lines += block.count(b"\n")
   rows = _parquet_rows(path) if path.suffix == ".parquet" else lines
-  return Content(digest.hexdigest(), rows)
+  return digest.hexdigest(), rows
 
 
 @contextlib.contextmanager
@@ -64,33 +56,29 @@ def _read_bytes(path):
     return epath.Path(path).read_bytes()
 
 
-def _lines(path):
-  """Yields the lines of a file, with their ends, as it is read."""
-  with _readable(path), epath.Path(path).open("rb") as file:
-    yield from file
-
-
-def jsonl(path, policy):
+def jsonl(path):
   """One JSON object a line; blank lines are passed over."""
-  for number, line in enumerate(_lines(path), 1):
-    if not line.strip():
-      continue
-    origin = f"{path}:{number}"
-    try:
-      yield origin, json.loads(line.rstrip(b"\n"))
-    except UnicodeDecodeError as error:
-      policy.bad(
-        fields.BadRecord("invalid UTF-8", f"{origin}: not UTF-8: {error}")
-      )
-    except (ValueError, RecursionError) as error:
-      whole = line.endswith(b"\n")
-      hint = "" if whole else "; the last line is cut short"
-      policy.bad(
-        fields.BadRecord("invalid JSON", f"{origin}: not JSON: {error}{hint}")
-      )
+  with _readable(path), epath.Path(path).open("rb") as file:
+    for number, line in enumerate(file, 1):
+      if line.strip():
+        origin = f"{path}:{number}"
+        yield origin, _json_row(line, origin)
 
 
-def csv_rows(path, policy):
+def _json_row(line, origin):
+  """The row of a line, or the BadRecord that it is."""
+  try:
+    return json.loads(line.rstrip(b"\n"))
+  except UnicodeDecodeError as error:
+    message = f"{origin}: not UTF-8: {error}"
+    return fields.BadRecord("invalid UTF-8", message)
+  except (ValueError, RecursionError) as error:
+    hint = "" if line.endswith(b"\n") else "; the last line is cut short"
+    message = f"{origin}: not JSON: {error}{hint}"
+    return fields.BadRecord("invalid JSON", message)
+
+
+def csv_rows(path):
   """Rows below a line of column names; an empty cell is a missing field."""
   # What is not UTF-8 becomes lone surrogates, which the record is checked for.
   text = _read_bytes(path).decode("utf-8-sig", errors="surrogateescape")
@@ -101,10 +89,7 @@ def csv_rows(path, policy):
     raise ValueError(f"{path}:1: two columns have one name: {names}")
   for line, cells in rows:
     origin = f"{path}:{line}"
-    try:
-      yield origin, _csv_row(names, cells, origin)
-    except fields.BadRecord as error:
-      policy.bad(error)
+    yield origin, _csv_row(names, cells, origin)
 
 
 def _csv_lines(path, text):
@@ -128,8 +113,9 @@ def _csv_lines(path, text):
 
 
 def _csv_row(names, cells, origin):
+  """The row of a line, or the BadRecord that it is."""
   if len(cells) != len(names):
-    raise fields.BadRecord(
+    return fields.BadRecord(
       "wrong columns",
       f"{origin}: {len(cells)} cells, where the first line names {len(names)}",
     )
@@ -140,9 +126,9 @@ def _csv_row(names, cells, origin):
     except (ValueError, RecursionError) as error:
       if name == "label":  # a class by its name: SFT does not look at it
         continue
-      raise fields.BadRecord(
+      return fields.BadRecord(
         "invalid JSON", f"{origin}: field {name!r} is not JSON: {error}"
-      ) from error
+      )
   return row
 
 
@@ -156,9 +142,8 @@ def _parquet_rows(path):
     return None
 
 
-def parquet(path, policy):
+def parquet(path):
   """Rows of a table, numbered from 1; a null is a missing field."""
-  del policy  # a table is whole or not
   import pyarrow as pa
   import pyarrow.parquet as pq
 
@@ -169,11 +154,7 @@ def parquet(path, policy):
     raise ValueError(
       f"{path}: not a whole Parquet file: {' '.join(str(error).split())}"
     ) from error
-  number = 0
-  for batch in table.to_batches(max_chunksize=1024):
-    for row in batch.to_pylist():
-      number += 1
-      yield (
-        f"{path}:{number}",
-        {k: v for k, v in row.items() if v is not None},
-      )
+  batches = table.to_batches(max_chunksize=1024)
+  every = itertools.chain.from_iterable(b.to_pylist() for b in batches)
+  for number, row in enumerate(every, 1):
+    yield f"{path}:{number}", {k: v for k, v in row.items() if v is not None}

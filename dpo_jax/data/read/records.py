@@ -47,12 +47,14 @@ def make(row, form, origin):
   """The Record of a row.
 
   Args:
-    row: what was read, as a rule a dict.
+    row: what was read, as a rule a dict; or the BadRecord that it is.
     form: of FORMS.
     origin: "file:line".
   Raises: fields.BadRecord.
   """
   make_form = lookup.lookup(FORMS, form, "form")
+  if isinstance(row, fields.BadRecord):
+    raise row
   if not isinstance(row, dict):
     raise fields.BadRecord(
       "wrong type", f"{origin}: a record must be an object, not {row!r:.40}"

@@ -63,6 +63,10 @@ Record = records.Record
 BadRecord = fields.BadRecord
 
 
+class _Nothing(Exception):
+  """Stands where a part of a mixture ends that has no usable record."""
+
+
 class Policy:
   """What happens to bad records: raise at the first, or count and go on.
 
@@ -77,13 +81,25 @@ class Policy:
     self.skipped, self.first = collections.Counter(), {}
 
   def bad(self, error):
-    """Raises `error`, or counts its reason."""
+    """Raises `error`, or counts its reason if it is of one record."""
+    if isinstance(error, _Nothing):
+      raise ValueError(f"{error}: no usable record (skipped: {self.skipped})")
+    if not isinstance(error, BadRecord):
+      raise error
     if not self._skip:
       raise ValueError(
         f"{error} (or set data.bad_records='skip' to leave such records out)"
       ) from error
     self.skipped[error.reason] += 1
     self.first.setdefault(error.reason, str(error))
+
+  def usable(self, items):
+    """Yields the records of what `read` yields; the errors go to `bad`."""
+    for item in items:
+      if isinstance(item, Record):
+        yield item
+      else:
+        self.bad(item)
 
 
 def parse(spec, field="data.train"):
@@ -130,16 +146,30 @@ def load(spec, form, policy, field="data.train"):
   Returns: list of Record, of every part at least one.
   Raises: ValueError naming file, line and field.
   """
-  out = []
-  for index, (_, source) in enumerate(parse(spec, field)):
-    part = read(source, form, policy, field)
-    part = [record._replace(source=index) for record in part]
-    if not part:
-      raise ValueError(
-        f"{source}: no usable record (skipped: {policy.skipped})"
-      )
-    out += part
-  return out
+  return list(policy.usable(read(spec, form, field)))
+
+
+def read(spec, form, field):
+  """Yields the records of a source, and in their places what is wrong.
+
+  Reading may run ahead of what is done with the records; errors must not.
+
+  Args: as `load`.
+  Yields: Record, or an error for Policy.bad; one that is not of a single record
+    is the last.
+  """
+  try:
+    for number, (_, source) in enumerate(parse(spec, field)):
+      usable = False
+      for item in read_part(source, form, field):
+        if isinstance(item, Record):
+          usable, item = True, item._replace(source=number)
+        yield item
+      if not usable:
+        yield _Nothing(source)
+        return
+  except Exception as error:
+    yield error
 
 
 class Identity(NamedTuple):
@@ -171,23 +201,20 @@ def identity(source):
     return Identity({"generated": source}, None) if built_in else None
   if epath.Path(source).suffix not in FILES:
     return None  # `read` says what is wrong
-  found = files.content(source)
-  return Identity({"file": found.digest}, found.rows)
+  digest, rows = files.content(source)
+  return Identity({"file": digest}, rows)
 
 
-def read(source, form, policy, field):
-  """Yields the records of one part of a mixture; it may have none.
+def read_part(source, form, field):
+  """Yields a Record or BadRecord for each row of a spec that is no mixture.
 
-  Args:
-    source: a spec that is no mixture.
-    form, policy, field: see `load`.
-  Raises: see `load`.
+  Args, Raises: see `load`.
   """
-  for origin, row in _rows(source, policy, field):
+  for origin, row in _rows(source, field):
     try:
       yield records.make(row, form, origin)
     except BadRecord as error:
-      policy.bad(error)
+      yield error
 
 
 def refuse_messages(records, field):
@@ -197,8 +224,8 @@ def refuse_messages(records, field):
       raise ValueError(f"{record.origin}: {field} needs text, not messages")
 
 
-def _rows(source, policy, field):
-  """(origin, row) of a source that is no mixture."""
+def _rows(source, field):
+  """(origin, row) of a source that is no mixture, as files.py has it."""
   name, *arguments = source.split(":", 1)
   suffix = epath.Path(source).suffix
   if name in SOURCES:
@@ -214,7 +241,7 @@ def _rows(source, policy, field):
     return ((f"{source}:{number}", row) for number, row in enumerate(made))
   if suffix:
     reader = lookup.lookup(FILES, suffix, f"the suffix of {field}")
-    return reader(source, policy)
+    return reader(source)
   if source and epath.Path(source).is_dir():
     raise ValueError(
       f"{field} = {source!r} is a folder; a data set saved there is "

@@ -33,12 +33,12 @@ class Made(NamedTuple):
   Attributes:
     chunk: examples.Chunk of those that can be used.
     changed: Counter of what was changed on the way.
-    bad: {place among the records: (reason, message)} of the others.
+    errors: of each record the fields.BadRecord why it cannot be used, or None.
   """
 
   chunk: examples_lib.Chunk
   changed: collections.Counter
-  bad: dict[int, tuple[str, str]]
+  errors: list[fields.BadRecord | None]
 
 
 def make(task, tokenizer, first, records):
@@ -51,16 +51,16 @@ def make(task, tokenizer, first, records):
     records: list of records.Record.
   Raises: ValueError for what no record can mend.
   """
-  good, changed, bad = [], collections.Counter(), {}
-  each = tokenize.encode_each(records, tokenizer, task, first)
-  for place, encoded in enumerate(each):
+  good, changed, errors = [], collections.Counter(), []
+  comparing = task.kind, task.with_scores
+  for encoded in tokenize.encode_each(records, tokenizer, task, first):
     changed.update(encoded.changed)
-    try:
-      if encoded.error is not None:
-        raise encoded.error
-      example = encoded.example
-      good.append(comparisons.arrange(example, task.kind, task.with_scores))
-    except fields.BadRecord as error:
-      bad[place] = error.reason, str(error)
+    error = encoded.error
+    if error is None:
+      try:
+        good.append(comparisons.arrange(encoded.example, *comparing))
+      except fields.BadRecord as refused:
+        error = refused
+    errors.append(error)
   dtype = examples_lib.token_dtype(tokenizer.vocab_size)
-  return Made(examples_lib.flatten(good, dtype), changed, bad)
+  return Made(examples_lib.flatten(good, dtype), changed, errors)

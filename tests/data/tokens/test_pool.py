@@ -81,9 +81,9 @@ def test_an_error_is_raised_in_its_place():
 
 def test_processes_know_of_tokens_that_the_model_has_no_row_for():
   (_, made), *_ = pool.run(TASK._replace(vocab_size=100), parts(1), 1)
-  reason, message = made.bad[0]
-  assert reason == "unknown token"
-  assert "the first 100 only" in message
+  (error,) = made.errors
+  assert error.reason == "unknown token"
+  assert "the first 100 only" in str(error)
 
 
 def test_a_process_imports_no_jax(monkeypatch):
