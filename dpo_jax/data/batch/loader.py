@@ -9,8 +9,8 @@ of hosts.
 """
 
 import collections
-import queue
-import threading
+import itertools
+from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
@@ -233,48 +233,24 @@ def _flat(rows):
   return np.asarray([i for row in rows for i in row])
 
 
-_END = object()
-
-
 def prefetch(fn, numbers, depth=2):
   """Yields fn(n) for n in `numbers`, prepared by a background thread.
 
   Close the generator (`contextlib.closing`) to end the thread early.
   """
-  results = queue.Queue(maxsize=depth)
-  stopped = threading.Event()
+  numbers = iter(numbers)
 
-  def put(item):
-    while not stopped.is_set():
-      try:
-        results.put(item, timeout=0.1)
-        return
-      except queue.Full:
-        continue
+  def prepare():
+    """A list of the next result; an empty one at the end."""
+    return [fn(number) for number in itertools.islice(numbers, 1)]
 
-  def work():
-    try:
-      for number in numbers:
-        put((fn(number), None))
-        if stopped.is_set():
-          return
-      put((_END, None))
-    except Exception as error:
-      put((None, error))
-
-  worker = threading.Thread(target=work, daemon=True)
-  worker.start()
+  executor = futures.ThreadPoolExecutor(1)
   try:
-    while True:
-      value, error = results.get()
-      if value is _END:
-        return
-      if isinstance(error, StopIteration):
-        raise RuntimeError("the batch function ran out of items") from error
-      if error is not None:
-        raise error
-      yield value
+    # One more than wait for their turn: it is being prepared.
+    waiting = [executor.submit(prepare) for _ in range(depth + 1)]
+    while results := waiting.pop(0).result():
+      waiting.append(executor.submit(prepare))
+      yield from results
   finally:
     # A thread inside JAX while the interpreter exits would abort the process.
-    stopped.set()
-    worker.join()
+    executor.shutdown(cancel_futures=True)

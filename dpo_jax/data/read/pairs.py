@@ -1,6 +1,8 @@
 """Prompts from texts, and comparisons of sampled completions from rewards."""
 
 import collections
+import itertools
+import math
 
 import numpy as np
 
@@ -22,12 +24,9 @@ def beginnings(texts, encode, decode, span, seed):
   rng = np.random.default_rng(seed)
   out = []
   for index, (text, ids) in enumerate(zip(texts, encode(texts), strict=True)):
-    starts = [decode(ids[:n]) for n in range(span[0], span[1] + 1)]
-    starts = [
-      start
-      for n, start in zip(range(span[0], span[1] + 1), starts, strict=True)
-      if n < len(ids) and _word_follows(text, start)
-    ]
+    counts = range(span[0], min(span[1] + 1, len(ids)))
+    starts = [decode(ids[:count]) for count in counts]
+    starts = [start for start in starts if _word_follows(text, start)]
     draw = rng.random()  # drawn for every text: one cut moves no other
     if starts:
       out.append((index, starts[int(draw * len(starts))]))
@@ -59,19 +58,18 @@ def compare(completions, rewards, labels, seed):
     raise ValueError(f"rewards {rewards} cannot be compared: not all finite")
   rng = np.random.default_rng(seed)
   pairs = []
-  for i in range(len(completions)):
-    for j in range(i + 1, len(completions)):
-      gap = rewards[i] - rewards[j]
-      draw = rng.random()
-      if completions[i] == completions[j]:
-        continue
-      if labels == "bradley_terry":
-        wins = draw < 0.5 * (1 + np.tanh(gap / 2))  # σ(gap), without overflow
-      elif gap == 0:
-        continue
-      else:
-        wins = gap > 0
-      pairs.append([i, j] if wins else [j, i])
+  for i, j in itertools.combinations(range(len(completions)), 2):
+    gap = rewards[i] - rewards[j]
+    draw = rng.random()
+    if completions[i] == completions[j]:
+      continue
+    if labels == "bradley_terry":
+      wins = draw < 0.5 * (1 + np.tanh(gap / 2))  # σ(gap), without overflow
+    elif gap == 0:
+      continue
+    else:
+      wins = gap > 0
+    pairs.append([i, j] if wins else [j, i])
   return pairs
 
 
@@ -95,9 +93,8 @@ def records(draws, labels, seed):
     texts = [draw["completion"] for draw in kept]
     rewards = [draw["reward"] for draw in kept]
     pairs = compare(texts, rewards, labels, [seed, number])
-    left_out["pairs of equal completions or rewards"] += len(texts) * (
-      len(texts) - 1
-    ) // 2 - len(pairs)
+    equal = math.comb(len(texts), 2) - len(pairs)
+    left_out["pairs of equal completions or rewards"] += equal
     if pairs:
       out.append(
         {

@@ -68,10 +68,10 @@ def _bytes():
   import tokenizers
   import transformers
   from tokenizers import decoders, models, pre_tokenizers
+  from transformers import convert_slow_tokenizer
 
   # Byte-level tokenizers write each byte as a printable character.
-  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  written = {_byte_of(char): char for char in alphabet}
+  written = convert_slow_tokenizer.bytes_to_unicode()
   vocab = {written[byte]: byte for byte in range(256)}
   model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
   model.pre_tokenizer = pre_tokenizers.ByteLevel(
@@ -84,16 +84,6 @@ def _bytes():
     eos_token="<eos>",
     split_special_tokens=True,  # "<eos>" in a text is five bytes
   )
-
-
-def _byte_of(char):
-  """The byte that a character of the byte-level alphabet stands for."""
-  code = ord(char)
-  if code < 256:
-    return code
-  # The bytes that are not printable, in order, are written from U+0100 on.
-  hidden = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
-  return hidden[code - 256]
 
 
 # How text is cut before the merges, by `tokenizer.ggml.pre`.
