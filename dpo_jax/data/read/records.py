@@ -190,7 +190,6 @@ def _conversations(row, names, origin):
   """Whole conversations, whose last message is the completion."""
   parts = []
   for name in names:
-    fields.field(row, name, list, origin)
     messages = fields.messages(row, name, origin)
     parts.append(fields.split(messages, f"{origin}: field {name!r}"))
   prompt = parts[0][0]

@@ -29,6 +29,7 @@ class Rendered(NamedTuple):
 # Where templates write the date. Llama 3's own writes this without a clock.
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _DAY = datetime.date(2024, 7, 26)
+_ASKED = [{"role": "user", "content": "question"}]  # of a probe
 
 
 def template(hf):
@@ -130,9 +131,8 @@ def render(prompt_messages, completion_messages, apply_template):
 def end_of_turn(apply_template):
   """What a template writes after a reply, white space included."""
   probe = "probe of the end"
-  asked = [{"role": "user", "content": "question"}]
   replied = [{"role": "assistant", "content": probe}]
-  _, text = render(asked, replied, apply_template)
+  _, text = render(_ASKED, replied, apply_template)
   return text.rpartition(probe)[2]
 
 
@@ -143,8 +143,7 @@ def marks_turns(bos, apply_template):
   """
   if bos is None or apply_template is None:
     return False
-  turns = [("user", "question"), ("assistant", "reply")]
-  messages = [{"role": role, "content": text} for role, text in turns]
+  messages = [*_ASKED, {"role": "assistant", "content": "reply"}]
   try:
     return _apply(apply_template, messages, False).count(bos) > 1
   except (fields.BadRecord, ValueError):  # it refuses the probe

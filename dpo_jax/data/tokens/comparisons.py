@@ -69,8 +69,8 @@ def arrange(example, kind, with_scores):
     raise error
   if not with_scores:
     example = example._replace(scores=None)
-  if kind == "rankings":
-    return _ranked(example)
+  if kind == "rankings" and example.ranking is not None:
+    return example._replace(pairs=((*example.ranking, 1.0),))
   return _labelled(example) if kind in ("labels", "mismatched") else example
 
 
@@ -87,10 +87,8 @@ def problem(example, kind, with_scores):
           f"{example.origin}: label {label} must be true or false, 1 or 0, or "
           "1 or -1; set a threshold before you train on it",
         )
-  return _score_problem(example) if with_scores else None
-
-
-def _score_problem(example):
+  if not with_scores:
+    return None
   if example.scores is None:
     return fields.BadRecord(
       "missing scores",
@@ -106,12 +104,6 @@ def _score_problem(example):
         "needs winners with the higher score",
       )
   return None
-
-
-def _ranked(example):
-  if example.ranking is None:
-    return example
-  return example._replace(pairs=((*example.ranking, 1.0),))
 
 
 def _labelled(example):
@@ -155,11 +147,8 @@ def mismatched(examples, where):
 def _mismatch(example, other, number):
   # By turns, so that chosen and rejected ones are as many.
   last, taken = len(example.completions), number % len(other.completions)
-  ended = None
-  if example.ended is not None:
-    ended = (*example.ended, other.ended[taken])
   return example._replace(
     completions=(*example.completions, other.completions[taken]),
     pairs=tuple((k, last, weight) for k, weight in example.pairs),
-    ended=ended,
+    ended=example.ended and (*example.ended, other.ended[taken]),
   )

@@ -293,28 +293,25 @@ def flatten(examples, token_dtype):
     "weights": [pair[-1] for pair in pairs],
     "example_id": [e.example_id for e in examples],
     "source": [e.source for e in examples],
+    "has": [[getattr(e, n) is not None for n in OPTIONAL] for e in examples],
   }
-  counts, has = [], []
-  for e in examples:
-    more = [getattr(e, name) for name in OPTIONAL]
-    counts.append(
-      [
-        len(e.prompt) + sum(map(len, e.completions)),
-        1 + len(e.completions),
-        len(e.pairs),
-        sum(map(len, e.pairs)) - len(e.pairs),
-        *(0 if x is None else len(x) for x in more),
-      ]
-    )
-    has.append([x is not None for x in more])
   for name in OPTIONAL:
     values[name] = [x for e in examples for x in getattr(e, name) or ()]
+  counts = [
+    [
+      len(e.prompt) + sum(map(len, e.completions)),
+      1 + len(e.completions),
+      len(e.pairs),
+      sum(map(len, e.pairs)) - len(e.pairs),
+      *(len(getattr(e, name) or ()) for name in OPTIONAL),
+    ]
+    for e in examples
+  ]
   counts = np.asarray(counts, DTYPES["ends"]).reshape(-1, len(COUNTED))
   arrays = {
     **{name: np.asarray(x, DTYPES[name]) for name, x in values.items()},
     "tokens": np.fromiter(itertools.chain.from_iterable(pieces), token_dtype),
     "ends": np.cumsum(counts, axis=0),
-    "has": np.asarray(has, DTYPES["has"]),
   }
   texts = [_described(example) for example in examples]
   return Chunk(arrays, *(b"".join(text[k] for text in texts) for k in (0, 1)))

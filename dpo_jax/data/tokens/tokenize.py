@@ -202,16 +202,15 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   else:
     completions = _drawn(record, prompt, tokenizer)
   limit = options.max_completion_length
+  changed.update("completion cut" for ids in completions if len(ids) > limit)
   # What a policy drew up to a limit of its own has no end either.
   whole = [
     len(ids) <= limit and (text.ended or ids[-1] == tokenizer.eos_id)
     for ids in completions
   ]
-  completions = [_cut(ids, options, changed) for ids in completions]
+  completions = [ids[:limit] for ids in completions]
   prompt = _begin(prompt, tokenizer, options, record.origin, changed)
-  for ids in (prompt, *completions):
-    _check_known(ids, tokenizer, record.origin)
-  _check_completions(completions, tokenizer.eos_id, record)
+  _check(prompt, completions, tokenizer, record)
   return comparisons.Example(
     number,
     record.source,
@@ -315,27 +314,18 @@ def _end(ids, eos_id, ended, changed):
   return ids
 
 
-def _cut(ids, options, changed):
-  """The completion, or its first data.max_completion_length tokens."""
-  if len(ids) > options.max_completion_length:
-    changed["completion cut"] += 1
-    ids = ids[: options.max_completion_length]
-  return ids
-
-
-def _check_known(ids, tokenizer, origin):
-  """Raises BadRecord for a token that the model has no row for."""
-  if max(ids, default=0) >= tokenizer.vocab_size:
-    raise sources.BadRecord(
-      "unknown token",
-      f"{origin}: token {max(ids)} is of another use (an image), the model has "
-      f"the first {tokenizer.vocab_size} only; take it out of the text",
-    )
-
-
-def _check_completions(completions, eos_id, record):
+def _check(prompt, completions, tokenizer, record):
+  """Raises BadRecord for tokens that cannot be trained on."""
+  for ids in (prompt, *completions):
+    if max(ids, default=0) >= tokenizer.vocab_size:
+      raise sources.BadRecord(
+        "unknown token",
+        f"{record.origin}: token {max(ids)} is of another use (an image), the "
+        f"model has the first {tokenizer.vocab_size} only; take it out of the "
+        "text",
+      )
   for k, ids in enumerate(completions):
-    if eos_id in ids[:-1]:
+    if tokenizer.eos_id in ids[:-1]:
       raise sources.BadRecord(
         "EOS inside",
         f"{record.origin}: the text of completion {k} contains the EOS token; "
