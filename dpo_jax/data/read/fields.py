@@ -1,12 +1,14 @@
 """Reading a field of a row: its type, its text, its messages."""
 
+import contextlib
+
 from dpo_jax import lookup
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
 class BadRecord(ValueError):
-  """A record that cannot be used; the message says where and what to do."""
+  """A record that cannot be used; the message says what to do."""
 
   def __init__(self, reason, message):
     super().__init__(reason, message)  # by which another process has it too
@@ -16,36 +18,45 @@ class BadRecord(ValueError):
     return self.args[1]
 
 
-def field(row, name, kind, origin, what=None):
+@contextlib.contextmanager
+def at(place):
+  """Puts before the message of a BadRecord where it is."""
+  try:
+    yield
+  except BadRecord as error:
+    raise BadRecord(error.reason, f"{place}: {error}") from error
+
+
+def field(row, name, kind, what=None):
   if name not in row:
     have = ", ".join(map(repr, row)) or "nothing"
     raise BadRecord(
       "missing field",
-      f"{origin}: field {name!r} is missing{lookup.nearest(name, row)} "
+      f"field {name!r} is missing{lookup.nearest(name, row)} "
       f"(the record has {have})",
     )
   if not isinstance(row[name], kind):
     raise BadRecord(
       "wrong type",
-      f"{origin}: field {name!r} must be {what or kind.__name__}, not "
+      f"field {name!r} must be {what or kind.__name__}, not "
       f"{type(row[name]).__name__}",
     )
   if kind is str:
-    check_text(row[name], f"{origin}: field {name!r}")
+    check_text(row[name], f"field {name!r}")
   return row[name]
 
 
-def text(row, name, origin):
-  text = field(row, name, str, origin)
+def text(row, name):
+  text = field(row, name, str)
   if not text:
-    raise BadRecord("empty", f"{origin}: field {name!r} is empty")
+    raise BadRecord("empty", f"field {name!r} is empty")
   return text
 
 
-def prompt(row, origin):
+def prompt(row):
   if isinstance(row.get("prompt"), list):
-    return messages(row, "prompt", origin)
-  return field(row, "prompt", str, origin)
+    return messages(row, "prompt")
+  return field(row, "prompt", str)
 
 
 def check_text(value, where):
@@ -59,10 +70,8 @@ def holds_messages(value):
   return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def messages(row, name, origin):
-  return check_messages(
-    field(row, name, list, origin), f"{origin}: field {name!r}"
-  )
+def messages(row, name):
+  return check_messages(field(row, name, list), f"field {name!r}")
 
 
 def check_messages(messages, where):
@@ -79,15 +88,15 @@ def check_messages(messages, where):
       raise BadRecord(
         "wrong type", f"{place} must be a message, not {message!r:.40}"
       )
-    role = field(message, "role", str, place)
-    if role not in ROLES:
-      raise BadRecord(
-        "bad role",
-        f"{place}: role {role!r} is not known{lookup.nearest(role, ROLES)} "
-        f"(allowed: {', '.join(ROLES)})",
-      )
-    content = field(message, "content", str, place)
-    out.append({"role": role, "content": content})
+    with at(place):
+      role = field(message, "role", str)
+      if role not in ROLES:
+        raise BadRecord(
+          "bad role",
+          f"role {role!r} is not known{lookup.nearest(role, ROLES)} "
+          f"(allowed: {', '.join(ROLES)})",
+        )
+      out.append({"role": role, "content": field(message, "content", str)})
   return tuple(out)
 
 

@@ -61,21 +61,18 @@ def jsonl(path):
   with _readable(path), epath.Path(path).open("rb") as file:
     for number, line in enumerate(file, 1):
       if line.strip():
-        origin = f"{path}:{number}"
-        yield origin, _json_row(line, origin)
+        yield f"{path}:{number}", _json_row(line)
 
 
-def _json_row(line, origin):
+def _json_row(line):
   """The row of a line, or the BadRecord that it is."""
   try:
     return json.loads(line.rstrip(b"\n"))
   except UnicodeDecodeError as error:
-    message = f"{origin}: not UTF-8: {error}"
-    return fields.BadRecord("invalid UTF-8", message)
+    return fields.BadRecord("invalid UTF-8", f"not UTF-8: {error}")
   except (ValueError, RecursionError) as error:
     hint = "" if line.endswith(b"\n") else "; the last line is cut short"
-    message = f"{origin}: not JSON: {error}{hint}"
-    return fields.BadRecord("invalid JSON", message)
+    return fields.BadRecord("invalid JSON", f"not JSON: {error}{hint}")
 
 
 def csv_rows(path):
@@ -88,8 +85,7 @@ def csv_rows(path):
   if len(set(names)) < len(names):
     raise ValueError(f"{path}:1: two columns have one name: {names}")
   for line, cells in rows:
-    origin = f"{path}:{line}"
-    yield origin, _csv_row(names, cells, origin)
+    yield f"{path}:{line}", _csv_row(names, cells)
 
 
 def _csv_lines(path, text):
@@ -112,12 +108,12 @@ def _csv_lines(path, text):
   return out
 
 
-def _csv_row(names, cells, origin):
+def _csv_row(names, cells):
   """The row of a line, or the BadRecord that it is."""
   if len(cells) != len(names):
     return fields.BadRecord(
       "wrong columns",
-      f"{origin}: {len(cells)} cells, where the first line names {len(names)}",
+      f"{len(cells)} cells, where the first line names {len(names)}",
     )
   row = {k: v for k, v in zip(names, cells, strict=True) if v}
   for name in row.keys() & _JSON_COLUMNS:
@@ -127,7 +123,7 @@ def _csv_row(names, cells, origin):
       if name == "label":  # a class by its name: SFT does not look at it
         continue
       return fields.BadRecord(
-        "invalid JSON", f"{origin}: field {name!r} is not JSON: {error}"
+        "invalid JSON", f"field {name!r} is not JSON: {error}"
       )
   return row
 

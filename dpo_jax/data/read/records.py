@@ -53,50 +53,49 @@ def make(row, form, origin):
   Raises: fields.BadRecord.
   """
   make_form = lookup.lookup(FORMS, form, "form")
-  if isinstance(row, fields.BadRecord):
-    raise row
-  if not isinstance(row, dict):
-    raise fields.BadRecord(
-      "wrong type", f"{origin}: a record must be an object, not {row!r:.40}"
-    )
-  return make_form(row, origin)
+  with fields.at(origin):
+    if isinstance(row, fields.BadRecord):
+      raise row
+    if not isinstance(row, dict):
+      message = f"a record must be an object, not {row!r:.40}"
+      raise fields.BadRecord("wrong type", message)
+    return make_form(row, origin)
 
 
 def _preference(row, origin):
   if "completions" in row:
-    prompt, completions = _completions(row, origin)
-    tokens = _tokens(row, completions, origin) if "tokens" in row else None
-    ranking = _ranking(row, completions, origin) if "ranking" in row else None
+    prompt, completions = _completions(row)
+    tokens = _tokens(row, completions) if "tokens" in row else None
+    ranking = _ranking(row, completions) if "ranking" in row else None
     if ranking is None:
-      pairs = _pairs(row, completions, origin)
+      pairs = _pairs(row, completions)
     else:
       pairs = tuple(itertools.combinations(ranking, 2))
-      _check_different(pairs, completions, origin)
+      _check_different(pairs, completions)
     return Record(
       prompt,
       completions,
       pairs,
       origin,
       tokens=tokens,
-      scores=_scores(row, completions, origin) if "scores" in row else None,
+      scores=_scores(row, completions) if "scores" in row else None,
       ranking=ranking,
     )
   if "label" in row and "chosen" not in row:
     raise fields.BadRecord(
       "label",
-      f"{origin}: the record has a label, and this loss compares completions; "
-      "choose one of labels (kto, bco_unpaired), or give 'chosen' and "
-      "'rejected'",
+      "the record has a label, and this loss compares completions; choose one "
+      "of labels (kto, bco_unpaired), or give 'chosen' and 'rejected'",
     )
-  prompt, sides = _sides(row, ("chosen", "rejected"), origin)
+  prompt, sides = _sides(row, ("chosen", "rejected"))
   if sides[0] == sides[1]:
     raise fields.BadRecord(
-      "identical pair", f"{origin}: 'chosen' and 'rejected' are the same text"
+      "identical pair", "'chosen' and 'rejected' are the same text"
     )
   names = ("score_chosen", "score_rejected")
   scores = None
   if any(name in row for name in names):
-    scores = tuple(_number(row, name, origin) for name in names)
+    scores = tuple(_number(row, name) for name in names)
   return Record(prompt, sides, ((0, 1),), origin, scores=scores)
 
 
@@ -106,53 +105,52 @@ def _feedback(row, origin):
 
 def _sft(row, origin):
   if "messages" in row:
-    messages = fields.messages(row, "messages", origin)
-    prompt, reply = fields.split(messages, f"{origin}: field 'messages'")
+    messages = fields.messages(row, "messages")
+    prompt, reply = fields.split(messages, "field 'messages'")
     return Record(prompt, (reply,), (), origin)
   if "text" in row:
-    return Record("", (fields.text(row, "text", origin),), (), origin)
+    return Record("", (fields.text(row, "text"),), (), origin)
   if "completion" in row:
-    prompt, sides = _sides(row, ("completion",), origin)
+    prompt, sides = _sides(row, ("completion",))
   elif "completions" in row:
-    prompt, sides = _completions(row, origin)
+    prompt, sides = _completions(row)
   else:
-    prompt, sides = _sides(row, ("chosen",), origin)
+    prompt, sides = _sides(row, ("chosen",))
   return Record(prompt, sides[:1], (), origin)
 
 
 def _prompt_only(row, origin):
   if "prompt" in row and not fields.holds_messages(row.get("chosen")):
-    return Record(fields.prompt(row, origin), (), (), origin)
+    return Record(fields.prompt(row), (), (), origin)
   prompt = _sft(row, origin).prompt
   if not prompt:
     raise fields.BadRecord(
       "missing field",
-      f"{origin}: the record has no prompt; set sample.prefix, for example "
-      "(2, 8), to take the beginnings of texts",
+      "the record has no prompt; set sample.prefix, for example (2, 8), to "
+      "take the beginnings of texts",
     )
   return Record(prompt, (), (), origin)
 
 
 def _label(row, origin):
   if "text" in row or "completion" not in row:
-    prompt, sides = "", (fields.text(row, "text", origin),)
+    prompt, sides = "", (fields.text(row, "text"),)
   else:
-    prompt, sides = _sides(row, ("completion",), origin)
-  label = _number(row, "label", origin)
+    prompt, sides = _sides(row, ("completion",))
+  label = _number(row, "label")
   return Record(prompt, sides, (), origin, labels=(label,))
 
 
-def _number(row, name, origin):
+def _number(row, name):
   """A finite number."""
-  value = fields.field(row, name, numbers.Real, origin, "a number or a bool")
+  value = fields.field(row, name, numbers.Real, "a number or a bool")
   try:
     number = float(value)
   except OverflowError:
     number = math.inf
   if not math.isfinite(number):
     raise fields.BadRecord(
-      f"bad {name}",
-      f"{origin}: field {name!r} must be finite, not {value!r:.40}",
+      f"bad {name}", f"field {name!r} must be finite, not {value!r:.40}"
     )
   return number
 
@@ -166,58 +164,56 @@ FORMS = {
 }
 
 
-def _sides(row, names, origin):
+def _sides(row, names):
   """The prompt and the completions that stand in the fields `names`."""
   if fields.holds_messages(row.get(names[0])) and not isinstance(
     row.get("prompt"), list
   ):
-    return _conversations(row, names, origin)
-  prompt = fields.prompt(row, origin)
+    return _conversations(row, names)
+  prompt = fields.prompt(row)
   if isinstance(prompt, str):
-    return prompt, tuple(fields.text(row, name, origin) for name in names)
+    return prompt, tuple(fields.text(row, name) for name in names)
   kind = "a list of messages, as 'prompt' is"
   for name in names:
-    fields.field(row, name, list, origin, kind)
+    fields.field(row, name, list, kind)
   return prompt, tuple(
-    fields.reply(
-      fields.messages(row, name, origin), f"{origin}: field {name!r}"
-    )
+    fields.reply(fields.messages(row, name), f"field {name!r}")
     for name in names
   )
 
 
-def _conversations(row, names, origin):
+def _conversations(row, names):
   """Whole conversations, whose last message is the completion."""
   parts = []
   for name in names:
-    messages = fields.messages(row, name, origin)
-    parts.append(fields.split(messages, f"{origin}: field {name!r}"))
+    messages = fields.messages(row, name)
+    parts.append(fields.split(messages, f"field {name!r}"))
   prompt = parts[0][0]
   if any(part[0] != prompt for part in parts):
     raise fields.BadRecord(
       "different prompts",
-      f"{origin}: {' and '.join(map(repr, names))} differ before their last "
-      "message; a comparison is of two replies to one prompt",
+      f"{' and '.join(map(repr, names))} differ before their last message; a "
+      "comparison is of two replies to one prompt",
     )
   if "prompt" in row:  # some data sets repeat what the user said, as text
-    said = fields.field(row, "prompt", str, origin)
+    said = fields.field(row, "prompt", str)
     if said.strip() not in [m["content"].strip() for m in prompt]:
       raise fields.BadRecord(
         "different prompts",
-        f"{origin}: field 'prompt' is none of the messages of {names[0]!r}",
+        f"field 'prompt' is none of the messages of {names[0]!r}",
       )
   return prompt, tuple(reply for _, reply in parts)
 
 
-def _completions(row, origin):
+def _completions(row):
   """The prompt and the completions of the form with K of them."""
-  prompt = fields.prompt(row, origin)
-  values = fields.field(row, "completions", list, origin)
+  prompt = fields.prompt(row)
+  values = fields.field(row, "completions", list)
   if not values:
-    raise fields.BadRecord("empty", f"{origin}: field 'completions' is empty")
+    raise fields.BadRecord("empty", "field 'completions' is empty")
   out = []
   for k, value in enumerate(values):
-    where = f"{origin}: 'completions'[{k}]"
+    where = f"'completions'[{k}]"
     if not isinstance(prompt, str):
       out.append(fields.reply(fields.check_messages(value, where), where))
       continue
@@ -231,24 +227,24 @@ def _completions(row, origin):
   return prompt, tuple(out)
 
 
-def _tokens(row, completions, origin):
+def _tokens(row, completions):
   """Ids of each completion, which must be text."""
-  lists = fields.field(row, "tokens", list, origin)
+  lists = fields.field(row, "tokens", list)
   good = len(lists) == len(completions) and isinstance(completions[0], str)
   good = good and all(isinstance(ids, list) and ids for ids in lists)
   if not good or any(type(i) is not int or i < 0 for ids in lists for i in ids):
     raise fields.BadRecord(
       "bad tokens",
-      f"{origin}: 'tokens' must hold a non-empty list of ids for each of "
+      "'tokens' must hold a non-empty list of ids for each of "
       f"{len(completions)} completions that are text",
     )
   return tuple(lists)
 
 
-def _pairs(row, completions, origin):
-  pairs = fields.field(row, "pairs", list, origin)
+def _pairs(row, completions):
+  pairs = fields.field(row, "pairs", list)
   if not pairs:
-    raise fields.BadRecord("empty", f"{origin}: field 'pairs' is empty")
+    raise fields.BadRecord("empty", "field 'pairs' is empty")
   count = len(completions)
   for pair in pairs:
     good = isinstance(pair, list) and len(pair) == 2
@@ -256,46 +252,44 @@ def _pairs(row, completions, origin):
     if not good or pair[0] == pair[1]:
       raise fields.BadRecord(
         "bad pair",
-        f"{origin}: 'pairs' holds {pair!r}; each must be [winner, loser], two "
-        f"different indices below {count}",
+        f"'pairs' holds {pair!r}; each must be [winner, loser], two different "
+        f"indices below {count}",
       )
-  _check_different(pairs, completions, origin)
+  _check_different(pairs, completions)
   return tuple(map(tuple, pairs))
 
 
-def _check_different(pairs, completions, origin):
+def _check_different(pairs, completions):
   for one, other in pairs:
     if completions[one] == completions[other]:
       raise fields.BadRecord(
-        "identical pair",
-        f"{origin}: completions of {[one, other]} are the same text",
+        "identical pair", f"completions of {[one, other]} are the same text"
       )
 
 
-def _ranking(row, completions, origin):
+def _ranking(row, completions):
   """All completions by their indices, best first."""
-  ranking = fields.field(row, "ranking", list, origin)
+  ranking = fields.field(row, "ranking", list)
   whole = all(type(k) is int for k in ranking)
   if not whole or sorted(ranking) != list(range(len(completions))):
     raise fields.BadRecord(
       "bad ranking",
-      f"{origin}: 'ranking' = {ranking!r:.60} must name each of the "
-      f"{len(completions)} completions once, best first",
+      f"'ranking' = {ranking!r:.60} must name each of the {len(completions)} "
+      "completions once, best first",
     )
   if len(ranking) < 2:
     raise fields.BadRecord(
-      "bad ranking", f"{origin}: a ranking is of two completions or more"
+      "bad ranking", "a ranking is of two completions or more"
     )
   return tuple(ranking)
 
 
-def _scores(row, completions, origin):
+def _scores(row, completions):
   """A finite number for each completion."""
-  scores = fields.field(row, "scores", list, origin)
+  scores = fields.field(row, "scores", list)
   if len(scores) != len(completions):
     raise fields.BadRecord(
       "bad scores",
-      f"{origin}: 'scores' has {len(scores)} numbers for {len(completions)} "
-      "completions",
+      f"'scores' has {len(scores)} numbers for {len(completions)} completions",
     )
-  return tuple(_number({"scores": s}, "scores", origin) for s in scores)
+  return tuple(_number({"scores": s}, "scores") for s in scores)

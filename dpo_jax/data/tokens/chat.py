@@ -64,12 +64,7 @@ def render_record(record, apply_template):
   end = end_of_turn(apply_template)
   prompt, completions, ended = None, [], bool(end.strip())
   for messages in record.completions:
-    try:
-      prompt, text = render(record.prompt, messages, apply_template)
-    except fields.BadRecord as error:
-      raise fields.BadRecord(
-        error.reason, f"{record.origin}: {error}"
-      ) from error
+    prompt, text = render(record.prompt, messages, apply_template)
     if text.endswith(end):
       text = text.removesuffix(end) + end.rstrip()
     else:

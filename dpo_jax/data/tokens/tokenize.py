@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from dpo_jax import lookup
-from dpo_jax.data.read import sources
+from dpo_jax.data.read import fields
 from dpo_jax.data.tokens import chat, comparisons, vocabulary
 
 
@@ -119,12 +119,12 @@ class Encoded(NamedTuple):
   Attributes:
     example: comparisons.Example; None if the record cannot be used.
     changed: Counter of what was changed on the way.
-    error: sources.BadRecord, why there is no example; else None.
+    error: fields.BadRecord, why there is no example; else None.
   """
 
   example: comparisons.Example | None
   changed: collections.Counter
-  error: sources.BadRecord | None
+  error: fields.BadRecord | None
 
 
 def encode(records, tokenizer, options, policy):
@@ -168,16 +168,17 @@ def encode_each(records, tokenizer, options, first=0):
   )
   for number, text in enumerate(texts, first):
     changed = collections.Counter()
-    if isinstance(text, sources.BadRecord):
+    if isinstance(text, fields.BadRecord):
       yield Encoded(None, changed, text)
       continue
     prompt = next(prompts)
     whole = [next(joined) for _ in text.record.completions]
     try:
-      example = _example(
-        number, text, prompt, whole, tokenizer, options, changed
-      )
-    except sources.BadRecord as error:
+      with fields.at(text.record.origin):
+        example = _example(
+          number, text, prompt, whole, tokenizer, options, changed
+        )
+    except fields.BadRecord as error:
       yield Encoded(None, changed, error)
     else:
       yield Encoded(example, changed, None)
@@ -186,8 +187,9 @@ def encode_each(records, tokenizer, options, first=0):
 def _text(record, tokenizer):
   """The chat.Rendered of a record, or the BadRecord that says why not."""
   try:
-    return chat.render_record(record, tokenizer.apply_template)
-  except sources.BadRecord as error:
+    with fields.at(record.origin):
+      return chat.render_record(record, tokenizer.apply_template)
+  except fields.BadRecord as error:
     return error
 
 
@@ -209,8 +211,8 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
     for ids in completions
   ]
   completions = [ids[:limit] for ids in completions]
-  prompt = _begin(prompt, tokenizer, options, record.origin, changed)
-  _check(prompt, completions, tokenizer, record)
+  prompt = _begin(prompt, tokenizer, options, changed)
+  _check(prompt, completions, record.pairs, tokenizer)
   return comparisons.Example(
     number,
     record.source,
@@ -233,15 +235,15 @@ def prompts(texts, tokenizer, options, policy):
   out = []
   for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
     try:
-      where = f"prompt {text!r:.40}"
-      counted = collections.Counter()
-      out.append((text, _begin(ids, tokenizer, options, where, counted)))
-    except sources.BadRecord as error:
+      with fields.at(f"prompt {text!r:.40}"):
+        counted = collections.Counter()
+        out.append((text, _begin(ids, tokenizer, options, counted)))
+    except fields.BadRecord as error:
       policy.bad(error)
   return out
 
 
-def _begin(prompt, tokenizer, options, origin, changed):
+def _begin(prompt, tokenizer, options, changed):
   """The prompt with one BOS, within data.max_prompt_length."""
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   if bos and prompt[:1] == bos:  # the text brought its own
@@ -249,11 +251,11 @@ def _begin(prompt, tokenizer, options, origin, changed):
   room = options.max_prompt_length - len(bos)
   if len(prompt) > room:
     if options.long_prompt == "error":
-      raise sources.BadRecord(
+      raise fields.BadRecord(
         "long prompt",
-        f"{origin}: field 'prompt' has {len(prompt) + len(bos)} tokens, more "
-        f"than data.max_prompt_length = {options.max_prompt_length}; raise it, "
-        "or set data.long_prompt to 'keep_end' or 'keep_start'",
+        f"field 'prompt' has {len(prompt) + len(bos)} tokens, more than "
+        f"data.max_prompt_length = {options.max_prompt_length}; raise it, or "
+        "set data.long_prompt to 'keep_end' or 'keep_start'",
       )
     changed["prompt cut"] += 1
     end = options.long_prompt == "keep_end"
@@ -291,10 +293,10 @@ def _drawn(record, prompt, tokenizer):
   for ids, text in zip(record.tokens, record.completions, strict=True):
     known = max(ids) < tokenizer.vocab_size
     if not known or continuation(tokenizer, prompt, ids) != text:
-      raise sources.BadRecord(
+      raise fields.BadRecord(
         "bad tokens",
-        f"{record.origin}: 'tokens' do not spell {text!r:.40} with this "
-        "tokenizer; use the one they were drawn with, or take 'tokens' out",
+        f"'tokens' do not spell {text!r:.40} with this tokenizer; use the one "
+        "they were drawn with, or take 'tokens' out",
       )
   return list(record.tokens)
 
@@ -314,27 +316,26 @@ def _end(ids, eos_id, ended, changed):
   return ids
 
 
-def _check(prompt, completions, tokenizer, record):
+def _check(prompt, completions, pairs, tokenizer):
   """Raises BadRecord for tokens that cannot be trained on."""
   for ids in (prompt, *completions):
     if max(ids, default=0) >= tokenizer.vocab_size:
-      raise sources.BadRecord(
+      raise fields.BadRecord(
         "unknown token",
-        f"{record.origin}: token {max(ids)} is of another use (an image), the "
-        f"model has the first {tokenizer.vocab_size} only; take it out of the "
-        "text",
+        f"token {max(ids)} is of another use (an image), the model has the "
+        f"first {tokenizer.vocab_size} only; take it out of the text",
       )
   for k, ids in enumerate(completions):
     if tokenizer.eos_id in ids[:-1]:
-      raise sources.BadRecord(
+      raise fields.BadRecord(
         "EOS inside",
-        f"{record.origin}: the text of completion {k} contains the EOS token; "
-        "take it out, a completion gets exactly one, at its end",
+        f"the text of completion {k} contains the EOS token; take it out, a "
+        "completion gets exactly one, at its end",
       )
-  for winner, loser in record.pairs:
+  for winner, loser in pairs:
     if completions[winner] == completions[loser]:
-      raise sources.BadRecord(
+      raise fields.BadRecord(
         "identical pair",
-        f"{record.origin}: completions {winner} and {loser} have the same "
-        "tokens once cut to data.max_completion_length; raise it",
+        f"completions {winner} and {loser} have the same tokens once cut to "
+        "data.max_completion_length; raise it",
       )
