@@ -9,6 +9,7 @@ interrupted run leaves is good, or has a name in .part, and what is mapped stays
 as it is.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -32,6 +33,16 @@ def address(folder, made_of):
   text = json.dumps(made_of, sort_keys=True)
   key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
   return epath.Path(folder) / key
+
+
+@contextlib.contextmanager
+def explained(problem, hint):
+  """Makes of an OSError a ValueError: the problem, its reason, a way out."""
+  try:
+    yield
+  except OSError as error:
+    reason = error.strerror or error
+    raise ValueError(f"{problem} ({reason}); {hint}") from error
 
 
 def partial(path):

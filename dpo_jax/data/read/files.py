@@ -4,7 +4,6 @@ A reader is a function path that yields (origin, row). What is wrong with one
 row is a BadRecord in its place; what is wrong with the file is an error.
 """
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -13,6 +12,7 @@ import json
 
 from etils import epath
 
+from dpo_jax import store
 from dpo_jax.data.read import fields
 
 # Columns of a .csv whose cells are JSON, as they hold no text.
@@ -38,16 +38,12 @@ def content(path):
   return digest.hexdigest(), rows
 
 
-@contextlib.contextmanager
 def _readable(path):
   """Makes of an OSError a ValueError that names the file."""
-  try:
-    yield
-  except OSError as error:
-    raise ValueError(
-      f"{path}: cannot be read ({error.strerror or error}); data.train and "
-      "data.eval are paths relative to the current folder"
-    ) from error
+  return store.explained(
+    f"{path}: cannot be read",
+    "data.train and data.eval are paths relative to the current folder",
+  )
 
 
 def _read_bytes(path):

@@ -106,8 +106,13 @@ def write(entry, chunks, notes):
   Raises: ValueError if the folder cannot be written to.
   """
   partial, folder = store.partial(entry.path), entry.path.parent
+  writing = functools.partial(
+    store.explained,
+    f"data.token_cache: {folder} cannot be written to",
+    "set it to a folder that can, with room",
+  )
   with contextlib.ExitStack() as stack:
-    with _named(folder):
+    with writing():
       partial.mkdir(parents=True)
       stack.callback(store.remove, partial)
       store.remove_abandoned(folder)
@@ -115,7 +120,7 @@ def write(entry, chunks, notes):
       files = {n: stack.enter_context(x.open("wb")) for n, x in paths.items()}
     builder = examples.Builder(files)
     for chunk in chunks:  # what reading the records raises is not renamed
-      with _named(folder):
+      with writing():
         builder.add(chunk)
     about = {
       "made_of": entry.made_of,
@@ -125,7 +130,7 @@ def write(entry, chunks, notes):
       "checksums": builder.checksums,
     }
     about["checksum"] = _checksum(about)
-    with _named(folder):
+    with writing():
       for file in files.values():
         file.close()
       store.describe(partial, about)
@@ -149,15 +154,3 @@ def _remembered(folder, name, make):
   with contextlib.suppress(OSError):  # it can be made again
     store.write(path, text.encode())
   return text
-
-
-@contextlib.contextmanager
-def _named(folder):
-  """Makes of an OSError a ValueError that says which field is to be set."""
-  try:
-    yield
-  except OSError as error:
-    raise ValueError(
-      f"data.token_cache: {folder} cannot be written to "
-      f"({error.strerror or error}); set it to a folder that can, with room"
-    ) from error
