@@ -16,39 +16,42 @@ _PART = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of a character
 
 
 def audit(name, options, limits, kind, with_scores):
-  """The reports of data.train and, where it is set, data.eval.
+  """The reports of data.train and, where it is set, data.eval: plain values.
 
   Args:
     name: of the tokenizer.
     options: the fields of config.data.
     limits: the fields of config.audit.
     kind, with_scores: what the loss compares, see comparisons.arrange.
+  Returns: list of {"tokenizer", "field", "spec", "shown": examples token by
+    token, "parts": [`counts.summary` with "source", for each part of a mixture,
+    then for all if there are several], "checks": see `counts.checks`}.
+  Raises: ValueError for what is wrong with a file, or with the config.
   """
   tokenizer = tokenize.load(name)
+  written = tokenizer.specials
+  about = {
+    "name": name,
+    "size": tokenizer.vocab_size,
+    "bos": (tokenizer.bos_id, written.get(tokenizer.bos_id)),
+    "eos": (tokenizer.eos_id, written.get(tokenizer.eos_id)),
+    "template": tokenizer.apply_template is not None,
+  }
   specs = {"data.train": options.train}
   if options.eval is not None:
     specs["data.eval"] = options.eval
+  comparing = kind, with_scores
   return [
     {
-      "tokenizer": _about(name, tokenizer),
-      **report(spec, field, tokenizer, options, limits, kind, with_scores),
+      "tokenizer": about,
+      **_report(spec, field, tokenizer, options, limits, *comparing),
     }
     for field, spec in specs.items()
   ]
 
 
-def report(spec, field, tokenizer, options, limits, kind, with_scores):
-  """The report of a data set, as plain values.
-
-  Args:
-    spec, field: the source, and "data.train" or "data.eval".
-    tokenizer: tokenize.Tokenizer.
-    options, limits, kind, with_scores: see `audit`.
-  Returns: {"field", "spec", "shown": examples token by token,
-    "parts": [`audit_counts.summary` with "source", for each part of a mixture,
-    then for all if there are several], "checks": see `audit_counts.checks`}.
-  Raises: ValueError for what is wrong with a file, or with the config.
-  """
+def _report(spec, field, tokenizer, options, limits, kind, with_scores):
+  """What `audit` returns of a source, but for the tokenizer."""
   parts, shown = [], []
   every, skipped, first = [], collections.Counter(), {}
   for _, source in sources.parse(spec, field):
@@ -80,18 +83,6 @@ def report(spec, field, tokenizer, options, limits, kind, with_scores):
     "shown": shown,
     "parts": parts,
     "checks": checks,
-  }
-
-
-def _about(name, tokenizer):
-  """{"name", "size", "bos", "eos", "template"} of a tokenizer."""
-  written = tokenizer.specials
-  return {
-    "name": name,
-    "size": tokenizer.vocab_size,
-    "bos": (tokenizer.bos_id, written.get(tokenizer.bos_id)),
-    "eos": (tokenizer.eos_id, written.get(tokenizer.eos_id)),
-    "template": tokenizer.apply_template is not None,
   }
 
 

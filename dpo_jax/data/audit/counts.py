@@ -80,13 +80,7 @@ class Facts(NamedTuple):
 
 
 def facts_of(record, encoded, tokenizer):
-  """The Facts of an example.
-
-  Args:
-    record: sources.Record.
-    encoded: its tokenize.Encoded, which has an example.
-    tokenizer: tokenize.Tokenizer.
-  """
+  """The Facts of a record, by its tokenize.Encoded that has an example."""
   example, changed = encoded.example, encoded.changed
   bos = count_bos(example, tokenizer)
   found = {
@@ -208,11 +202,8 @@ def _lengths(facts):
 
 
 def checks(parts, limits):
-  """Every limit against every source.
+  """Every limit of config.audit against every `summary` with its "source".
 
-  Args:
-    parts: list of `summary` with "source".
-    limits: config.audit.
   Returns: list of {"name", "source", "count", "of", "limit", "failed"}. A
     source of which nothing is left fails by "skipped", whatever its limit.
   """

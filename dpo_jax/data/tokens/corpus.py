@@ -182,12 +182,8 @@ def _notes(job, changed):
 
 
 def _mismatched(job, changed):
-  """Yields chunks for KTO, of labelled examples that are kept or made.
-
-  Args: as `_encoded`.
-  """
-  labels = job._replace(task=job.task._replace(kind="labels"))
-  labelled = _load(labels)
+  """`_encoded` for KTO, of labelled examples that are kept or made."""
+  labelled = _load(job._replace(task=job.task._replace(kind="labels")))
   changed.update(labelled.changed)
   dtype = examples_lib.token_dtype(job.tokenizer.vocab_size)
   pairs = comparisons.mismatched(labelled.examples, job.spec)
@@ -200,12 +196,7 @@ def _mismatched(job, changed):
 
 
 def _encoded(job, changed):
-  """Yields the examples.Chunk of all records, in order.
-
-  Args:
-    job: _Job.
-    changed: Counter that gets what is changed.
-  """
+  """Yields the examples.Chunk of all records; counts what is changed."""
   usable = 0
   with contextlib.closing(_made(job)) as parts:
     for items, made in _shown(

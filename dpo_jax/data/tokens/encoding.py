@@ -42,13 +42,8 @@ class Made(NamedTuple):
 
 
 def make(task, tokenizer, first, records):
-  """The Made of a list of records.
+  """The Made of a list of records.Record, which are numbered from `first`.
 
-  Args:
-    task: Task.
-    tokenizer: the one that it names.
-    first: number of the first record.
-    records: list of records.Record.
   Raises: ValueError for what no record can mend.
   """
   good, changed, errors = [], collections.Counter(), []

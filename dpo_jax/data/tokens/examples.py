@@ -96,14 +96,12 @@ class Examples:
   def __len__(self):
     return len(self._arrays["source"])
 
-  def __iter__(self):
-    return (self[i] for i in range(len(self)))
-
   def __getitem__(self, index):
     if not -len(self) <= index < len(self):
       raise IndexError(index)
     index, arrays = int(index) % len(self), self._arrays
-    spans = self._spans(index)
+    ends = arrays["ends"][index : index + 2].T.tolist()
+    spans = {n: slice(*s) for n, s in zip(COUNTED, ends, strict=True)}
     ids = arrays["tokens"][spans["tokens"]]
     ends = list(
       itertools.accumulate(arrays["lengths"][spans["lengths"]].tolist())
@@ -126,11 +124,6 @@ class Examples:
         for name, has_it in zip(OPTIONAL, has, strict=True)
       },
     )
-
-  def _spans(self, index):
-    """{name of COUNTED: slice of the array that is of an example}."""
-    spans = self._arrays["ends"][index : index + 2].T.tolist()
-    return {n: slice(*s) for n, s in zip(COUNTED, spans, strict=True)}
 
   def lengths(self, index):
     """Tokens of the prompt and of each completion of an example, i32[1 + C]."""

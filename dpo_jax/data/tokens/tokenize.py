@@ -171,17 +171,14 @@ def encode_each(records, tokenizer, options, first=0):
     if isinstance(text, fields.BadRecord):
       yield Encoded(None, changed, text)
       continue
-    prompt = next(prompts)
-    whole = [next(joined) for _ in text.record.completions]
+    ids = next(prompts), [next(joined) for _ in text.record.completions]
+    example, bad = None, None
     try:
       with fields.at(text.record.origin):
-        example = _example(
-          number, text, prompt, whole, tokenizer, options, changed
-        )
+        example = _example(number, text, *ids, tokenizer, options, changed)
     except fields.BadRecord as error:
-      yield Encoded(None, changed, error)
-    else:
-      yield Encoded(example, changed, None)
+      bad = error
+    yield Encoded(example, changed, bad)
 
 
 def _text(record, tokenizer):
@@ -277,10 +274,6 @@ def continuation(tokenizer, prompt, ids):
   """The text that `ids` add to a prompt's.
 
   Not what they spell alone: some tokenizers leave out a first space.
-
-  Args:
-    tokenizer: Tokenizer.
-    prompt, ids: lists of ids.
   """
   head, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
   if whole.startswith(head):
