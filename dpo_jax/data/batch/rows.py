@@ -243,7 +243,10 @@ def build(examples, rows, shape, layout, extras=None):
         COMPARISON: slice(compared, compared + len(example.pairs)),
       }
       start = _place(arrays, p, example, start, scored, layout.shared, stride)
-      _compare(arrays, p, example, compared, shape.completions)
+      for number, (*members, weight) in enumerate(example.pairs, compared):
+        slots = [p * shape.completions + k for k in members]
+        arrays["pairs"][number, : len(slots)] = slots
+        arrays["weights"][number] = weight
       arrays["completion_weights"][places[COMPLETION]] = 1
       ended = 1 if example.ended is None else example.ended
       arrays["ended"][places[COMPLETION]] = ended
@@ -324,11 +327,3 @@ def _place(arrays, p, example, start, scored, shared, stride):
     scored = here.stop
     write(ids, len(prompt), c + 1)
   return behind
-
-
-def _compare(arrays, p, example, compared, completions):
-  """Writes the comparisons of an example behind those of its row."""
-  for number, (*members, weight) in enumerate(example.pairs, compared):
-    slots = [p * completions + k for k in members]
-    arrays["pairs"][number, : len(slots)] = slots
-    arrays["weights"][number] = weight

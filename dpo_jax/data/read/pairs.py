@@ -26,17 +26,15 @@ def beginnings(texts, encode, decode, span, seed):
   for index, (text, ids) in enumerate(zip(texts, encode(texts), strict=True)):
     counts = range(span[0], min(span[1] + 1, len(ids)))
     starts = [decode(ids[:count]) for count in counts]
-    starts = [start for start in starts if _word_follows(text, start)]
+    starts = [
+      start  # behind which a new word follows
+      for start in starts
+      if text.startswith(f"{start} ") and text.removeprefix(start).strip()
+    ]
     draw = rng.random()  # drawn for every text: one cut moves no other
     if starts:
       out.append((index, starts[int(draw * len(starts))]))
   return out
-
-
-def _word_follows(text, start):
-  """Whether `text` is `start`, a space and something more."""
-  rest = text.removeprefix(start)
-  return text.startswith(start) and rest[:1] == " " and bool(rest.strip())
 
 
 def compare(completions, rewards, labels, seed):
