@@ -151,17 +151,15 @@ def needed_shape(need, rows):
     return max((int(values[row].sum()) for row in rows if row), default=0)
 
   everything = [i for row in rows for i in row]
-  completions = int(need.completions.max())
   per_row = max(map(len, rows))
-  most_pairs = int(need.pairs[everything].max())
   return Shape(
     rows=len(rows),
     length=largest(need.length),
     scored=largest(need.scored),
     per_row=per_row,
-    completions=completions,
+    completions=int(need.completions.max()),
     tile=int(need.length[everything].max()),
-    pairs=per_row * most_pairs,
+    pairs=per_row * int(need.pairs[everything].max()),
     compared=int(need.compared.max()),
   )
 

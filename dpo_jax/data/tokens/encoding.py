@@ -47,13 +47,12 @@ def make(task, tokenizer, first, records):
   Raises: ValueError for what no record can mend.
   """
   good, changed, errors = [], collections.Counter(), []
-  comparing = task.kind, task.with_scores
   for encoded in tokenize.encode_each(records, tokenizer, task, first):
     changed.update(encoded.changed)
-    error = encoded.error
+    example, error = encoded.example, encoded.error
     if error is None:
       try:
-        good.append(comparisons.arrange(encoded.example, *comparing))
+        good.append(comparisons.arrange(example, task.kind, task.with_scores))
       except fields.BadRecord as refused:
         error = refused
     errors.append(error)

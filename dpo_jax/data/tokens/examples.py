@@ -100,18 +100,14 @@ class Examples:
     if not -len(self) <= index < len(self):
       raise IndexError(index)
     index, arrays = int(index) % len(self), self._arrays
-    ends = arrays["ends"][index : index + 2].T.tolist()
-    spans = {n: slice(*s) for n, s in zip(COUNTED, ends, strict=True)}
-    ids = arrays["tokens"][spans["tokens"]]
-    ends = list(
-      itertools.accumulate(arrays["lengths"][spans["lengths"]].tolist())
-    )
-    members = iter(arrays["members"][spans["members"]].tolist())
-    compared = zip(
-      arrays["sizes"][spans["sizes"]].tolist(),
-      arrays["weights"][spans["sizes"]].tolist(),
-      strict=True,
-    )
+    starts, stops = arrays["ends"][index : index + 2].tolist()
+    spans = zip(COUNTED, starts, stops, strict=True)
+    parts = {name: arrays[name][start:stop] for name, start, stop in spans}
+    ids = parts["tokens"]
+    ends = list(itertools.accumulate(parts["lengths"].tolist()))
+    members = iter(parts["members"].tolist())
+    weights = arrays["weights"][starts[_PAIRS] : stops[_PAIRS]].tolist()
+    compared = zip(parts["sizes"].tolist(), weights, strict=True)
     has = arrays["has"][index].tolist()
     return comparisons.Example(
       example_id=int(arrays["example_id"][index]),
@@ -120,7 +116,7 @@ class Examples:
       completions=tuple(ids[a:b] for a, b in itertools.pairwise(ends)),
       pairs=tuple((*itertools.islice(members, n), w) for n, w in compared),
       **{
-        name: tuple(arrays[name][spans[name]].tolist()) if has_it else None
+        name: tuple(parts[name].tolist()) if has_it else None
         for name, has_it in zip(OPTIONAL, has, strict=True)
       },
     )

@@ -73,9 +73,7 @@ def load(name):
       f"tokenizer = {name!r} names no eos_token; add it to the folder's "
       "tokenizer_config.json"
     )
-  template = None
-  if hf.chat_template is not None:
-    template = chat.template(hf)
+  template = None if hf.chat_template is None else chat.template(hf)
   marks_turns = chat.marks_turns(hf.bos_token, template)
   return Tokenizer(
     encode=lambda texts: (
