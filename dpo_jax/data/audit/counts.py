@@ -5,54 +5,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-class Check(NamedTuple):
-  """A limit of config.audit.
-
-  Attributes:
-    of: what the share is of, "records" or "examples".
-    hint: what to do where it is exceeded.
-  """
-
-  of: str
-  hint: str
-
-
-# By their fields of config.audit.
+# What to do where a limit of config.audit is exceeded.
 CHECKS = {
-  "skipped": Check(
-    "records",
+  "skipped": (
     "mend them or take them out: with data.bad_records='error' training stops "
-    "at the first",
+    "at the first"
   ),
-  "boundary_merges": Check(
-    "examples",
+  "boundary_merges": (
     "end prompts without white space and begin completions with it; these "
-    "completions are encoded alone, as sampling continues a prompt",
+    "completions are encoded alone, as sampling continues a prompt"
   ),
-  "cut": Check(
-    "examples",
+  "cut": (
     "raise data.max_prompt_length or data.max_completion_length, or take the "
-    "longest out: a completion that is cut does not teach to stop",
+    "longest out: a completion that is cut does not teach to stop"
   ),
-  "double_bos": Check(
-    "examples",
+  "double_bos": (
     "take it out of the text, of the chat template or of the tokens drawn: one "
-    "is put first in any case",
+    "is put first in any case"
   ),
-  "special_tokens": Check(
-    "examples",
+  "special_tokens": (
     "take them out of the text; if it was written by a chat template, give "
-    "the messages instead",
+    "the messages instead"
   ),
-  "empty": Check(
-    "examples",
-    "take them out: there is nothing to score but the end",
-  ),
-  "other_end": Check(
-    "examples",
+  "empty": "take them out: there is nothing to score but the end",
+  "other_end": (
     "make the template's end of turn the tokenizer's eos_token: sampling stops "
-    "at the EOS only",
+    "at the EOS only"
   ),
 }
 
@@ -133,12 +111,8 @@ def _writes_specials(record, example, tokenizer):
 
 
 def summary(facts, skipped, first):
-  """The numbers of a source.
+  """The numbers of a source: of its Facts, Policy.skipped and Policy.first.
 
-  Args:
-    facts: list of Facts, one an example.
-    skipped: {reason: records}.
-    first: {reason: message of the first}.
   Returns: dict; "found" counts examples, "bos" examples and "eos" completions
     by how many they have (2: or more), "first" holds an origin for each name
     in "found", "lengths" are in tokens.
@@ -208,11 +182,11 @@ def checks(parts, limits):
     source of which nothing is left fails by "skipped", whatever its limit.
   """
   out = []
-  for name, check in CHECKS.items():
+  for name in CHECKS:
     for part in parts:
-      count, of = part["found"].get(name, 0), part[check.of]
+      count, of = part["found"].get(name, 0), part["examples"]
       if name == "skipped":
-        count = sum(part["skipped"].values())
+        count, of = sum(part["skipped"].values()), part["records"]
       limit = limits[name]
       above = limit is not None and count > limit * of
       out.append(

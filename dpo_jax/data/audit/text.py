@@ -176,16 +176,17 @@ def _checks(report):
   """Lines of the limits, and of what to do where one is exceeded."""
   parts = {part["source"]: part for part in report["parts"]}
   yield f"limits of {report['field']}"
-  for name, check in counts.CHECKS.items():
+  for name, hint in counts.CHECKS.items():
+    what = "records" if name == "skipped" else "examples"
     these = [c for c in report["checks"] if c["name"] == name]
     failed = [c for c in these if c["failed"]]
     if not failed and these[0]["limit"] is None:
       yield _limit("–", name, "not checked")
     elif not failed:
       count, of = (sum(c[key] for c in these) for key in ("count", "of"))
-      yield _limit("ok", name, _count(count, of, check.of, these[0]["limit"]))
+      yield _limit("ok", name, _count(count, of, what, these[0]["limit"]))
     for c in failed:
-      line = _count(c["count"], c["of"], check.of, c["limit"])
+      line = _count(c["count"], c["of"], what, c["limit"])
       yield _limit("FAILED", name, line)
       if len(parts) > 1:
         yield _indented(f"in {c['source']}")
@@ -197,7 +198,7 @@ def _checks(report):
       else:
         yield _indented(f"first: {part['first'][name]}")
     if failed:
-      yield _indented(f"→ {check.hint}; or set audit.{name} higher")
+      yield _indented(f"→ {hint}; or set audit.{name} higher")
 
 
 def _limit(mark, name, line):

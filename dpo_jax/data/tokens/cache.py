@@ -40,11 +40,8 @@ class Entry(NamedTuple):
 
 
 def entry(folder, made_of):
-  """The Entry of a content; touches no file.
+  """The Entry of a content; touches no file, the folder need not exist.
 
-  Args:
-    folder: of the cache; need not exist.
-    made_of: plain values.
   Raises: ValueError for a folder that is not local.
   """
   if "://" in str(folder):

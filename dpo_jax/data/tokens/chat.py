@@ -51,10 +51,7 @@ def template(hf):
 def render_record(record, apply_template):
   """The Rendered of a record, whether it holds messages or text.
 
-  Args:
-    record: records.Record.
-    apply_template: function (messages, add_generation_prompt=…) -> str, or
-      None if there is no template.
+  Args: records.Record, and tokenize.Tokenizer.apply_template.
   Raises: ValueError if a template is needed and missing; BadRecord for messages
     that it refuses.
   """
@@ -99,9 +96,6 @@ def render(prompt_messages, completion_messages, apply_template):
       prompt      = template(prompt messages, with the head of a reply)
       completion  = template(all messages) − prompt
 
-  Args:
-    prompt_messages, completion_messages: sequences of {"role", "content"}.
-    apply_template: see `render_record`.
   Raises: BadRecord where the template refuses the messages, or writes the
     prompt in another way once a reply follows.
   """

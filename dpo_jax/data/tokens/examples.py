@@ -203,9 +203,7 @@ class Builder:
   """Puts chunks of examples one behind the other into open files."""
 
   def __init__(self, files):
-    """Args:
-    files: binary file to write to, by name, of all NAMES.
-    """
+    """`files`: binary file to write to, by name, of all NAMES."""
     self._files, self._digests = files, (_digest(), _digest())
     self.checksums = dict.fromkeys(files, (0, 0))  # (bytes, CRC-32), by name
     self._ends = np.zeros((1, len(COUNTED)), DTYPES["ends"])
