@@ -82,12 +82,7 @@ def film_name(name):
 
 
 def split_films(reviewed, films):
-  """Film -> split: 80, 10 and 10 % of the reviewed films and of the others.
-
-  Args:
-    reviewed: names of the films that have reviews.
-    films: all names.
-  """
+  """Film -> split: 80, 10 and 10 % of the reviewed ones and of the others."""
   out = {}
   for group in (sorted(reviewed), sorted(set(films) - set(reviewed))):
     random.Random(_SEED).shuffle(group)

@@ -182,12 +182,12 @@ def _notes(job, changed):
 
 
 def _mismatched(job, changed):
-  """`_encoded` for KTO, of labelled examples that are kept or made."""
+  """`_encoded` for KTO, of labelled examples that are kept or made first."""
   labelled = _load(job._replace(task=job.task._replace(kind="labels")))
   changed.update(labelled.changed)
   dtype = examples_lib.token_dtype(job.tokenizer.vocab_size)
   pairs = comparisons.mismatched(labelled.examples, job.spec)
-  yield from _shown(
+  return _shown(
     examples_lib.chunks(pairs, dtype),
     *(len(labelled.examples), "mismatched"),
     size=lambda chunk: len(chunk.arrays["source"]),

@@ -300,11 +300,10 @@ def _end(ids, eos_id, ended, changed):
   if ended:
     if ids[-1] != eos_id:
       changed["end of turn that is not the EOS"] += 1
-  else:
-    while ids and ids[-1] == eos_id:
-      ids = ids[:-1]
-    ids = [*ids, eos_id]
-  return ids
+    return ids
+  while ids and ids[-1] == eos_id:
+    ids = ids[:-1]
+  return [*ids, eos_id]
 
 
 def _check(prompt, completions, pairs, tokenizer):
