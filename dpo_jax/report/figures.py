@@ -70,15 +70,10 @@ def smooth(values):
   """Centred rolling mean over SMOOTHING of the values; NaNs stay gaps."""
   values = np.asarray(values, float)
   half = max(1, round(SMOOTHING * len(values))) // 2
-  there = np.isfinite(values)
-  sums = np.cumsum(np.append(0.0, np.where(there, values, 0.0)))
-  counts = np.cumsum(np.append(0, there))
-  index = np.arange(len(values))
-  end = np.minimum(index + half + 1, len(values))
-  start = np.maximum(index - half, 0)
-  count = counts[end] - counts[start]
-  means = (sums[end] - sums[start]) / np.maximum(count, 1)
-  return np.where(there, means, np.nan)
+  there, window = np.isfinite(values), np.ones(2 * half + 1)
+  sums = np.convolve(np.where(there, values, 0.0), window, "same")
+  counts = np.convolve(there, window, "same")
+  return np.where(there, sums / np.maximum(counts, 1), np.nan)
 
 
 def frontier(marks, reference, title, *, joined, wide):
@@ -90,8 +85,10 @@ def frontier(marks, reference, title, *, joined, wide):
     title: what the vertical axis shows.
     joined: whether to join the marks in their order.
     wide: 540 x 310 pt, else 277 x 270 pt.
-  Returns: matplotlib Figure.
+  Returns: matplotlib Figure, or None if there is no mark.
   """
+  if not marks and not reference:
+    return None
   size = 11 if wide else 9.5
   fig, (ax,) = _figure((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
   ax.set_title(title, loc="left", color=INK, fontsize=size)
@@ -125,7 +122,7 @@ def frontier(marks, reference, title, *, joined, wide):
   return fig
 
 
-def curves(runs, *, wide, legend):
+def curves(runs, *, wide, legend=False):
   """Training metrics over steps: the logged values thin, smoothed ones thick.
 
   Args:
@@ -231,15 +228,10 @@ def _curve(ax, steps, values, color, style):
   thick = smooth(values)[::stride]
   ax.plot(steps, thin, color=color, lw=0.7, alpha=0.22)
   # A value between two gaps is no line: it shows as a dot.
-  alone = np.isfinite(thick) & ~_near(np.isfinite(thick))
+  gap = np.pad(np.isnan(thick), 1, constant_values=True)
+  alone = ~gap[1:-1] & gap[:-2] & gap[2:]
   ax.plot(steps[alone], thick[alone], ".", color=color, ms=3)
   ax.plot(steps, thick, color=color, lw=1.8, ls=style, solid_capstyle="round")
-
-
-def _near(there):
-  """Where a value before or after is there."""
-  padded = np.pad(there, 1)
-  return padded[:-2] | padded[2:]
 
 
 def _label(fig, ax, marks, path, reference, size):

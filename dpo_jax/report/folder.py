@@ -5,6 +5,7 @@ import math
 import unicodedata
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 
 
@@ -20,6 +21,11 @@ class Run(NamedTuple):
   samples: list
   metrics: dict
   lacks: list
+
+  def mean(self, key):
+    """(mean of the samples, its standard error); None where it is unknown."""
+    value = self.evaluation.get("means", {}).get(key, {})
+    return number(value.get("mean")), number(value.get("se"))
 
 
 class Sweep(NamedTuple):
@@ -93,16 +99,17 @@ def _axis(points):
 
 
 def _run(folder, name):
-  there = {
-    file: (folder / file).exists()
-    for file in ("evaluation.json", "samples.jsonl", "metrics.jsonl")
+  found = {
+    file: read(folder / file)
+    for file, read in _READERS.items()
+    if (folder / file).exists()
   }
   return Run(
     clean(name),
-    _json(folder / "evaluation.json") if there["evaluation.json"] else {},
-    _lines(folder / "samples.jsonl") if there["samples.jsonl"] else [],
-    _curves(folder / "metrics.jsonl") if there["metrics.jsonl"] else {},
-    [file for file, is_there in there.items() if not is_there],
+    found.get("evaluation.json", {}),
+    found.get("samples.jsonl", []),
+    found.get("metrics.jsonl", {}),
+    [file for file in _READERS if file not in found],
   )
 
 
@@ -129,18 +136,18 @@ def _curves(path):
   """{metric: (steps, values)} of the lines of kind "train"."""
   logged = [row for row in _lines(path) if row.get("kind") == "train"]
   steps = [row["step"] for row in logged]
-  names = dict.fromkeys(name for row in logged for name in row)
-  return {
-    name: (
-      steps,
-      [
-        math.nan if (v := number(row.get(name))) is None else v
-        for row in logged
-      ],
-    )
-    for name in names
-    if name not in ("step", "kind")
-  }
+  curves = {}
+  for name in dict.fromkeys(name for row in logged for name in row):
+    values = [number(row.get(name)) for row in logged]
+    curves[name] = steps, np.array(values, float).tolist()  # None as NaN
+  return curves
+
+
+_READERS = {
+  "evaluation.json": _json,
+  "samples.jsonl": _lines,
+  "metrics.jsonl": _curves,
+}
 
 
 def clean(text):

@@ -1,14 +1,51 @@
 """A report as one HTML page that loads nothing."""
 
-import html as html_lib
+import jinja2
 
 from dpo_jax.report import content, figures, folder
 
-CSS = """
+PAGE = """\
+{% macro color(run) -%}
+--c: var(--{{ "ink" if run is sameas sweep.reference
+  else "s%d" % sweep.runs.index(run) }})
+{%- endmacro %}
+{# A run's name after its colour, as in the figures. #}
+{% macro name(run) -%}
+<i class="dot{{ " start" if run is sameas sweep.reference }}" \
+style="{{ color(run) }}"></i>{{ run.name }}
+{%- endmacro %}
+{% macro formula(text) -%}
+{{ text | replace("π_ref", "π<sub>ref</sub>" | safe) }}
+{%- endmacro %}
+{# A figure in both widths, of which the style sheet shows one. #}
+{% macro figure(section, kind) -%}
+<figure class="{{ kind }}">
+{{ pictures[section].svgs | safe }}
+<figcaption>{{ formula(content.captions(sweep)[section]) }}</figcaption>
+</figure>
+{%- endmacro %}
+{% macro section(name) %}
+<section>
+<h2>{{ content.TITLES[name] }}</h2>
+{{ caller()
+  or '<p class="muted">%s</p>' | safe | format(content.NOTHING[name]) }}
+</section>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ sweep.title }}</title>
+<style>
 :root { color-scheme: light dark; --paper: #fefefe; --card: #f4f5f7;
-  --ink: #1b1f24; --muted: #5c6571; --grid: #dde1e6; LIGHT }
+  --ink: #1b1f24; --muted: #5c6571; --grid: #dde1e6;
+{%- for light, _ in palette %} --s{{ loop.index0 }}: {{ light }};{% endfor %} }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b;
-  --card: #1e2228; --ink: #e8eaed; --muted: #a2abb6; --grid: #343a42; DARK } }
+  --card: #1e2228; --ink: #e8eaed; --muted: #a2abb6; --grid: #343a42;
+{%- for _, dark in palette %} --s{{ loop.index0 }}: {{ dark }};{% endfor %} } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -59,6 +96,67 @@ tbody th { font-weight: 600; }
 .samples h4 { margin: 0 0 6px; font-size: .9375rem; }
 .samples .text { overflow-wrap: anywhere; flex: 1; font-size: .9375rem; }
 .samples .muted { margin: 10px 0 0; font-variant-numeric: tabular-nums; }
+</style>
+</head>
+<body>
+<main>
+<h1>{{ sweep.title }}</h1>
+<p class="muted">{{ content.facts(sweep) }}</p>
+{% for kind, lines in (
+  ("notes", sweep.notes), ("missing", content.missing(sweep))) if lines %}
+<ul class="{{ kind }}">
+{% for line in lines %}
+<li>{{ line }}</li>
+{% endfor %}
+</ul>
+{% endfor %}
+{% call section("frontier") %}
+{% if pictures.frontier %}{{ figure("frontier", "reward") }}{% endif %}
+{% endcall %}
+{% call section("table") %}
+<div class="scroll" tabindex="0" role="region" aria-label="All numbers"><table>
+<thead><tr>
+{% for head in heads %}
+<th scope="col">{{ head | replace("-", "\N{NON-BREAKING HYPHEN}") }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for run, cells in rows %}
+<tr><th scope="row">{{ name(run) }}</th>
+{% for cell in cells %}
+<td>{{ cell[0] | replace("-", "−") }}
+{%- if cell[1:] %} <span class="se">± {{ cell[1] }}</span>{% endif %}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+<p class="muted">{{ formula(content.captions(sweep).table) }}</p>
+{% endcall %}
+{% call section("curves") %}
+{% if pictures.curves %}
+<ul class="legend">
+{% for run in sweep.runs %}
+<li>{{ name(run) }}</li>
+{% endfor %}
+</ul>
+{{ figure("curves", "curves") }}
+{% endif %}
+{% endcall %}
+{% call section("samples") %}
+{% for prompt, samples in content.prompts(sweep) %}
+<h3 dir="auto">{{ prompt | trim }}</h3>
+<div class="samples">
+{% for run, sample in samples %}
+<article style="{{ color(run) }}"><h4>{{ run.name }}</h4>
+<div class="text" dir="auto">{{ sample.completion | trim }}</div>
+<p class="muted">{{ content.score(sweep, sample) }}</p></article>
+{% endfor %}
+</div>
+{% endfor %}
+{% endcall %}
+</main>
+</body>
+</html>
 """
 
 
@@ -70,130 +168,18 @@ def html(sweep, grid, pictures):
     grid: report.grid of its rows, with long heads.
     pictures: what `draw` returned; drawn into the page.
   """
-  notes = content.captions(sweep)
-  bodies = {
-    "frontier": _figure(pictures["frontier"], notes["frontier"], "reward", ""),
-    "table": _table(sweep, *grid) + _caption(notes["table"]),
-    "curves": _figure(
-      pictures["curves"], notes["curves"], "curves", _legend(sweep)
-    ),
-    "samples": _samples(sweep),
-  }
-  sections = [
-    f"<section>\n<h2>{content.TITLES[name]}</h2>\n"
-    + (body or f'<p class="muted">{content.NOTHING[name]}</p>')
-    + "\n</section>"
-    for name, body in bodies.items()
-  ]
-  title = _text(sweep.title)
-  return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{_style(len(sweep.runs))}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<p class="muted">{_text(content.facts(sweep))}</p>
-{_list(sweep.notes, "notes")}
-{_list(content.missing(sweep), "missing")}
-{"".join(sections)}
-</main>
-</body>
-</html>
-"""
-
-
-def _text(text):
-  return html_lib.escape(folder.clean(text))
-
-
-def _style(count):
-  """The style sheet, with a colour a run in light and dark."""
-  light, dark = (
-    " ".join(f"--s{i}: {color};" for i, color in enumerate(colors))
-    for colors in zip(*figures.palette(count), strict=True)
+  template = jinja2.Environment(
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    finalize=lambda x: folder.clean(x) if type(x) is str else x,
+  ).from_string(PAGE)
+  heads, body = grid
+  return template.render(
+    sweep=sweep,
+    palette=figures.palette(len(sweep.runs)),
+    content=content,
+    pictures=pictures,
+    heads=heads,
+    rows=[(r, c) for r, (_, *c) in zip(sweep.everyone, body, strict=True)],
   )
-  return CSS.replace("LIGHT", light).replace("DARK", dark)
-
-
-def _list(lines, kind):
-  items = "".join(f"<li>{_text(line)}</li>" for line in lines)
-  return f'<ul class="{kind}">{items}</ul>' if lines else ""
-
-
-def _caption(text):
-  return f'<p class="muted">{_formula(text)}</p>'
-
-
-def _formula(text):
-  return _text(text).replace("π_ref", "π<sub>ref</sub>")
-
-
-def _color(sweep, run):
-  if run is sweep.reference:
-    return "--c: var(--ink)"
-  return f"--c: var(--s{sweep.runs.index(run)})"
-
-
-def _name(sweep, run):
-  """A run's name after its colour, as in the figures."""
-  kind = "dot start" if run is sweep.reference else "dot"
-  dot = f'<i class="{kind}" style="{_color(sweep, run)}"></i>'
-  return f"{dot}{_text(run.name)}"
-
-
-def _legend(sweep):
-  items = "".join(f"<li>{_name(sweep, run)}</li>" for run in sweep.runs)
-  return f'<ul class="legend">{items}</ul>\n'
-
-
-def _figure(picture, caption, kind, legend):
-  """A figure in both widths, of which the style sheet shows one."""
-  if not picture:
-    return ""
-  caption = f"<figcaption>{_formula(caption)}</figcaption>"
-  return (
-    f'{legend}<figure class="{kind}">\n{picture.svgs}\n{caption}\n</figure>'
-  )
-
-
-def _table(sweep, heads, body):
-  lines = []
-  for run, (_, *cells) in zip(sweep.everyone, body, strict=True):
-    line = [f'<th scope="row">{_name(sweep, run)}</th>']
-    for cell in cells:
-      value, *error = (part.replace("-", "−") for part in cell)
-      error = "".join(f' <span class="se">± {se}</span>' for se in error)
-      line.append(f"<td>{value}{error}</td>")
-    lines.append(f"<tr>{''.join(line)}</tr>")
-  # U+2011 is a hyphen that no line ends after.
-  head = "".join(
-    f'<th scope="col">{_text(text).replace("-", "‑")}</th>' for text in heads
-  )
-  return (
-    '<div class="scroll" tabindex="0" role="region" aria-label="All numbers">'
-    f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
-    + "\n".join(lines)
-    + "\n</tbody>\n</table></div>\n"
-  )
-
-
-def _samples(sweep):
-  """One card a run for each prompt; they stand side by side where they fit."""
-  parts = []
-  for prompt, samples in content.prompts(sweep):
-    parts.append(f'<h3 dir="auto">{_text(prompt.strip())}</h3>')
-    cards = (
-      f'<article style="{_color(sweep, run)}"><h4>{_text(run.name)}</h4>\n'
-      f'<div class="text" dir="auto">{_text(sample["completion"].strip())}'
-      f"</div>\n{_caption(content.score(sweep, sample))}</article>"
-      for run, sample in samples
-    )
-    parts.append(f'<div class="samples">{"".join(cards)}</div>')
-  return "\n".join(parts)
