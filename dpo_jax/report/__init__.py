@@ -131,12 +131,8 @@ def _cells(values, decimals):
     return f"{round(value, decimals) + 0.0:.{decimals}f}"
 
   return [
-    (MISSING,)
-    if mean is None
-    else (text(mean),)
-    if se is None
-    else (text(mean), text(se))
-    for mean, se in pairs
+    tuple(text(part) for part in pair if part is not None) or (MISSING,)
+    for pair in pairs
   ]
 
 

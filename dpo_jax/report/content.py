@@ -51,15 +51,12 @@ def draw(sweep):
     figures.curves,
     [figures.Line(run.name, color, run.metrics) for run, color in runs],
   )
-  return {
-    "frontier": _picture(
-      frontier, frontier(wide=True), "reward", "Reward over KL", light
-    ),
-    "curves": _picture(
-      *(curves, curves(wide=True, legend=True), "curves", "Training curves"),
-      light,
-    ),
+  named = curves(wide=True, legend=True)  # the page has a legend of its own
+  drawings = {
+    "frontier": (frontier(wide=True), frontier, "reward", "Reward over KL"),
+    "curves": (named, curves, "curves", "Training curves"),
   }
+  return {name: _picture(*each, light) for name, each in drawings.items()}
 
 
 def _mark(run, truth, color):
@@ -71,8 +68,8 @@ def _mark(run, truth, color):
   return figures.Mark(run.name, kl, reward, *errors, color)
 
 
-def _picture(make, in_file, prefix, label, light):
-  """A Picture of `make(wide=…)`, and of the file's figure if there is one."""
+def _picture(in_file, make, prefix, label, light):
+  """A Picture of a file's figure and `make(wide=…)`; None if there is none."""
   if in_file is None:
     return None
   names = {

@@ -152,11 +152,9 @@ def curves(runs, *, wide, legend=False):
   for ax in axes[max(0, len(panels) - columns) : len(panels)]:
     ax.set_xlabel("training step", fontsize=size)
   if legend:
-    handles = [lines.Line2D([], [], color=line.color, lw=2) for line in runs]
-    labels = [_plain(line.name) for line in runs]
     fig.legend(
-      handles,
-      labels,
+      [lines.Line2D([], [], color=line.color, lw=2) for line in runs],
+      [_plain(line.name) for line in runs],
       loc="outside upper left",
       ncols=min(6, len(runs)),
       frameon=False,
@@ -306,28 +304,23 @@ def _drawn(ax, marks, path, point):
 
 def _distances(box, spots):
   """Pixels from each spot to a box."""
-  (x0, y0, x1, y1), (x, y) = box.extents, spots.T
-  return np.hypot(
-    np.maximum(0, np.maximum(x0 - x, x - x1)),
-    np.maximum(0, np.maximum(y0 - y, y - y1)),
-  )
+  outside = np.maximum(box.min - spots, spots - box.max)
+  return np.hypot(*np.maximum(0, outside).T)
 
 
 def _crossed(dots, taken):
   """What a leader, as points f64[n, 2], would cross: marks, bars and names."""
-  x, y = dots[:, :1], dots[:, 1:]
-  inside = (x > taken[:, 0]) & (x < taken[:, 2])
-  inside &= (y > taken[:, 1]) & (y < taken[:, 3])
-  return np.sum(taken[:, 4], where=inside.any(axis=0))
+  dots = dots[:, None]
+  inside = (dots > taken[:, :2]) & (dots < taken[:, 2:4])
+  return np.sum(taken[:, 4], where=inside.all(axis=2).any(axis=0))
 
 
 def _cost(box, taken, frame, point):
   """How badly a name's box sits: what it covers, and what leaves the frame."""
-  x0, y0, x1, y1 = box.extents + point * np.asarray([-1, -1, 1, 1])
-  wide = np.minimum(x1, taken[:, 2]) - np.maximum(x0, taken[:, 0])
-  high = np.minimum(y1, taken[:, 3]) - np.maximum(y0, taken[:, 1])
-  covered = np.sum(taken[:, 4], where=(wide > 0) & (high > 0))
-  outside = max(0, frame.x0 - x0, x1 - frame.x1, frame.y0 - y0, y1 - frame.y1)
+  low, high = box.min - point, box.max + point
+  meets = (low < taken[:, 2:4]) & (high > taken[:, :2])
+  covered = np.sum(taken[:, 4], where=meets.all(axis=1))
+  outside = max(0, *(frame.min - low), *(high - frame.max))
   return covered + 4 * outside / point
 
 

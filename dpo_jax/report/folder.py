@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from dpo_jax.data.read import files, sources
+
 
 class Run(NamedTuple):
   """A point of the sweep, or the reference; what it lacks is empty.
@@ -73,19 +75,18 @@ def read(workdir):
   axis = _axis([point["overrides"] for point in points])
   if axis:
     points = sorted(points, key=lambda point: point["overrides"][axis])
-  reference = about.get("reference")
   runs = [_run(workdir / p["folder"], p["name"]) for p in points]
-  start = _run(workdir / reference, "reference") if reference else None
-  everyone = [*runs, start] if start else runs
-  if not any(r.evaluation or r.samples or r.metrics for r in everyone):
+  start = about.get("reference")
+  start = _run(workdir / start, "reference") if start else None
+  sampled = start is not None or any(run.samples for run in runs)
+  notes = [clean(note) for note in about.get("notes", [])]
+  sweep = Sweep(clean(about["title"]), notes, runs, start, axis, sampled)
+  if not any(r.evaluation or r.samples or r.metrics for r in sweep.everyone):
     raise ValueError(
       f"{workdir} holds a sweep, but nothing of its runs yet; {command} makes "
       "them"
     )
-  sampled = start is not None or any(run.samples for run in runs)
-  notes = [clean(note) for note in about.get("notes", [])]
-  title = clean(about["title"])
-  return Sweep(title, notes, runs, start, axis, sampled)
+  return sweep
 
 
 def _axis(points):
@@ -122,14 +123,7 @@ def _json(path):
 
 def _lines(path):
   """The dicts of a .jsonl file; a line cut short by a kill is left out."""
-  found = []
-  # Not splitlines: a JSON string may hold U+2028 and its like.
-  for line in path.read_bytes().split(b"\n"):
-    try:
-      found.append(json.loads(line))
-    except ValueError:
-      continue
-  return found
+  return [row for _, row in files.jsonl(path, sources.Policy("skip"))]
 
 
 def _curves(path):

@@ -163,10 +163,7 @@ tbody th { font-weight: 600; }
 def html(sweep, grid, pictures):
   """The report as one HTML page that loads nothing.
 
-  Args:
-    sweep: report.Sweep.
-    grid: report.grid of its rows, with long heads.
-    pictures: what `draw` returned; drawn into the page.
+  Args: as markdown.markdown, but for the report.grid of its rows.
   """
   template = jinja2.Environment(
     autoescape=True,
