@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax import progress, store
-from dpo_jax.data.read import files, pairs, sources
+from dpo_jax.data.read import fields, files, pairs, sources
 from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import rewards
 from dpo_jax.ops import reduce
@@ -211,8 +211,11 @@ def _continue(path, identity, batch_size, total):
       )
   path.parent.mkdir(parents=True, exist_ok=True)
   about.write_text(json.dumps(identity))
-  cut_short = sources.Policy("skip")  # by a kill
-  rows = [row for _, row in files.jsonl(path, cut_short)] if resumed else []
+  rows = []
+  for _, row in files.jsonl(path) if resumed else ():
+    if isinstance(row, fields.BadRecord):
+      break  # cut short by a kill; a draw has its place by its number
+    rows.append(row)
   if len(rows) < total:
     rows = rows[: len(rows) // batch_size * batch_size]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from dpo_jax.data.read import files, sources
+from dpo_jax.data.read import fields, files
 
 
 class Run(NamedTuple):
@@ -123,7 +123,8 @@ def _json(path):
 
 def _lines(path):
   """The dicts of a .jsonl file; a line cut short by a kill is left out."""
-  return [row for _, row in files.jsonl(path, sources.Policy("skip"))]
+  rows = [row for _, row in files.jsonl(path)]
+  return [row for row in rows if not isinstance(row, fields.BadRecord)]
 
 
 def _curves(path):
