@@ -91,7 +91,7 @@ def check(entry):
     one (which is a warning; the blocks prove themselves).
   Raises: ValueError if it says that it holds something else.
   """
-  path, differ = entry.path / "entry.json", []
+  path = entry.path / "entry.json"
   try:
     written = store.described(entry.path)
   except FileNotFoundError:
@@ -103,10 +103,13 @@ def check(entry):
     traverse_util.flatten_dict(about, keep_empty_nodes=True, sep=".")
     for about in (written, entry.about)
   )
-  for name in sorted(written.keys() | wanted.keys()):
-    theirs, ours = (x.get(name, "missing") for x in (written, wanted))
-    if theirs != ours:
-      differ.append(f"{name} is {theirs} there, {ours} here")
+  both = {
+    name: (written.get(name, "missing"), wanted.get(name, "missing"))
+    for name in sorted(written.keys() | wanted.keys())
+  }
+  differ = [
+    f"{k} is {x} there, {y} here" for k, (x, y) in both.items() if x != y
+  ]
   if differ:
     more = f" (and {len(differ) - 3} more)" if differ[3:] else ""
     raise ValueError(
@@ -149,8 +152,6 @@ def write(entry, number, values):
   """Writes a block; complete or absent, also when interrupted.
 
   Args:
-    entry: Entry.
-    number: of the block.
     values: f32[counts[i]] of each of its examples, in order.
   Returns: its checksum.
   """
@@ -165,7 +166,6 @@ def load(entry, checksums):
   """The log-probs of each example, of an entry that is whole.
 
   Args:
-    entry: Entry.
     checksums: {number: checksum} of all its blocks.
   Returns: store.Parts, f32[counts[i]] each.
   Raises: ValueError if a block is not there, or damaged.
