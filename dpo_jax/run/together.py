@@ -108,16 +108,15 @@ def program(runs, states):
 
 def _same(trees):
   """Whether all hold the very same arrays."""
-  first, *others = (jax.tree.leaves(tree) for tree in trees)
-  return all(
-    a is b for other in others for a, b in zip(first, other, strict=True)
+  return jax.tree.all(
+    jax.tree.map(lambda first, *others: all(x is first for x in others), *trees)
   )
 
 
 def _placed(trees):
   """Placed trees stacked, each array sharded as it was."""
   shapes = stacked_shapes(trees[0], len(trees))
-  return run_lib.jitted(lambda *trees: stacked(trees), shapes)(*trees)
+  return run_lib.jitted(stacked, shapes)(trees)
 
 
 class Recorders:
