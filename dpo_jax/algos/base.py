@@ -101,7 +101,6 @@ def on(algorithm, policy):
   """An algorithm of all parameters of a policy as one of what is trained.
 
   Args:
-    algorithm: Algorithm.
     policy: (base or None, trained parameters) -> parameters of the policy.
   Returns: Algorithm. Where `frozen` has the "base" of what is trained, it is
     the reference too.

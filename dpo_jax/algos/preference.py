@@ -219,7 +219,6 @@ def _first(hparams, noise, *, parts):
   """The loss where policy = reference, and how far rounding may move it.
 
   Args:
-    hparams: numeric fields of the loss.
     noise: largest |Δ| in nats.
   Returns: (lowest, at Δ = 0, highest) over the corners of ±noise; or None where
     a loss depends on more than Δ.

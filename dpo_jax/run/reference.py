@@ -91,7 +91,7 @@ def check(entry):
     one (which is a warning; the blocks prove themselves).
   Raises: ValueError if it says that it holds something else.
   """
-  path = entry.path / "entry.json"
+  path, differ = entry.path / "entry.json", []
   try:
     written = store.described(entry.path)
   except FileNotFoundError:
@@ -103,13 +103,10 @@ def check(entry):
     traverse_util.flatten_dict(about, keep_empty_nodes=True, sep=".")
     for about in (written, entry.about)
   )
-  both = {
-    name: (written.get(name, "missing"), wanted.get(name, "missing"))
-    for name in sorted(written.keys() | wanted.keys())
-  }
-  differ = [
-    f"{k} is {x} there, {y} here" for k, (x, y) in both.items() if x != y
-  ]
+  for name in sorted(written.keys() | wanted.keys()):
+    theirs, ours = (x.get(name, "missing") for x in (written, wanted))
+    if theirs != ours:
+      differ.append(f"{name} is {theirs} there, {ours} here")
   if differ:
     more = f" (and {len(differ) - 3} more)" if differ[3:] else ""
     raise ValueError(

@@ -144,16 +144,16 @@ class Source(NamedTuple):
   run: tuple | None = None
 
 
-def pretrained(spec, field="init_from"):
-  """The hf.Checkpoint of a spec, or None if it is a run folder (or None).
+def pretrained(spec):
+  """The hf.Checkpoint of init_from, or None if it is a run folder (or None).
 
   Raises: ValueError if it cannot be found or is not supported.
   """
   kind, name = origin.parse(spec or "")
   if kind == "hf":
-    return hf.open_folder(origin.folder(name, field))
+    return hf.open_folder(origin.folder(name, "init_from"))
   if kind == "gguf":
-    return gguf.open_file(origin.gguf_file(name, field))
+    return gguf.open_file(origin.gguf_file(name, "init_from"))
   return None
 
 

@@ -250,7 +250,6 @@ def load_params(workdir, target, field="init_from"):
   """The policy saved last in another run's folder.
 
   Args:
-    workdir: that run's folder.
     target: tree of arrays, or of ShapeDtypeStructs with shardings.
     field: what named the folder, for messages.
   Raises: ValueError if there is none, or its parameters do not fit.

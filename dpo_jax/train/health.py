@@ -51,8 +51,7 @@ class Stop:
   @property
   def exit_code(self):
     """EXIT_INTERRUPTED after Ctrl-C, else EXIT_REQUEUE."""
-    interrupted = self.signal == signal.SIGINT
-    return EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE
+    return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_REQUEUE
 
   @contextlib.contextmanager
   def at_once(self):

@@ -139,8 +139,6 @@ class Logger:
     """Takes the (device) metrics of step `number`, counted from 1.
 
     Args:
-      number: steps done.
-      metrics: dict of scalar arrays.
       stats: data.loader.Stats of the batch.
       flops: needed FLOPs of the step.
     Returns: what `flush` does, for a step before this one; or for this one, if
