@@ -131,9 +131,9 @@ def place(values, shardings):
   return jitted(lambda x: jax.tree.map(jnp.copy, x), shardings)(values)
 
 
-def jitted(fn, out_shardings):
-  """`fn` compiled so that its result is born sharded."""
-  return jax.jit(fn, out_shardings=out_shardings)
+def jitted(fn, like):
+  """`fn` compiled so that its result is born sharded as a tree of arrays is."""
+  return jax.jit(fn, out_shardings=jax.tree.map(lambda x: x.sharding, like))
 
 
 def place_batch(batch, mesh, mode):
