@@ -5,6 +5,7 @@ arrays without a device axis, so both share one checkpoint layout.
 """
 
 import collections
+import functools
 import time
 
 import jax
@@ -128,12 +129,13 @@ def _compiled(fn, mesh, mode, in_axes, out_shardings, donate=()):
 def place(values, shardings):
   """Puts a tree on the mesh as copies that may be donated."""
   values = jax.device_put(values, shardings)  # from whatever devices
-  return jitted(lambda x: jax.tree.map(jnp.copy, x), shardings)(values)
+  copy = functools.partial(jax.tree.map, jnp.copy)
+  return jax.jit(copy, out_shardings=shardings)(values)
 
 
-def jitted(fn, out_shardings):
-  """`fn` compiled so that its result is born sharded."""
-  return jax.jit(fn, out_shardings=out_shardings)
+def jitted(fn, like):
+  """`fn` compiled so that its result is born sharded as a tree of arrays is."""
+  return jax.jit(fn, out_shardings=jax.tree.map(lambda x: x.sharding, like))
 
 
 def place_batch(batch, mesh, mode):
