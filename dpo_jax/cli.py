@@ -93,11 +93,19 @@ def main(argv=None):
     sys.stdout.flush()
     return code
   except (ValueError, FloatingPointError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
   except BrokenPipeError:  # the reader went away: `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+  except OSError as error:  # a full disk, or one that nobody may write to
+    where = f"{error.filename}: " if error.filename else ""
+    print(
+      f"error: {where}{error.strerror or error}; is there room, and may you "
+      "write there? --workdir names another folder",
+      file=sys.stderr,
+    )
+    return 1
   except KeyboardInterrupt as stopped:
     print("interrupted; the same command goes on from here", file=sys.stderr)
     return getattr(stopped, "exit_code", 130)

@@ -15,7 +15,7 @@ LAYERS = (
   ("models", "data", "parallel"),
   ("algos", "train"),
   ("run",),
-  ("eval",),
+  ("eval", "preflight"),
   ("loop", "notebook"),
   ("sweeps", "plan", "report", "launch", "export"),
   ("verbs",),

@@ -1,0 +1,82 @@
+"""What is refused before jax is imported: a mistake costs half a second."""
+
+import os
+import pathlib
+import re
+
+from etils import epath
+
+from dpo_jax import lookup, store
+from dpo_jax.config import saved
+from dpo_jax.data.read import sources
+from dpo_jax.ops import losses
+from dpo_jax.run import checks
+
+_ON_HUB = re.compile(r"(?:hf|classifier|model):([^\s:@]+)")
+
+
+def folder(workdir):
+  """Refuses a run folder that cannot be written to."""
+  path = pathlib.Path(workdir)
+  if "://" in str(workdir):
+    return
+  while not path.exists():
+    path = path.parent
+  if not path.is_dir():
+    raise ValueError(f"--workdir {workdir}: {path} is a file; name a folder")
+  if not os.access(path, os.W_OK | os.X_OK):
+    raise ValueError(
+      f"--workdir {workdir}: {path} cannot be written to; name another folder"
+    )
+
+
+def config(config, reads):
+  """Refuses numbers out of range, fields without effect, files not there.
+
+  Args:
+    config: ConfigDict; one of no policy (stages, a tokenizer) is not looked at.
+    reads: fields that name the sources which are read.
+  """
+  if "optim" not in config:
+    return
+  checks.values(config)
+  parts = [(config.loss.name, config.loss, "")]
+  if config.loss.name == "mixture":
+    terms = [name for name in config.loss if name != "name"]
+    parts = [(name, config.loss[name], f"{name}.") for name in terms]
+  for name, fields, prefix in parts:
+    losses.check_ranges(name, fields, prefix)
+  flat = saved.flatten(config.to_dict())
+  for field in reads:
+    if flat[field] is not None or field == "data.train":
+      for _, source in sources.parse(flat[field], field):
+        _source(source, field)
+
+
+def _source(source, field):
+  """Refuses a file that is not there, and a name that is none."""
+  path, name = epath.Path(source), source.partition(":")[0]
+  if name in sources.SOURCES or "://" in source:
+    return
+  if path.suffix:
+    lookup.lookup(sources.FILES, path.suffix, f"the suffix of {field}")
+    near, parent = "", pathlib.Path(path.parent)
+    if parent.is_dir():
+      near = lookup.nearest(path.name, [p.name for p in parent.iterdir()])
+    hint = f"{field} is a path relative to the current folder{near}"
+    with store.explained(f"{path}: cannot be read", hint):
+      path.open("rb").close()
+  elif not path.is_dir():
+    lookup.lookup(sources.SOURCES, name, field)
+
+
+def on_hub(config):
+  """Names in a config that are of the Hugging Face hub, as far as they tell."""
+  texts, names = [], []
+  for value in saved.flatten(config.to_dict()).values():
+    texts += value if isinstance(value, tuple) else [value]
+  for text in texts:
+    names += _ON_HUB.findall(text) if isinstance(text, str) else []
+  return [
+    name for name in dict.fromkeys(names) if not epath.Path(name).exists()
+  ]
