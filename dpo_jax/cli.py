@@ -3,6 +3,7 @@
 train    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains; resumes what DIR holds
          --profile traces a few steps for TensorBoard or Perfetto
+         --verbose names the shapes of batches in the program's own terms
 sweep    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains and evaluates each point of the file's sweep(), skips finished
          ones, prints a table and writes a report
@@ -37,7 +38,7 @@ import re
 import sys
 
 import dpo_jax
-from dpo_jax import lookup, verbs
+from dpo_jax import lookup, progress, verbs
 from dpo_jax.config import load
 
 
@@ -51,6 +52,8 @@ def _parse(argv):
     name, given, value = word[2:].partition("=")
     if word == "--profile":
       overrides.append("log.profile=true")
+      continue
+    if word == "--verbose":
       continue
     if not given:
       value = next(words, None)
@@ -82,7 +85,7 @@ def _help(words):
 def main(argv=None):
   """Runs a verb; user mistakes end in one line on stderr and exit code 2."""
   argv = sys.argv[1:] if argv is None else argv
-  code = 0
+  code, progress.detailed = 0, "--verbose" in argv
   try:
     if argv[:1] == ["--version"]:
       print(f"dpo_jax {dpo_jax.__version__}")

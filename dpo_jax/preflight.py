@@ -12,6 +12,7 @@ from dpo_jax.data.read import sources
 from dpo_jax.ops import losses
 from dpo_jax.run import checks
 
+_KINDS = "models", "datasets"
 _ON_HUB = re.compile(r"(?:hf|classifier|model):([^\s:@]+)")
 
 
@@ -80,3 +81,25 @@ def on_hub(config):
   return [
     name for name in dict.fromkeys(names) if not epath.Path(name).exists()
   ]
+
+
+def cached(names, reason):
+  """Refuses names of the hub of which nothing is kept here.
+
+  Args:
+    names: of `on_hub`.
+    reason: why the hub is out of reach.
+  """
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  home = os.environ.get("HF_HOME") or pathlib.Path(home, "huggingface")
+  hub = os.environ.get("HF_HUB_CACHE") or pathlib.Path(home, "hub")
+  sets = os.environ.get("HF_DATASETS_CACHE") or pathlib.Path(home, "datasets")
+  for name in names:
+    dashed = name.replace("/", "--")
+    kept = [pathlib.Path(hub, f"{kind}--{dashed}") for kind in _KINDS]
+    kept.append(pathlib.Path(sets, name.replace("/", "___")))
+    if not any(path.exists() for path in kept):
+      raise ValueError(
+        f"{name} is no folder here, {reason}, and nothing of it is kept from "
+        f"before in {hub}; name a local folder, or connect once"
+      )

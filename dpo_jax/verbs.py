@@ -261,6 +261,7 @@ def run(name, options, overrides):
   if config is not None and (names := preflight.on_hub(config)):
     reason = host.hub_or_cache()
     if reason is not None:
+      preflight.cached(names, reason)
       print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)
   host.keep_pages()
   host.claim_devices()

@@ -125,6 +125,18 @@ def test_a_hub_out_of_reach_is_tried_once_and_then_left_alone(unproxied):
   assert time.perf_counter() - begin < 5
 
 
+def test_what_was_never_fetched_is_refused_at_once(tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_HOME", str(tmp_path))
+  for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+    monkeypatch.delenv(name, raising=False)
+  kept = ("hub/models--a--b", "hub/datasets--c--d", "datasets/e___f")
+  for folder in kept:
+    (tmp_path / folder).mkdir(parents=True)
+  preflight.cached(["a/b", "c/d", "e/f"], "it is far")
+  with pytest.raises(ValueError, match="g/h is no folder here, it is far, and"):
+    preflight.cached(["a/b", "g/h"], "it is far")
+
+
 def test_a_proxy_is_left_to_the_clients(unproxied, monkeypatch):
   proxies = {"https": "http://proxy:3128"}
   monkeypatch.setattr(host.urllib.request, "getproxies", lambda: proxies)
