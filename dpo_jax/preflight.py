@@ -41,12 +41,10 @@ def config(config, reads):
   if "optim" not in config:
     return
   checks.values(config)
-  parts = [(config.loss.name, config.loss, "")]
-  if config.loss.name == "mixture":
-    terms = [name for name in config.loss if name != "name"]
-    parts = [(name, config.loss[name], f"{name}.") for name in terms]
-  for name, fields, prefix in parts:
-    losses.check_ranges(name, fields, prefix)
+  loss = config.to_dict()["loss"]
+  terms = {name: v for name, v in loss.items() if isinstance(v, dict)}
+  for name, fields in (terms or {loss["name"]: loss}).items():
+    losses.check_ranges(name, fields, f"{name}." if terms else "")
   flat = saved.flatten(config.to_dict())
   for field in reads:
     if flat[field] is not None or field == "data.train":
