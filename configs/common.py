@@ -5,8 +5,8 @@ import typing
 
 from ml_collections import config_dict
 
-from configs import losses
 from dpo_jax import lookup
+from dpo_jax.configs import losses
 from dpo_jax.models import config as model_config
 from dpo_jax.train import optimizers
 
@@ -21,6 +21,19 @@ def optim(name):
   o = config_dict.ConfigDict(fields | optional)
   o.clip_norm = fields["clip_norm"]
   return o
+
+
+def select_optim(c, name, learning_rate):
+  """Gives a config an optimiser, by name.
+
+  The rate is of those that divide a gradient by its size, to which their `eps`
+  is added; another keeps its own.
+  """
+  c.optim = optim(name)
+  if "eps" in c.optim:
+    c.optim.learning_rate = learning_rate
+  c.optim.warmup = 10
+  return c
 
 
 def model(name):

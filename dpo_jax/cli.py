@@ -1,11 +1,14 @@
-"""The command line: `dpo-jax VERB --config FILE.py[:ARG] --workdir DIR …`.
+"""The command line: `dpo-jax VERB --config NAME[:ARG] --workdir DIR …`.
 
-train    --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
+train    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains; resumes what DIR holds
          --profile traces a few steps for TensorBoard or Perfetto
-sweep    --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
+         --verbose names the shapes of batches in the program's own terms
+sweep    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains and evaluates each point of the file's sweep(), skips finished
          ones, prints a table and writes a report
+         --sweep loss.beta=0.05,0.1 --sweep init_seed=0,1 names the points: all
+         combinations; --sweep :loss=dpo,simpo, values of the config's argument
          --config.sweep.together=4 trains up to four at a time, in one program
 eval     --workdir DIR --config.data.eval=held_out.jsonl
          evaluates a trained policy: held-out comparisons, reward, KL
@@ -15,21 +18,28 @@ report   --workdir DIR
          writes the report of a sweep again
 export   --workdir DIR
          writes the policy as a folder that transformers or PEFT loads
-audit    --config configs/dpo.py --config.data.train=my.jsonl
+audit    --config dpo --config.data.train=my.jsonl
          shows what would be trained on, token by token, and counts what is
          wrong with it; exit code 1 above the limits of config.audit
 
 losses   prints every loss: formula, source, needs, dialects, defaults
 
-`--config.FIELD=VALUE` sets a field of configs/base.py. eval, sample, export and
-audit take the config of the run folder unless --config names another. --workdir
-may be left out where the config has one, and for audit.
+--config names a file, configs/mine.py, or a config that comes with dpo_jax:
+{names}. What follows a colon is its argument,
+dpo:loss=ipo. --config.FIELD=VALUE sets a field: `dpo-jax train --help` lists
+them all, with --config those of that config. eval, sample, export and audit
+take the config of the run folder unless --config names another. --workdir may
+be left out where the config has one, and for audit. --version says which
+dpo_jax this is.
 """
 
 import os
+import re
 import sys
 
-from dpo_jax import lookup, verbs
+import dpo_jax
+from dpo_jax import lookup, progress, verbs
+from dpo_jax.config import load
 
 
 def _parse(argv):
@@ -43,32 +53,62 @@ def _parse(argv):
     if word == "--profile":
       overrides.append("log.profile=true")
       continue
+    if word == "--verbose":
+      continue
     if not given:
       value = next(words, None)
       if value is None:
         raise ValueError(f"--{name} needs a value")
     if name.startswith("config."):
       overrides.append(f"{name.removeprefix('config.')}={value}")
+    elif name == "sweep":
+      options.setdefault(name, []).append(value)
     else:
-      lookup.lookup(("config", "workdir"), name, "option")
+      lookup.lookup(("config", "sweep", "workdir"), name, "option")
       options[name] = value
   return options, overrides
+
+
+def _help(words):
+  """What is said of all verbs, or of the one that is asked about."""
+  usage = __doc__.format(names=", ".join(load.shipped()))
+  words = [word for word in words if word not in ("-h", "--help", "help")]
+  if not words:
+    return usage
+  lookup.lookup(verbs.VERBS, words[0], "verb")
+  *_, closing = usage.strip().split("\n\n")
+  own = re.search(rf"^{words[0]} .*(?:\n .*)*", usage, re.MULTILINE)[0]
+  fields = verbs.fields(words[0], *_parse(words[1:]))
+  return "\n\n".join(["", own, closing, *fields])[2:]
 
 
 def main(argv=None):
   """Runs a verb; user mistakes end in one line on stderr and exit code 2."""
   argv = sys.argv[1:] if argv is None else argv
-  if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
-    print(__doc__)
-    return 0
+  code, progress.detailed = 0, "--verbose" in argv
   try:
-    return verbs.run(argv[0], *_parse(argv[1:]))
+    if argv[:1] == ["--version"]:
+      print(f"dpo_jax {dpo_jax.__version__}")
+    elif not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
+      print(_help(argv))
+    else:
+      code = verbs.run(argv[0], *_parse(argv[1:]))
+    sys.stdout.flush()
+    return code
   except (ValueError, FloatingPointError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
   except BrokenPipeError:  # the reader went away: `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+  except OSError as error:  # a full disk, or one that nobody may write to
+    where = f"{error.filename}: " if error.filename else ""
+    print(
+      f"error: {where}{error.strerror or error}; is there room, and may you "
+      "write there? --workdir names another folder",
+      file=sys.stderr,
+    )
+    return 1
   except KeyboardInterrupt as stopped:
     print("interrupted; the same command goes on from here", file=sys.stderr)
     return getattr(stopped, "exit_code", 130)

@@ -3,6 +3,7 @@
 Imports are inside: `dpo-jax help` and mistakes in a command need no jax.
 """
 
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -10,30 +11,34 @@ from typing import NamedTuple
 
 from etils import epath
 
-from dpo_jax import host, lookup
-from dpo_jax.config import load
+from dpo_jax import host, lookup, preflight
+from dpo_jax.config import help, load, points
+from dpo_jax.train import optimizers
 
 
 class Verb(NamedTuple):
   """A verb of the command line.
 
   Attributes:
-    run: (config, workdir, module of the config or None) -> exit code.
+    run: (config, workdir, load.Source of the config or None) -> exit code.
     saved: without --config it takes that of the run folder.
     folder: it needs a run folder.
     config: it needs a config.
+    reads: fields that name the sources it reads; None: its config is not
+      checked.
   """
 
   run: Callable
   saved: bool
   folder: bool = True
   config: bool = True
+  reads: tuple[str, ...] | None = None
 
 
-def train(config, workdir, module):
+def train(config, workdir, source):
   """Trains a policy (loop.fit), or what algo = "tokenizer" or "stages" says."""
   if config.get("algo") == "stages":
-    return _stages(config, workdir, module)
+    return _stages(config, workdir, source)
   if config.get("algo") == "tokenizer":
     return _tokenizer(config, workdir)
   from dpo_jax import loop
@@ -41,7 +46,7 @@ def train(config, workdir, module):
   return loop.fit(config, workdir).exit_code
 
 
-def _stages(config, workdir, module):
+def _stages(config, workdir, source):
   """Runs verbs on other configs of the same file; the first failure ends it."""
   if workdir != config.workdir:
     raise ValueError(
@@ -50,7 +55,7 @@ def _stages(config, workdir, module):
     )
   for verb, arg in config.stages:
     print(f"━━ {verb} {arg}", flush=True)
-    code = run(verb, {"config": f"{module.__file__}:{arg}"}, [])
+    code = run(verb, {"config": f"{source.module.__file__}:{arg}"}, [])
     if code:
       return code
   return 0
@@ -75,7 +80,7 @@ def _tokenizer(config, workdir):
   return 0
 
 
-def evaluate(config, workdir, _module):
+def evaluate(config, workdir, _source):
   """Evaluates the policy of a run folder; writes evaluation.json there."""
   from dpo_jax.eval import evaluation
   from dpo_jax.run import build, trained
@@ -96,7 +101,7 @@ def evaluate(config, workdir, _module):
   return 0
 
 
-def sample(config, workdir, _module):
+def sample(config, workdir, _source):
   """Draws completions of a run's policy, or of init_from's, into its folder."""
   from dpo_jax.eval import generate
   from dpo_jax.run import build, trained
@@ -130,21 +135,26 @@ def sample(config, workdir, _module):
   return 0
 
 
-def sweep(config, workdir, module):
-  """Trains and evaluates the points of the config file's `sweep()`."""
+def sweep(config, workdir, source):
+  """Trains and evaluates the points of --sweep, or of the file's `sweep()`."""
+  if source.axes:
+    chosen = points.product(source, source.axes)
+  elif hasattr(source.module, "sweep"):
+    chosen = list(source.module.sweep())
+  else:
+    raise ValueError(
+      f"{source.path} has no sweep(), which yields the points: name them, "
+      "--sweep loss.beta=0.05,0.1"
+    )
+  for point in chosen:
+    preflight.config(source.at(point), VERBS["sweep"].reads)
   from dpo_jax import sweeps
 
-  if not hasattr(module, "sweep"):
-    where = "a run's config.json" if module is None else module.__file__
-    raise ValueError(
-      f"{where} has no sweep(): name a config file that has one, which yields "
-      'the points, for example {"loss.beta": 0.1}'
-    )
-  code = sweeps.sweep(config, module.sweep(), workdir)
-  return code or write_report(config, workdir, module)
+  code = sweeps.sweep(config, chosen, workdir, at=source.at)
+  return code or write_report(config, workdir, source)
 
 
-def write_report(_config, workdir, _module):
+def write_report(_config, workdir, _source):
   """Writes report.html, report.md and the figures of a sweep's folder."""
   from dpo_jax import report
 
@@ -154,7 +164,7 @@ def write_report(_config, workdir, _module):
   return 0
 
 
-def audit(config, _workdir, _module):
+def audit(config, _workdir, _source):
   """Prints what data.train and data.eval hold; 1 if a limit is exceeded."""
   from dpo_jax import algos
   from dpo_jax.data.audit import audit, text
@@ -174,7 +184,7 @@ def audit(config, _workdir, _module):
   return int(any(check["failed"] for r in reports for check in r["checks"]))
 
 
-def export(config, workdir, _module):
+def export(config, workdir, _source):
   """Writes the policy of a run folder as transformers or PEFT load it."""
   from dpo_jax import export as export_lib
 
@@ -185,7 +195,7 @@ def export(config, workdir, _module):
   return 0
 
 
-def losses(_config, _workdir, _module):
+def losses(_config, _workdir, _source):
   """Prints the table of losses."""
   from dpo_jax.ops.losses import catalogue
 
@@ -193,16 +203,30 @@ def losses(_config, _workdir, _module):
   return 0
 
 
+_DATA = ("data.train", "data.eval")
 VERBS = {
-  "train": Verb(train, saved=False),
-  "eval": Verb(evaluate, saved=True),
-  "sample": Verb(sample, saved=True),
-  "sweep": Verb(sweep, saved=False),
+  "train": Verb(train, saved=False, reads=_DATA),
+  "eval": Verb(evaluate, saved=True, reads=("data.eval", "sample.prompts")),
+  "sample": Verb(sample, saved=True, reads=("sample.prompts",)),
+  "sweep": Verb(sweep, saved=False, reads=(*_DATA, "sample.prompts")),
   "report": Verb(write_report, saved=True, config=False),
-  "audit": Verb(audit, saved=True, folder=False),
+  "audit": Verb(audit, saved=True, folder=False, reads=_DATA),
   "export": Verb(export, saved=True),
   "losses": Verb(losses, saved=False, folder=False, config=False),
 }
+
+
+def fields(name, options, overrides):
+  """What a verb reads of a config: [] or [a page of all fields].
+
+  Args: as of `run`; without a config they are those of configs/base.py.
+  """
+  if not VERBS[name].config:
+    return []
+  config = load.load_config(options.get("config", "base"), overrides)
+  notes = help.comments(load.shipped()["base"].read_text())
+  notes |= help.entries(inspect.getsource(optimizers), "optim")
+  return [help.page(config, notes)]
 
 
 def run(name, options, overrides):
@@ -210,29 +234,41 @@ def run(name, options, overrides):
 
   Args:
     name: of the verb.
-    options: {"config", "workdir"}, as far as given.
+    options: {"config", "workdir"} and {"sweep": axes}, as far as given.
     overrides: "loss.beta=0.2" and the like.
   Returns: exit code.
   """
   verb = lookup.lookup(VERBS, name, "verb")
   workdir, spec = options.get("workdir"), options.get("config")
+  if "sweep" in options and name != "sweep":
+    raise ValueError(f"--sweep is of `dpo-jax sweep`, not of {name}")
   if spec is None and verb.saved and workdir is not None:
     spec = str(epath.Path(workdir) / "config.json")
   if not verb.config and "config" not in options:
-    config = module = None
+    config = source = None
   elif spec is None:
     raise ValueError(f"{name} needs --config")
   else:
-    config, module = load.load(spec, overrides)
+    source = load.load(spec, overrides, options.get("sweep", ()))
+    config = source.config
     workdir = config.get("workdir") if workdir is None else workdir
   if workdir is None and verb.folder:
     raise ValueError(f"{name} needs --workdir")
+  if verb.folder:
+    preflight.folder(workdir)
+  if verb.reads is not None:
+    preflight.config(config, verb.reads)
+  if config is not None and (names := preflight.on_hub(config)):
+    reason = host.hub_or_cache()
+    if reason is not None:
+      preflight.cached(names, reason)
+      print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)
   host.keep_pages()
   host.claim_devices()
   host.leave_triton_out()
   host.keep()
   begin = time.perf_counter()
-  code = verb.run(config, workdir, module)
+  code = verb.run(config, workdir, source)
   minutes, seconds = divmod(round(time.perf_counter() - begin), 60)
   what = name if workdir is None else f"{name} {workdir}"
   print(f"{what}: {minutes}:{seconds:02}", flush=True)

@@ -102,10 +102,7 @@ def _part(name, fields, prefix):
   if loss.dialects:
     field = f"loss.{prefix}dialect"
     lookup.lookup(loss.dialects, fields.dialect, field)
-  for field, value in fields.items():
-    for bound in loss.ranges.get(field, losses.RANGES.get(field, ())):
-      if not bound.holds(value):
-        raise ValueError(f"loss.{prefix}{field} = {value}{bound.words}")
+  losses.check_ranges(name, fields, prefix)
   numeric = {k: f"{prefix}{k}" for k in takes if not isinstance(fields[k], str)}
   weight = numeric.pop("weight", None)
   return Part(name, functools.partial(fn, **static), loss, numeric, weight)
