@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.data.read import fields
+
 # What to do where a limit of config.audit is exceeded.
 CHECKS = {
   "skipped": (
@@ -21,7 +23,7 @@ CHECKS = {
   ),
   "double_bos": (
     "take it out of the text, of the chat template or of the tokens drawn: one "
-    "is put first in any case"
+    "is put in front of text in any case"
   ),
   "special_tokens": (
     "take them out of the text; if it was written by a chat template, give "
@@ -103,7 +105,8 @@ def _writes_specials(record, example, tokenizer):
       texts.append(ids[:-1] if ids[-1] == tokenizer.eos_id else ids)
   else:
     messages = [*record.prompt, *(m for (m,) in record.completions)]
-    texts = tokenizer.encode([message["content"] for message in messages])
+    said = [text for message in messages for text in fields.texts(message)]
+    texts = tokenizer.encode(said)
   bad = set(tokenizer.specials)
   if tokenizer.bos_id != tokenizer.eos_id:
     bad.discard(tokenizer.bos_id)
