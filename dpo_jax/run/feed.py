@@ -97,12 +97,13 @@ def load(setup, algorithm, spec, field, row_multiple, *, steps=None):
     windows=setup.model.config.windows,
     weights=weights,
   )
-  notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
+  notes = [f"{n} × {what}" for what, n in changed.items()]
+  notes += [f"{n} skipped: {why}" for why, n in policy.skipped.items()]
   if size != len(examples):
-    notes["examples per epoch"] = size
+    notes.append(f"{size} examples per epoch")
   about = f"{spec}: {_about(loader, len(examples))}"
   if notes:
-    about += "; " + ", ".join(f"{n} {what}" for what, n in notes.items())
+    about += "; " + ", ".join(notes)
   if len(weights) > 1:
     named = enumerate(part for _, part in sources.parse(spec, field))
     about += "; " + ", ".join(f"source{k} is {part}" for k, part in named)

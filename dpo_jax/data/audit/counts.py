@@ -37,12 +37,22 @@ CHECKS = {
 }
 
 
+# What tokenize.encode counts that is in `Facts.found`, by the names there.
+_CHANGED = {
+  "boundary_merges": "boundary merge",
+  "prompt_cut": "prompt cut",
+  "completion_cut": "completion cut",
+  "other_end": "end of turn that is not the EOS",
+}
+
+
 class Facts(NamedTuple):
   """What there is to count of an example.
 
   Attributes:
     origin: "file:line".
     found: names of what it has, most of them those of CHECKS.
+    remarks: how it was read and what of it was not, each with its count.
     bos: BOS in its prompt and one completion, the most.
     eos: EOS in each completion.
     prompt: tokens.
@@ -52,6 +62,7 @@ class Facts(NamedTuple):
 
   origin: str
   found: frozenset[str]
+  remarks: collections.Counter
   bos: int
   eos: tuple[int, ...]
   prompt: int
@@ -64,20 +75,21 @@ def facts_of(record, encoded, tokenizer):
   example, changed = encoded.example, encoded.changed
   bos = count_bos(example, tokenizer)
   found = {
-    "boundary_merges": changed["boundary merge"],
-    "prompt_cut": changed["prompt cut"],
-    "completion_cut": changed["completion cut"],
+    **{name: changed[what] for name, what in _CHANGED.items()},
     "cut": changed["prompt cut"] or changed["completion cut"],
     "double_bos": bos > 1,
     "special_tokens": _writes_specials(record, example, tokenizer),
     "empty": any(
       all(i in tokenizer.specials for i in ids) for ids in example.completions
     ),
-    "other_end": changed["end of turn that is not the EOS"],
   }
+  remarks = collections.Counter(changed)
+  for what in _CHANGED.values():
+    del remarks[what]
   return Facts(
     origin=record.origin,
     found=frozenset(name for name, there in found.items() if there),
+    remarks=remarks,
     bos=bos,
     eos=tuple(ids.count(tokenizer.eos_id) for ids in example.completions),
     prompt=len(example.prompt),
@@ -117,8 +129,9 @@ def summary(facts, skipped, first):
   """The numbers of a source: of its Facts, Policy.skipped and Policy.first.
 
   Returns: dict; "found" counts examples, "bos" examples and "eos" completions
-    by how many they have (2: or more), "first" holds an origin for each name
-    in "found", "lengths" are in tokens.
+    by how many they have (2: or more), "remarks" what is counted of records on
+    the way, "first" holds an origin for each name in "found", "lengths" are in
+    tokens.
   """
   found, origins = collections.Counter(), {}
   bos, eos = collections.Counter(), collections.Counter()
@@ -136,6 +149,7 @@ def summary(facts, skipped, first):
     "skipped": dict(skipped),
     "why": dict(first),
     "found": dict(found),
+    "remarks": dict(sum((f.remarks for f in facts), collections.Counter())),
     "first": origins,
     "bos": dict(bos),
     "eos": dict(eos),

@@ -264,7 +264,10 @@ SHAPES = (
   Shape("one message read as a list of one", wording.from_one),
   Shape("'kto_tag' read as 'label'", _tagged),
   Shape("label read from the text true or false", _label_of_text),
-  Shape("'history' and 'human_ref_…' read as '\\n\\nHuman: …' dialogue", _shp),
+  Shape(
+    "'history' and 'human_ref_…' read as a dialogue of Human and Assistant",
+    _shp,
+  ),
   Shape("dialogue cut behind its last 'Assistant:'", _helpful_harmless),
   Shape(
     "'response_j' and '…_k' read as 'chosen' and 'rejected'",

@@ -84,11 +84,12 @@ def render_record(record, tokenizer):
   """
   if isinstance(record.prompt, str):
     return Rendered(record, (False,) * len(record.completions), False)
-  speak = _speaker(record, tokenizer.apply_template)
+  apply = tokenizer.apply_template
+  speak = _speaker(record, apply)
   prompt, completions, left_out = render(
     record.prompt, record.completions, speak, tokenizer.encode
   )
-  end = end_of_turn(tokenizer.apply_template)
+  end = end_of_turn(apply)
   specials = tuple(tokenizer.specials.values())
   ends = [_cut_behind_end(text, end, specials) for text in completions]
   for text, reply in zip(completions, record.completions, strict=True):
@@ -99,7 +100,7 @@ def render_record(record, tokenizer):
         f"not read {', '.join(map(repr, sorted(set(reply[0]) - _KNOWN)))}",
       )
   whole = [prompt + text for text in completions]
-  remarks = [*record.remarks, *_not_written(record, whole, speak)]
+  remarks = [*record.remarks, *_not_written(record, whole, speak, apply)]
   if left_out:
     remarks.append(
       f"trained without {left_out!r}, which the chat template puts before a "
@@ -206,7 +207,7 @@ def _cut_behind_end(text, end, specials):
   return text.removesuffix(end), False
 
 
-def _not_written(record, texts, speak):
+def _not_written(record, texts, speak, apply_template):
   """Yields remarks on what of messages and tools a template does not write.
 
   What it reads is what changes its text when it is left out.
@@ -231,6 +232,9 @@ def _not_written(record, texts, speak):
     yield f"message key {key!r} is not read by the chat template"
   if record.tools and not reads((), tools=None):
     yield "column 'tools' is not read by the chat template"
+  parts = any(isinstance(m["content"], list) for talk in talks for m in talk)
+  if parts and not _reads_parts(apply_template):
+    yield "parts of text joined, which the chat template does not read"
   changed = {
     message["role"]
     for talk, text in zip(talks, texts, strict=True)

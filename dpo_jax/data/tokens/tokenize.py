@@ -339,6 +339,7 @@ def _check(prompt, completions, pairs, tokenizer):
     if completions[winner] == completions[loser]:
       raise fields.BadRecord(
         "identical pair",
-        f"completions {winner} and {loser} have the same tokens once cut to "
-        "data.max_completion_length; raise it",
+        f"completions {winner} and {loser} have the same tokens once "
+        "cut to data.max_completion_length or written by the chat template; "
+        "raise it, or take the pair out",
       )

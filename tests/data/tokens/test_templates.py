@@ -209,8 +209,10 @@ def test_parts_of_text_are_joined_unless_the_template_knows_them(loaded):
   record = records.make(row, "preference", "my.jsonl:3")
   for template, words in (("chatml", "Oslo?"), ("parts", "Os+lo?+")):
     tokenizer, _ = loaded[template]
-    text = chat.render_record(record, tokenizer).record.prompt
-    assert text.startswith(f"<|im_start|>user\n{words}<|im_end|>")
+    made = chat.render_record(record, tokenizer).record
+    assert made.prompt.startswith(f"<|im_start|>user\n{words}<|im_end|>")
+    joined = any("parts of text joined" in what for what in made.remarks)
+    assert joined == (template == "chatml")
 
 
 def test_a_template_for_tools_of_its_own_is_the_one_that_is_used(loaded):
