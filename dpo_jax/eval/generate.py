@@ -167,6 +167,10 @@ def write(setup, params, identity, workdir):
   if options.labels != "none":
     first = f"reward/{scorers[0].name}"
     labelled = [{**row, "reward": row[first]} for row in rows]
+    bos = setup.tokenizer.bos_id
+    for row in labelled:  # or training would put one in front
+      if bos not in (None, given[row["id"]][1][0]):
+        row["bos"] = False
     out, left_out = pairs.records(labelled, options.labels, options.seed)
     text = "".join(json.dumps(record) + "\n" for record in out)
     partial = workdir / "pairs.jsonl.part"

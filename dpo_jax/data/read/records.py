@@ -39,6 +39,8 @@ class Record(NamedTuple):
     scores: a number for each completion, or None.
     ranking: indices into `completions`, best first, or None.
     tools: for the chat template, beside messages only; or None.
+    bos: whether a prompt of text gets a BOS; False for what a chat template
+      wrote without one, such as prompts that were sampled from.
     remarks: how the row was read, where that is not plain, and what of it was
       not; counted where records become examples.
   """
@@ -53,6 +55,7 @@ class Record(NamedTuple):
   scores: tuple[float, ...] | None = None
   ranking: tuple[int, ...] | None = None
   tools: tuple[dict, ...] | None = None
+  bos: bool = True
   remarks: tuple[str, ...] = ()
 
 
@@ -84,6 +87,8 @@ def make(row, form, origin):
       ) from error
     if not isinstance(record.prompt, str) and "tools" in row:
       record = record._replace(tools=_tools(row))
+    if isinstance(record.prompt, str) and "bos" in row:
+      record = record._replace(bos=fields.field(row, "bos", bool))
     remarks += [*_odd(record), *_not_read(row)]
     return record._replace(remarks=tuple(remarks))
 

@@ -32,7 +32,8 @@ read; training and the audit name each, and say how many rows have it.
                     came; without it the text is encoded
                     {"prompt", "completions", "ranking": [best, …, worst]}
                     Both may have "scores", a number for each completion; the
-                    first form "score_chosen" and "score_rejected"
+                    first form "score_chosen" and "score_rejected"; and
+                    "bos", false where no BOS is put in front of the text
     feedback        label or preference
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
                     preferences, of which it takes the first completion

@@ -83,7 +83,8 @@ def render_record(record, tokenizer):
     that it refuses.
   """
   if isinstance(record.prompt, str):
-    return Rendered(record, (False,) * len(record.completions), False)
+    ended = (False,) * len(record.completions)
+    return Rendered(record, ended, templated=not record.bos)
   apply = tokenizer.apply_template
   speak = _speaker(record, apply)
   prompt, completions, left_out = render(
@@ -121,7 +122,7 @@ def prompt(record, apply_template):
   Raises: see `render_record`.
   """
   if isinstance(record.prompt, str):
-    return Prompt(record.prompt, False)
+    return Prompt(record.prompt, templated=not record.bos)
   speak = _speaker(record, apply_template)
   return Prompt(speak(record.prompt, True), True)
 

@@ -97,6 +97,16 @@ def test_a_kept_source_is_tokenised_once(path, tmp_path, calls):
   assert made.examples.fingerprint() == again.examples.fingerprint() == want
 
 
+def test_what_was_not_read_is_said_again_by_what_is_kept(tmp_path):
+  path = tmp_path / "my.jsonl"
+  row = {"prompt": "p", "chosen": "a", "rejected": "b", "id": 7}
+  path.write_text(f"{json.dumps(row)}\n" * 3)
+  for _ in range(2):
+    loaded = load(str(path), token_cache=str(tmp_path / "tokens"))
+    assert loaded.changed == {"column 'id' is not read": 3}
+  assert loaded.folder is not None
+
+
 def test_the_address_is_that_of_earlier_processes(path, tmp_path):
   """What they kept is found; another version of the cache has another."""
   assert (

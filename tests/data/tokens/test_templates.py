@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers
 
-from dpo_jax.data.read import records, sources
+from dpo_jax.data.read import pairs, records, sources
 from dpo_jax.data.tokens import bpe, chat, tokenize
 from tests.data.tokens import test_chat
 
@@ -155,6 +155,28 @@ def test_a_sampled_prompt_has_the_ids_of_the_template(loaded, template, row):
     tokenize=True,
     return_dict=False,
   )
+
+
+def test_comparisons_of_samples_have_the_prompt_that_was_sampled_from(loaded):
+  tokenizer, _ = loaded["chatml"]
+  record = records.make(ROWS["turns"], "preference", "my.jsonl:3")
+  text, _ = chat.prompt(record, tokenizer.apply_template)
+  draws = [
+    {
+      **{"id": 0, "prompt": text, "bos": False, "completion": word},
+      **{"tokens": tokenizer.encode([word])[0], "reward": reward},
+    }
+    for reward, word in enumerate((" cold", " warm"))
+  ]
+  (row,), _ = pairs.records(draws, "deterministic", seed=0)
+  drawn = records.make(row, "preference", "pairs.jsonl:1")
+  assert not drawn.remarks
+  example, _ = test_chat.encode(drawn, tokenizer)
+  assert example.prompt == test_chat.encode(record, tokenizer)[0].prompt
+  again = records.make({"prompt": text, "bos": False}, "prompt", "f:1")
+  assert chat.prompt(again, None) == (text, True)
+  with_bos, _ = test_chat.encode(drawn._replace(bos=True), tokenizer)
+  assert with_bos.prompt == [tokenizer.bos_id, *example.prompt]
 
 
 def counted(loaded, template, row):
