@@ -23,10 +23,12 @@ class Shape(NamedTuple):
     remark: what is counted for each row that has it.
     read: function (row) -> the row nearer to a form, or None if it has another
       shape; what it is given stays as it was.
+    columns: of which the row has one; None if it has messages somewhere.
   """
 
   remark: str
   read: Callable
+  columns: tuple[str, ...] | None = None
 
 
 def standard(row):
@@ -34,8 +36,12 @@ def standard(row):
 
   Raises: BadRecord for what is certainly not meant as it is.
   """
-  remarks = []
+  remarks, talks = [], wording.may_talk(row)
   for shape in SHAPES:
+    if shape.columns is None and not talks:
+      continue
+    if shape.columns is not None and row.keys().isdisjoint(shape.columns):
+      continue
     made = shape.read(row)
     if made is not None:
       row = made
@@ -130,7 +136,7 @@ def _instruction(row):
 def _answer(row):
   if "prompt" not in row or "completions" in row or "chosen" in row:
     return None
-  return _one_of(("output", "response", "answer"), "completion", row)
+  return _one_of(_ANSWERED, "completion", row)
 
 
 def _both_answers(theirs, row):
@@ -212,7 +218,7 @@ def _message_behind_text(row):
 
 def _system(row):
   """(name, text) of the column for the system turn; None if it says nothing."""
-  for name in ("system", "system_prompt"):
+  for name in _SYSTEM:
     if name in row and fields.field(row, name, str).strip():
       return name, row[name]
   return None
@@ -252,6 +258,11 @@ def _system_turn(row):
   return made
 
 
+_SYSTEM = ("system", "system_prompt")
+_J_AND_K = ("response_j", "response_k")
+_RESPONSES = ("chosen_response", "rejected_response")
+_ASKED = ("question", "query", "input")
+_ANSWERED = ("output", "response", "answer")
 SHAPES = (
   Shape("messages read from JSON in a text", wording.from_json),
   Shape("messages read from Python's repr in a text", wording.from_repr),
@@ -262,27 +273,36 @@ SHAPES = (
     wording.from_other_words,
   ),
   Shape("one message read as a list of one", wording.from_one),
-  Shape("'kto_tag' read as 'label'", _tagged),
-  Shape("label read from the text true or false", _label_of_text),
+  Shape("'kto_tag' read as 'label'", _tagged, ("kto_tag",)),
+  Shape("label read from the text true or false", _label_of_text, ("label",)),
   Shape(
     "'history' and 'human_ref_…' read as a dialogue of Human and Assistant",
-    _shp,
+    *(_shp, ("history",)),
   ),
-  Shape("dialogue cut behind its last 'Assistant:'", _helpful_harmless),
+  Shape(
+    "dialogue cut behind its last 'Assistant:'",
+    *(_helpful_harmless, ("chosen",)),
+  ),
   Shape(
     "'response_j' and '…_k' read as 'chosen' and 'rejected'",
-    functools.partial(_both_answers, ("response_j", "response_k")),
+    *(functools.partial(_both_answers, _J_AND_K), _J_AND_K),
   ),
   Shape(
     "'chosen_response' and 'rejected_…' read as 'chosen' and 'rejected'",
-    functools.partial(_both_answers, ("chosen_response", "rejected_response")),
+    *(functools.partial(_both_answers, _RESPONSES), _RESPONSES),
   ),
-  Shape("'instruction' (and 'input' behind it) read as 'prompt'", _instruction),
+  Shape(
+    "'instruction' (and 'input' behind it) read as 'prompt'",
+    *(_instruction, ("instruction",)),
+  ),
   Shape(
     "'question', 'query' or 'input' read as 'prompt'",
-    functools.partial(_one_of, ("question", "query", "input"), "prompt"),
+    *(functools.partial(_one_of, _ASKED, "prompt"), _ASKED),
   ),
-  Shape("'output', 'response' or 'answer' read as 'completion'", _answer),
+  Shape(
+    "'output', 'response' or 'answer' read as 'completion'",
+    *(_answer, _ANSWERED),
+  ),
   Shape(
     "'messages' read as 'chosen', 'rejected_response' as another end of it",
     _rejected_beside_messages,
@@ -291,6 +311,6 @@ SHAPES = (
   Shape("prompt taken off replies that begin with it", _whole_behind_prompt),
   Shape("replies of text read as messages", _text_behind_messages),
   Shape("prompt of text read as a message of the user", _message_behind_text),
-  Shape("system text put in front of the prompt", _system_in_text),
-  Shape("system text put in front as the first turn", _system_turn),
+  Shape("system text put in front of the prompt", _system_in_text, _SYSTEM),
+  Shape("system text put in front as the first turn", _system_turn, _SYSTEM),
 )

@@ -42,6 +42,15 @@ def changed(row, names, change):
   return {**row, **made} if made else None
 
 
+def may_talk(row):
+  """Whether messages, or texts that may be of messages, are in a row."""
+  values = [row[name] for name in _MORE_TALKS if name in row]
+  return any(
+    not isinstance(x, str) or x.lstrip()[:1] in ("[", "{")
+    for x in values + replies(row)
+  )
+
+
 def is_talk(value):
   """Whether a value is a list of messages, in whatever words."""
   return isinstance(value, list) and value and all(map(_is_message, value))
