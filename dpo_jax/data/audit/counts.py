@@ -1,6 +1,7 @@
 """What there is to count of examples, and the limits it is held against."""
 
 import collections
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +97,33 @@ def facts_of(record, encoded, tokenizer):
     completions=tuple(map(len, example.completions)),
     pairs=tuple((winner, loser) for winner, loser, _ in example.pairs),
   )
+
+
+def repeated(example, seen):
+  """Counter of comparisons that an earlier example has, or has turned round.
+
+  Args:
+    example: comparisons.Example.
+    seen: set of comparisons so far, to which these are added.
+  """
+  texts = [_digest(example.prompt), *map(_digest, example.completions)]
+  prompt, *completions = texts
+  pairs = {
+    (prompt, completions[winner], completions[loser])
+    for winner, loser, _ in example.pairs
+  }
+  out = collections.Counter()
+  for prompt, winner, loser in pairs:
+    if (prompt, winner, loser) in seen:
+      out["comparison that an earlier record has"] += 1
+    if (prompt, loser, winner) in seen:
+      out["comparison that an earlier record has the other way round"] += 1
+  seen |= pairs
+  return out
+
+
+def _digest(ids):
+  return hashlib.blake2b(repr(list(ids)).encode(), digest_size=12).digest()
 
 
 def count_bos(example, tokenizer):

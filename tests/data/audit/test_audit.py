@@ -267,8 +267,8 @@ def test_a_source_of_which_nothing_is_left_fails_whatever_the_limit(look):
 
 
 def test_how_rows_were_read_is_counted_and_said(look):
-  odd = {**row(), "system": "Be brief.", "id": 7}
-  report = look(GOOD, [odd, odd, *GOOD])
+  odd = [{**row(p), "system": "Be brief.", "id": 7} for p in ("it is", "so")]
+  report = look(GOOD, [*odd, *GOOD])
   once = {"system text put in front of the prompt": 2}
   once["column 'id' is not read"] = 2
   assert [part["remarks"] for part in report["parts"]] == [{}, once, once]
@@ -276,6 +276,16 @@ def test_how_rows_were_read_is_counted_and_said(look):
   assert text.count("    2 × column 'id' is not read\n") == 2
   assert not failed(report)
   assert "how records were read" not in text_lib.text(look(GOOD))
+
+
+def test_pairs_that_come_again_or_turned_round_are_counted(look):
+  turned = row(chosen=" clever.", rejected=" warm.")
+  other = row("the cast is", " clever.", " warm.")
+  (part,) = look([row(), other, row(), turned, row(rejected=" a.")])["parts"]
+  assert part["remarks"] == {
+    "comparison that an earlier record has": 1,
+    "comparison that an earlier record has the other way round": 1,
+  }
 
 
 def test_the_bos_that_a_template_does_not_write_is_not_counted(look):
