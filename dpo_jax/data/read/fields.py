@@ -69,6 +69,11 @@ def without_nulls(value, whole=()):
   return value
 
 
+def is_empty(value):
+  """Whether a value that is there says nothing: no text, no items."""
+  return isinstance(value, str | list | dict) and not value
+
+
 def field(row, name, kind, what=None):
   if name not in row:
     have = ", ".join(map(repr, row)) or "nothing"

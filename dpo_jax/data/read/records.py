@@ -101,8 +101,7 @@ def _there(row):
 def _not_read(row):
   """Remarks on the fields of a fields.Row that hold what nothing looked at."""
   for name, value in row.items():
-    empty = isinstance(value, str | list | dict) and not value
-    if name not in row.read and not empty:
+    if name not in row.read and not fields.is_empty(value):
       yield f"column {name!r} is not read"
 
 

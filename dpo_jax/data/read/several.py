@@ -42,6 +42,7 @@ def tokens(row, completions):
 
 
 def pairs(row, completions):
+  """(winner, loser) of each comparison, indices into the completions."""
   pairs = fields.field(row, "pairs", list)
   if not pairs:
     raise fields.BadRecord("empty", "field 'pairs' is empty")
@@ -60,6 +61,7 @@ def pairs(row, completions):
 
 
 def check_different(pairs, completions):
+  """Raises BadRecord for a pair of completions that say the same."""
   for one, other in pairs:
     if fields.essence(completions[one]) == fields.essence(completions[other]):
       raise fields.BadRecord(

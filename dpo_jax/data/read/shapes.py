@@ -225,8 +225,11 @@ def _system(row):
 
 
 def _system_in_text(row):
-  prompt, system = row.get("prompt"), _system(row)
-  if system is None or not isinstance(prompt, str) or _complete(row):
+  prompt = row.get("prompt")
+  if not isinstance(prompt, str) or _complete(row):
+    return None
+  system = _system(row)
+  if system is None:
     return None
   name, text = system
   gap = "" if text[-1].isspace() or not prompt else "\n\n"
@@ -236,12 +239,12 @@ def _system_in_text(row):
 
 def _system_turn(row):
   """The system column as the first turn of the lists that begin a dialogue."""
-  system = _system(row)
   begins = ["prompt"]
   if not wording.is_talk(row.get("prompt")):
     begins = [n for n in wording.REPLIES if wording.is_talk(row.get(n))]
     begins = [n for n in begins if len(row[n]) > 1] or ["messages"]
-  if system is None or not wording.is_talk(row.get(begins[0])):
+  system = _system(row) if wording.is_talk(row.get(begins[0])) else None
+  if system is None:
     return None
   name, text = system
   made = {k: v for k, v in row.items() if k != name}

@@ -225,8 +225,8 @@ def _not_written(record, texts, speak, apply_template):
       return True
     return without != texts
 
-  keys = {key for talk in talks for message in talk for key in message}
-  keys -= _KNOWN
+  pairs = (pair for talk in talks for m in talk for pair in m.items())
+  keys = {key for key, value in pairs if not fields.is_empty(value)} - _KNOWN
   if keys and reads(keys):
     keys = {key for key in keys if not reads({key})}
   for key in sorted(keys):

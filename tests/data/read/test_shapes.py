@@ -396,6 +396,11 @@ def test_what_no_form_reads_is_named_and_what_is_empty_is_not():
   )
 
 
+def test_a_system_column_that_nothing_needs_may_be_anything():
+  got = records.make({"text": "t", "system": 3}, "sft", "f:1")
+  assert got.remarks == ("column 'system' is not read",)
+
+
 TOOL = {"type": "function", "function": {"name": "weather"}}
 
 
