@@ -9,6 +9,7 @@ setuptools.setup(
   license="MIT",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
+  package_data={"dpo_jax.report": ["page.html"]},
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},
   install_requires=[
     "datasets",

@@ -31,8 +31,6 @@ import sys
 
 from dpo_jax import lookup, verbs
 
-_USAGE = __doc__
-
 
 def _parse(argv):
   """--name=value or --name value -> (options, config overrides)."""
@@ -61,16 +59,13 @@ def main(argv=None):
   """Runs a verb; user mistakes end in one line on stderr and exit code 2."""
   argv = sys.argv[1:] if argv is None else argv
   if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
-    print(_USAGE)
+    print(__doc__)
     return 0
   try:
     return verbs.run(argv[0], *_parse(argv[1:]))
-  except ValueError as error:
+  except (ValueError, FloatingPointError) as error:
     print(f"error: {error}", file=sys.stderr)
-    return 2
-  except FloatingPointError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+    return 2 if isinstance(error, ValueError) else 1
   except BrokenPipeError:  # the reader went away: `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141

@@ -168,18 +168,17 @@ def _card(config, step):
   loss = ", ".join(f"{k} {v}" for k, v in config.loss.items() if k != "name")
   kind, name = origin.parse(config.init_from or "")
   on_hub = kind == "hf" and not epath.Path(name).exists()
-  base = [f"base_model: {name}"] if on_hub else []
-  head = ["---", f"library_name: {library}", *base, "tags: [dpo_jax]", "---"]
-  return "\n".join(
-    [
-      *head,
-      "",
-      f"Trained with dpo_jax: {config.loss.name}{f' ({loss})' * bool(loss)}, "
-      f"{step} steps on `{config.data.train}`, from "
-      f"`{config.init_from or 'random parameters'}`.",
-      "",
-    ]
-  )
+  base = f"base_model: {name}\n" if on_hub else ""
+  return f"""\
+---
+library_name: {library}
+{base}tags: [dpo_jax]
+---
+
+Trained with dpo_jax: {config.loss.name}{f" ({loss})" * bool(loss)}, \
+{step} steps on `{config.data.train}`, from \
+`{config.init_from or "random parameters"}`.
+"""
 
 
 def push(folder, name):

@@ -79,11 +79,9 @@ def _reference(config, folder):
 def prepare_point(config, before, run):
   """The Run of one point of a sweep.
 
-  Args:
-    config: of this point.
-    before, run: config and Run of the point before it, or None. Where the two
-      differ in traced fields only (β, label smoothing, learning rate), data and
-      compiled functions are shared.
+  Where it differs from the point before it (its config and Run, or None) in
+  traced fields only (β, label smoothing, learning rate), data and compiled
+  functions are shared.
   """
   if run is None or _untraced(config) != _untraced(before):
     return build.prepare(config)
@@ -91,27 +89,21 @@ def prepare_point(config, before, run):
 
 
 def beside(configs, run):
-  """The Runs of the points of a group.
+  """The Runs of the points of a group, made from that of the first.
 
-  Args:
-    configs: of the points.
-    run: Run of the first.
-  Returns: list of Run, which share data and compiled functions, and what they
-    start from unless init_seed gives each its own.
+  They share data and compiled functions, and what they start from unless
+  init_seed gives each its own.
   """
   run = _kept(run)
   runs = [build.sharing(config, run) for config in configs]
   seeds = {config.init_seed for config in configs}
   if len(seeds) == 1 or run.setup.source.spec is not None:
     return runs
-  bare = [r._replace(setup=r.setup._replace(base=None)) for r in runs]
-  return [_kept(r) for r in bare]
+  return [_kept(r._replace(setup=r.setup._replace(base=None))) for r in runs]
 
 
 def _kept(run):
   """The Run with its base loaded: a large model takes a while."""
-  if run.setup.base is not None:
-    return run
   base = trained.initial(run.setup)
   return run._replace(setup=run.setup._replace(base=base))
 
@@ -121,10 +113,9 @@ def _untraced(config):
   flat = saved.flatten(config.to_dict())
   numeric = base.numeric_fields(config.loss)
   traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
-  out = {k: v for k, v in flat.items() if k not in traced}
   # Of a mixture the heaviest term's metrics are reported.
   order = [part.name for part in terms.of(config.loss)]
-  return {**out, **dict.fromkeys(traced), "loss order": order}
+  return {**flat, **dict.fromkeys(traced), "loss order": order}
 
 
 def _compiled(config):
@@ -138,11 +129,9 @@ def _compiled(config):
 def groups(configs, together):
   """Indices of the points that may be trained in one program, group by group.
 
-  They differ in traced fields and init_seed alone.
+  They differ in traced fields and init_seed alone; with `together` = 1, each is
+  a group of its own.
 
-  Args:
-    configs: of all points.
-    together: config.sweep.together; with 1, each is a group of its own.
   Raises: ValueError if no two points may be trained together.
   """
   if together == 1:
@@ -228,7 +217,15 @@ def fit_together(runs, workdirs):
     ]
     runs, states, checkpoints = map(list, zip(*restored, strict=True))
     del restored
-    start = _same_step(states, workdirs)
+    steps = [int(state.step) for state in states]
+    if len(set(steps)) > 1:
+      at = zip(workdirs, steps, strict=True)
+      raise ValueError(
+        "runs that train together must be at the same step, but "
+        + ", ".join(f"{workdir} is at {step}" for workdir, step in at)
+        + "; train them one by one: --config.sweep.together=1"
+      )
+    start = steps[0]
     loop.within(start, runs[0].total, workdirs[0])
     records = [
       recorder.Recorder(*each, start, name=f"{epath.Path(each[1]).name}: ")
@@ -237,43 +234,6 @@ def fit_together(runs, workdirs):
     step, state, hparams, parts = together.program(runs, states)
     record = together.Recorders(records, parts)
     return loop.train(runs[0], step, hparams, state, record, start, stop)
-
-
-def _same_step(states, workdirs):
-  """The step that all runs are at; ValueError if they are at different ones."""
-  steps = [int(state.step) for state in states]
-  if len(set(steps)) > 1:
-    at = zip(workdirs, steps, strict=True)
-    raise ValueError(
-      "runs that train together must be at the same step, but "
-      + ", ".join(f"{workdir} is at {step}" for workdir, step in at)
-      + "; train them one by one: --config.sweep.together=1"
-    )
-  return steps[0]
-
-
-def program(config, overrides, workdir):
-  """Points in one compiled step, ready to be called: to measure it, say.
-
-  Args: as for `sweep`, of points that can be trained in one program; workdir
-    gets the reference's log-probs, if they are cached.
-  Returns: (Run of the first point, together.Program); the Run's feed gives its
-    batches.
-  Raises: ValueError if they cannot.
-  """
-  workdir = epath.Path(workdir)
-  configs = [_sharing(load.at(config, point), workdir) for point in overrides]
-  for here in configs:
-    build.check(here)
-  if len(groups(configs, len(configs))) > 1:
-    raise ValueError(f"these points are not of one program: {overrides}")
-  begun = [
-    loop.begin(run, workdir)
-    for run in beside(configs, build.prepare(configs[0]))
-  ]
-  runs, states = map(list, zip(*begun, strict=True))
-  del begun
-  return runs[0], together.program(runs, states)
 
 
 def _sharing(config, workdir):

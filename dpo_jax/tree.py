@@ -1,10 +1,10 @@
 """Pure functions on nested dicts of arrays: paths, tables, surgery, sizes."""
 
-import math
 import re
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 
 def path_str(path):
@@ -27,14 +27,7 @@ def map_named(fn, tree):
 
 def nest(flat):
   """The nested dict of {path: leaf}; the inverse of `named`."""
-  out = {}
-  for path, leaf in flat.items():
-    *parents, name = path.split("/")
-    node = out
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return out
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def first_match(table, path):
@@ -58,22 +51,10 @@ def split(tree, predicate):
 
   `graft(rest, matching)` gives the tree back.
   """
-
-  def walk(node, prefix):
-    matching, rest = {}, {}
-    for key, value in node.items():
-      path = f"{prefix}/{key}" if prefix else key
-      if isinstance(value, dict):
-        inside, outside = walk(value, path)
-        if inside:
-          matching[key] = inside
-        if outside:
-          rest[key] = outside
-      else:
-        (matching if predicate(path) else rest)[key] = value
-    return matching, rest
-
-  return walk(tree, "")
+  matching, rest = {}, {}
+  for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
+    (matching if predicate(path) else rest)[path] = leaf
+  return nest(matching), nest(rest)
 
 
 def graft(base, addition):
@@ -95,11 +76,9 @@ def norm(tree):
 
 def size(tree):
   """Number of elements."""
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def nbytes(tree):
   """Bytes of all leaves, each counted once whatever its sharding."""
-  return sum(
-    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-  )
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -75,9 +75,8 @@ def _tokenizer(config, workdir):
   return 0
 
 
-def evaluate(config, workdir, module):
+def evaluate(config, workdir, _module):
   """Evaluates the policy of a run folder; writes evaluation.json there."""
-  del module
   from dpo_jax.eval import evaluation
   from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
@@ -97,9 +96,8 @@ def evaluate(config, workdir, module):
   return 0
 
 
-def sample(config, workdir, module):
+def sample(config, workdir, _module):
   """Draws completions of a run's policy, or of init_from's, into its folder."""
-  del module
   from dpo_jax.eval import generate
   from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
@@ -134,7 +132,7 @@ def sample(config, workdir, module):
 
 def sweep(config, workdir, module):
   """Trains and evaluates the points of the config file's `sweep()`."""
-  from dpo_jax import report, sweeps
+  from dpo_jax import sweeps
 
   if not hasattr(module, "sweep"):
     where = "a run's config.json" if module is None else module.__file__
@@ -143,16 +141,11 @@ def sweep(config, workdir, module):
       'the points, for example {"loss.beta": 0.1}'
     )
   code = sweeps.sweep(config, module.sweep(), workdir)
-  if code == 0:
-    page = report.write(workdir)
-    print(report.table(report.rows(workdir), "text"))
-    print(f"report: {page}")
-  return code
+  return code or write_report(config, workdir, module)
 
 
-def write_report(config, workdir, module):
+def write_report(_config, workdir, _module):
   """Writes report.html, report.md and the figures of a sweep's folder."""
-  del config, module
   from dpo_jax import report
 
   page = report.write(workdir)
@@ -161,9 +154,8 @@ def write_report(config, workdir, module):
   return 0
 
 
-def audit(config, workdir, module):
+def audit(config, _workdir, _module):
   """Prints what data.train and data.eval hold; 1 if a limit is exceeded."""
-  del workdir, module
   from dpo_jax import algos
   from dpo_jax.data.audit import audit, text
   from dpo_jax.run import build
@@ -182,9 +174,8 @@ def audit(config, workdir, module):
   return int(any(check["failed"] for r in reports for check in r["checks"]))
 
 
-def export(config, workdir, module):
+def export(config, workdir, _module):
   """Writes the policy of a run folder as transformers or PEFT load it."""
-  del module
   from dpo_jax import export as export_lib
 
   folder = export_lib.publish(config, workdir)
@@ -194,9 +185,8 @@ def export(config, workdir, module):
   return 0
 
 
-def losses(config, workdir, module):
+def losses(_config, _workdir, _module):
   """Prints the table of losses."""
-  del config, workdir, module
   from dpo_jax.ops.losses import catalogue
 
   print(catalogue.text())

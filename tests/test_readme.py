@@ -12,6 +12,7 @@ from dpo_jax.ops import losses
 from tests import conftest
 
 README = (conftest.ROOT / "README.md").read_text()
+RESULTS = conftest.ROOT / "scripts/results"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -43,8 +44,16 @@ def test_the_snippet_of_an_own_loss_trains_with_it(tmp_path):
 
 
 def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
-  for path in re.findall(r"\]\(((?:dpo_jax|configs|scripts)/[^)]*)\)", README):
-    assert (conftest.ROOT / path).is_file(), path
+  for page in (conftest.ROOT / "README.md", *RESULTS.glob("*.md")):
+    for path, anchor in re.findall(
+      r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()
+    ):
+      target = page.parent / path if path else page
+      assert target.is_file(), (page.name, path)
+      if anchor:
+        headings = re.findall(r"(?m)^#+ (.*)$", target.read_text())
+        names = [re.sub(r"[^\w -]", "", h.lower()) for h in headings]
+        assert anchor.replace("-", " ") in names, anchor
   config = load.load_config("configs/dpo.py")
   ipo = load.load_config("configs/dpo.py:loss=ipo")
   adapter = load.load_config("configs/dpo.py:lora")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.config import saved
 from dpo_jax.ops import logprobs
 
 
@@ -100,7 +101,6 @@ def on(algorithm, policy):
   """An algorithm of all parameters of a policy as one of what is trained.
 
   Args:
-    algorithm: Algorithm.
     policy: (base or None, trained parameters) -> parameters of the policy.
   Returns: Algorithm. Where `frozen` has the "base" of what is trained, it is
     the reference too.
@@ -125,14 +125,8 @@ def numeric_fields(loss):
 
   Those of a term of a mixture are "dpo.beta".
   """
-  fields = {}
-  for name, value in loss.items():
-    if hasattr(value, "items"):
-      inside = numeric_fields(value)
-      fields |= {f"{name}.{k}": v for k, v in inside.items()}
-    elif not isinstance(value, str):
-      fields[name] = value
-  return fields
+  fields = saved.flatten(loss.to_dict())
+  return {k: v for k, v in fields.items() if not isinstance(v, str)}
 
 
 def scored_mask(batch):
@@ -160,9 +154,23 @@ def head_logps(outputs, batch):
   return logprobs.token_logps(*outputs, *_scored(batch))
 
 
-def head_scores(outputs, batch):
-  """logprobs.Scores from the model's outputs, (hidden, Head)."""
-  return logprobs.token_scores(*outputs, *_scored(batch))
+def head_scores(outputs, batch, tokens):
+  """(`head_logps`, what else is known of each token: with `tokens`).
+
+  The second is {"entropy": nats, "top1": hits}, f32[R, S] each, or {}.
+  """
+  if not tokens:
+    return head_logps(outputs, batch), {}
+  found = logprobs.token_scores(*outputs, *_scored(batch))
+  return found.logps, {"entropy": found.entropy, "top1": found.top1}
+
+
+def per_token(sums, count, weights):
+  """Terms of means per token, from {name: sum over `count` tokens}."""
+  return {
+    name: (total / jnp.maximum(count, 1), weights * count)
+    for name, total in sums.items()
+  }
 
 
 def _scored(batch):

@@ -34,8 +34,7 @@ def of_pairs(out, fixed, ratios):
     return metrics
   chosen, rejected = ends(jax.lax.stop_gradient(ratios))
   fall = (chosen < 0) & (rejected < 0)
-  metrics["drift/chosen"] = chosen
-  metrics["drift/rejected"] = rejected
+  metrics["drift/chosen"], metrics["drift/rejected"] = chosen, rejected
   metrics["drift/displaced"] = fall.astype(jnp.float32)
   if "rewards/margins" in out:
     margin = out["rewards/margins"]
@@ -54,19 +53,19 @@ def _calibration(margin):
   won = 0.5 * (1 + jnp.sign(margin))
   excess = probability - won
   place = jnp.clip(((probability - 0.5) * 2 * _BINS).astype(int), 0, _BINS - 1)
-  return {
+  bins = {
     f"calibration/{k}": jnp.where(place == k, excess, 0.0) for k in range(_BINS)
-  } | {"overconfidence": excess}
+  }
+  return {**bins, "overconfidence": excess}
 
 
 def by_source(metrics, source, count):
   """Each metric of each source apart: source0/…, if there are several.
 
   Args:
-    metrics: {name: (values, weights)}.
+    metrics: {name: (values, weights)}, as it returns them.
     source: i32[R, Q] of each comparison.
     count: sources there are.
-  Returns: {name: (values, weights)}.
   """
   if count == 1:
     return {}
@@ -85,9 +84,7 @@ def derived(means, totals):
   For each accuracy its 95 % Wilson interval; one calibration error,
   Σ_k |mean excess in bin k|, for the bins. What nothing had weight for is NaN.
 
-  Args:
-    means: {name: mean}.
-    totals: {name: Σ weights}.
+  Args: {name: mean} and {name: Σ weights}.
   Returns: {name: value}.
   """
   metrics, errors = {}, {}

@@ -32,49 +32,36 @@ def of_completions(scored, values):
   return logprobs.select(sums, scored.batch["pairs"])
 
 
+def of_slots(batch, name):
+  """What a batch says of each completion, at the comparisons: f32[R, Q, C]."""
+  values = batch[name].reshape(batch[name].shape[0], -1)
+  return logprobs.select(values, batch["pairs"])
+
+
 def lengths(scored):
   """Scored tokens n."""
-  return of_completions(scored, jnp.ones(scored.token_logps.shape))
-
-
-def scores(scored):
-  """Scores of the data, s_w and s_l."""
-  values = scored.batch["scores"].reshape(scored.batch["scores"].shape[0], -1)
-  return logprobs.select(values, scored.batch["pairs"])
+  return logprobs.select(base.lengths(scored.batch), scored.batch["pairs"])
 
 
 def sum_sq_probs(scored):
   """Σ_t log Σ_v π(v)² over a completion, without gradient."""
-  hidden, head = jax.lax.stop_gradient(scored.outputs)
-  batch = scored.batch
-  per_token = distributions.token_log_sum_sq(
-    hidden,
-    head,
-    batch["source_index"],
-    base.scored_mask(batch),
-  )
+  outputs = jax.lax.stop_gradient(scored.outputs)
+  where = scored.batch["source_index"], base.scored_mask(scored.batch)
+  per_token = distributions.token_log_sum_sq(*outputs, *where)
   return of_completions(scored, per_token)
 
 
 def sequence_kl(scored):
   """Σ_t KL(π_ref ‖ π) over a completion, in nats."""
-  batch = scored.batch
-  per_token = distributions.token_kl(
-    *batch["ref_outputs"],
-    *scored.outputs,
-    batch["source_index"],
-    base.scored_mask(batch),
-  )
-  return of_completions(scored, per_token)
+  both = *scored.batch["ref_outputs"], *scored.outputs
+  where = scored.batch["source_index"], base.scored_mask(scored.batch)
+  return of_completions(scored, distributions.token_kl(*both, *where))
 
 
 def _first(scored, values, rank):
   """Sums over the tokens of lowest rank, as many as the shortest of a pair has.
 
-  Args:
-    values: f32[R, S].
-    rank: i32[R, S], of a token in its completion, from 0.
-  Returns: f32[R, Q, C].
+  Of `values` f32[R, S] by `rank` i32[R, S], from 0 in each completion.
   """
   pairs = scored.batch["pairs"]
   shortest = jnp.min(lengths(scored), axis=-1)
@@ -87,12 +74,9 @@ def _first(scored, values, rank):
 def _place(batch):
   """i32[R, S]: a token's place in its completion, from 0."""
   slot = batch["target_slot"]
-  new = jnp.concatenate(
-    [jnp.ones_like(slot[:, :1]), slot[:, 1:] != slot[:, :-1]], axis=1
-  )
-  index = jnp.broadcast_to(jnp.arange(slot.shape[1]), slot.shape)
-  start = jax.lax.cummax(jnp.where(new, index, 0), axis=1)
-  return index - start
+  new = jnp.diff(slot, axis=1, prepend=-1) != 0
+  index = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 1)
+  return index - jax.lax.cummax(jnp.where(new, index, 0), axis=1)
 
 
 def _random_rank(batch, rng):
@@ -115,7 +99,7 @@ def _random_rank(batch, rng):
 
   draws = jax.vmap(jax.vmap(draw))(example, slot % count, place)
   # Sorted by completion and then by draw, a token's rank is its place there.
-  index = jnp.broadcast_to(jnp.arange(slot.shape[1]), slot.shape)
+  index = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 1)
   _, _, order = jax.lax.sort((slot, draws, index), dimension=1, num_keys=2)
   # Each completion takes the same stretch as before, since slots come in order.
   return jax.vmap(lambda o, p: jnp.zeros_like(p).at[o].set(p))(order, place)
@@ -124,7 +108,7 @@ def _random_rank(batch, rng):
 # By the name of the argument; f32[R, Q, C] but for those of a comparison.
 NEEDS = {
   "lengths": lengths,
-  "scores": scores,
+  "scores": lambda s: of_slots(s.batch, "scores"),  # of the data, s_w and s_l
   "prefix_logps": lambda s: _first(s, s.token_logps, _place(s.batch)),
   "ref_prefix_logps": lambda s: _first(s, s.ref_token_logps, _place(s.batch)),
   "common_logps": lambda s: _first(

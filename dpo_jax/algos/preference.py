@@ -28,42 +28,35 @@ def make(config, apply):
   """
   parts = terms_lib.of(config.loss)
   wanted = {name for part in parts for name in part.loss.needs}
-  on_base = config.lora is not None
-  terms_lib.check_reference(config.ref, on_base, parts, wanted)
-  with_ref = config.ref != "none"
+  terms_lib.check_reference(config.ref, config.lora is not None, parts)
+  with_ref, follows = config.ref != "none", config.ref == "ema"
   specs = filter(None, (config.data.train, config.data.eval))
   count = max((len(sources.parse(spec)) for spec in specs), default=1)
-  prepare = base.no_preparation
-  if with_ref:
-    prepare = functools.partial(
-      reference_logps,
-      apply=apply,
-      outputs="sequence_kl" in wanted,
-    )
-  options = {
-    "wanted": tuple(sorted(wanted)),
-    "with_ref": with_ref,
-    "tokens": config.log.tokens,
-  }
-  return base.Algorithm(
+  algorithm = base.Algorithm(
     data=terms_lib.kind_of(config.loss),
-    features=functools.partial(features, apply=apply, **options),
+    features=functools.partial(
+      features,
+      apply=apply,
+      wanted=tuple(sorted(wanted)),
+      with_ref=with_ref,
+      tokens=config.log.tokens,
+    ),
     combine=functools.partial(
       combine, parts=parts, sources_count=count, with_ref=with_ref
     ),
-    prepare=prepare,
     needs=frozenset(wanted),
     batch_level=any(part.loss.batch_level for part in parts),
-    extra=functools.partial(
-      _extra, ema=config.ref == "ema", kept="running" in wanted
-    ),
-    update=functools.partial(
-      _follow, mix=config.ref_mix, every=config.ref_every
-    )
-    if config.ref == "ema"
-    else base.no_update,
+    extra=functools.partial(_extra, ema=follows, kept="running" in wanted),
     first=functools.partial(_first, parts=parts),
   )
+  if with_ref:
+    whole = "sequence_kl" in wanted
+    prepare = functools.partial(reference_logps, apply=apply, outputs=whole)
+    algorithm = algorithm._replace(prepare=prepare)
+  if follows:
+    how = {"mix": config.ref_mix, "every": config.ref_every}
+    algorithm = algorithm._replace(update=functools.partial(_follow, **how))
+  return algorithm
 
 
 def reference_logps(batch, frozen, extra, *, apply, outputs):
@@ -86,9 +79,9 @@ def reference_logps(batch, frozen, extra, *, apply, outputs):
       "ref = 'frozen'"
     )
   found = jax.lax.stop_gradient(apply(params, batch))
-  logps = base.head_logps(found, batch)
-  batch = {**batch, "ref_token_logps": jax.lax.stop_gradient(logps)}
-  return {**batch, "ref_outputs": found} if outputs else batch
+  logps = jax.lax.stop_gradient(base.head_logps(found, batch))
+  more = {"ref_outputs": found} if outputs else {}
+  return {**batch, "ref_token_logps": logps, **more}
 
 
 def features(
@@ -101,36 +94,32 @@ def features(
 
   Args:
     params: the policy.
-    frozen: unused here; `prepare` has read the reference from it.
     batch: rows with ref_token_logps, see data.rows.
-    hparams: unused here; `combine` reads them.
     rng: of this update, for losses that draw tokens.
     wanted: names of needs.NEEDS.
     tokens: whether to add the entropy and the top-1 hits of the scored tokens.
   Returns: (moving, fixed): dicts of arrays [R, Q, …]; losses are differentiated
     through `moving` alone.
   """
-  del frozen, hparams
+  del frozen, hparams  # read by `prepare` and by `combine`
   outputs = apply(params, batch)
-  if tokens:
-    token_logps, *more = base.head_scores(outputs, batch)
-  else:
-    token_logps, more = base.head_logps(outputs, batch), ()
+  token_logps, more = base.head_scores(outputs, batch, tokens)
   # Without a reference the log-ratio of the loss is the policy's own log-prob.
   ref = batch["ref_token_logps"] if with_ref else jnp.zeros_like(token_logps)
   scored = needs_lib.Scored(batch, token_logps, ref, outputs, rng)
-  pairs, count = batch["pairs"], base.completions(batch)
-  ended = batch["ended"].reshape(batch["ended"].shape[0], -1)
+  example = batch["pairs"][..., 0] // base.completions(batch)
   values = {
     "policy_logps": needs_lib.of_completions(scored, token_logps),
     "ref_logps": needs_lib.of_completions(scored, ref),
     "lengths": needs_lib.lengths(scored),
-    "ended": logprobs.select(ended, pairs),
+    "ended": needs_lib.of_slots(batch, "ended"),
     "weights": batch["weights"],
-    "source": logprobs.select(batch["source"], pairs[..., 0] // count),
+    "source": logprobs.select(batch["source"], example),
+    "tokens": {
+      name: needs_lib.of_completions(scored, each)
+      for name, each in more.items()
+    },
   }
-  for name, found in zip(("entropy", "top1"), more, strict=False):
-    values[name] = needs_lib.of_completions(scored, found)
   for name in wanted:
     if name not in values and name not in needs_lib.KEPT:
       values[name] = needs_lib.NEEDS[name](scored)
@@ -147,16 +136,10 @@ def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
     extra: of the TrainState; holds "running" where a loss keeps it.
     hparams: holds the numeric fields of config.loss.
   """
-  kept_before = {k: v for k, v in extra.items() if k in needs_lib.KEPT}
-  values = {**moving, **fixed, **kept_before}
+  values = {**moving, **fixed, **extra}
   weights, terms, metrics, kept = fixed["weights"], {}, {}, {}
   for part in parts:
-    out = part.fn(
-      values["policy_logps"],
-      values["ref_logps"],
-      **{name: values[name] for name in part.loss.needs},
-      **{name: hparams[field] for name, field in part.numeric.items()},
-    )
+    out = part.out(values, hparams)
     kept |= {k: out.pop(k) for k in needs_lib.KEPT if k in out}
     out = {name: _weighted(value, weights) for name, value in out.items()}
     value, factor = out.pop("loss")
@@ -187,21 +170,16 @@ def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
 
 
 def _of_tokens(fixed):
-  """Entropy (nats) and top-1 accuracy per token, where `features` had them.
+  """Entropy (nats) and top-1 accuracy per token, where they are logged.
 
   Of all completions that are compared; of labelled ones, of the first, since
   another may be there that nobody trains.
   """
   of = slice(0, 1) if "labels" in fixed else slice(None)
-  count = jnp.sum(fixed["lengths"][..., of], axis=-1)
-  return {
-    name: (
-      jnp.sum(fixed[name][..., of], axis=-1) / jnp.maximum(count, 1),
-      fixed["weights"] * count,
-    )
-    for name in ("entropy", "top1")
-    if name in fixed
-  }
+  sums, count = jax.tree.map(
+    lambda x: jnp.sum(x[..., of], axis=-1), (fixed["tokens"], fixed["lengths"])
+  )
+  return base.per_token(sums, count, fixed["weights"])
 
 
 def _weighted(value, weights):
@@ -228,7 +206,6 @@ def _follow(extra, params, step, metrics, *, mix, every):
 
   Source: arXiv:2404.09656.
   """
-
   del metrics
 
   def blend(ref, new):
@@ -242,14 +219,12 @@ def _first(hparams, noise, *, parts):
   """The loss where policy = reference, and how far rounding may move it.
 
   Args:
-    hparams: numeric fields of the loss.
     noise: largest |Δ| in nats.
   Returns: (lowest, at Δ = 0, highest) over the corners of ±noise; or None where
     a loss depends on more than Δ.
   """
-  running = {"mean": jnp.float32(0), "count": jnp.float32(0)}
-  of_ratios = ("prefix_logps", "common_logps")
-  of_ref = ("ref_prefix_logps", "ref_common_logps")
+  of_ratios = ("policy_logps", "prefix_logps", "common_logps")
+  of_ref = ("ref_logps", "ref_prefix_logps", "ref_common_logps")
   known = {"weights", "running", *of_ratios, *of_ref}
   if not all(p.loss.reference and set(p.loss.needs) <= known for p in parts):
     return None
@@ -257,20 +232,14 @@ def _first(hparams, noise, *, parts):
   def total(ratios):
     values = {
       "weights": jnp.ones(1),
-      "running": running,
+      **_extra(None, ema=False, kept=True),
       **dict.fromkeys(of_ratios, ratios[None]),
       **dict.fromkeys(of_ref, jnp.zeros((1, 2))),
     }
     out = 0.0
     for part in parts:
-      found = part.fn(
-        ratios[None],
-        jnp.zeros((1, 2)),
-        **{name: values[name] for name in part.loss.needs},
-        **{name: hparams[field] for name, field in part.numeric.items()},
-      )
       weight = 1.0 if part.weight is None else hparams[part.weight]
-      out += weight * found["loss"][0]
+      out += weight * part.out(values, hparams)["loss"][0]
     return out
 
   corners = [(0, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]

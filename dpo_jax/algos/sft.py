@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from dpo_jax import lookup
 from dpo_jax.algos import base
@@ -12,7 +11,7 @@ from dpo_jax.ops.losses import free
 
 def make(config, apply):
   """The Algorithm; `config.loss.name` must be "sft" and there is no `ref`."""
-  lookup.lookup({"sft": None}, config.loss.name, "loss.name (of algo 'sft')")
+  lookup.lookup(("sft",), config.loss.name, "loss.name (of algo 'sft')")
   if config.ref != "none":
     raise ValueError(f"ref = {config.ref!r} has no effect with algo 'sft'")
   return base.Algorithm(
@@ -28,16 +27,13 @@ def features(params, frozen, batch, hparams, rng, *, apply, tokens):
   With `tokens` the sums of entropy and top-1 hits too.
   """
   del frozen, hparams, rng
-  outputs, more = apply(params, batch), ()
-  if tokens:
-    token_logps, *more = base.head_scores(outputs, batch)
-  else:
-    token_logps = base.head_logps(outputs, batch)
+  token_logps, more = base.head_scores(apply(params, batch), batch, tokens)
   policy = base.completion_sums(token_logps, batch)
-  weights = batch["completion_weights"].reshape(policy.shape)
-  fixed = {"lengths": base.lengths(batch), "weights": weights}
-  for name, values in zip(("entropy", "top1"), more, strict=False):
-    fixed[name] = base.completion_sums(values, batch)
+  fixed = {
+    "lengths": base.lengths(batch),
+    "weights": batch["completion_weights"].reshape(policy.shape),
+    "tokens": {k: base.completion_sums(v, batch) for k, v in more.items()},
+  }
   return policy, jax.lax.stop_gradient(fixed)
 
 
@@ -49,7 +45,5 @@ def combine(policy, fixed, extra, hparams):
   value, factor = out["loss"]
   per_token = value, factor * weights
   metrics = {"logps/chosen": (policy, weights), "nll": per_token}
-  for name in fixed.keys() & {"entropy", "top1"}:
-    of = fixed[name] / jnp.maximum(lengths, 1)
-    metrics[name] = of, weights * lengths
+  metrics |= base.per_token(fixed["tokens"], lengths, weights)
   return base.Terms({"sft": per_token}, metrics)

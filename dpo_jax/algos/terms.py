@@ -29,6 +29,15 @@ class Part(NamedTuple):
   numeric: dict
   weight: str | None
 
+  def out(self, values, hparams):
+    """What the loss returns, of features and hparams by their names."""
+    return self.fn(
+      values["policy_logps"],
+      values["ref_logps"],
+      **{name: values[name] for name in self.loss.needs},
+      **{name: hparams[field] for name, field in self.numeric.items()},
+    )
+
 
 def of(fields):
   """The Parts of config.loss.
@@ -60,8 +69,7 @@ def kind_of_part(part):
 
 def kind_of(fields):
   """What a comparison of config.loss is made of, see losses.Loss.data."""
-  kinds = [kind_of_part(part) for part in of(fields)]
-  return next((kind for kind in kinds if kind is not None), "pairs")
+  return next(filter(None, map(kind_of_part, of(fields))), "pairs")
 
 
 def _part(name, fields, prefix):
@@ -93,21 +101,17 @@ def _part(name, fields, prefix):
     )
   if loss.dialects:
     field = f"loss.{prefix}dialect"
-    lookup.lookup(dict.fromkeys(loss.dialects), fields.dialect, field)
-  _check_ranges(loss, fields, prefix)
+    lookup.lookup(loss.dialects, fields.dialect, field)
+  for field, value in fields.items():
+    for bound in loss.ranges.get(field, losses.RANGES.get(field, ())):
+      if not bound.holds(value):
+        raise ValueError(f"loss.{prefix}{field} = {value}{bound.words}")
   numeric = {k: f"{prefix}{k}" for k in takes if not isinstance(fields[k], str)}
   weight = numeric.pop("weight", None)
   return Part(name, functools.partial(fn, **static), loss, numeric, weight)
 
 
-def _check_ranges(loss, fields, prefix):
-  for name, value in fields.items():
-    for bound in loss.ranges.get(name, losses.RANGES.get(name, ())):
-      if not bound.holds(value):
-        raise ValueError(f"loss.{prefix}{name} = {value}{bound.words}")
-
-
-def check_reference(ref, on_base, parts, wanted):
+def check_reference(ref, on_base, parts):
   """Raises ValueError where config.ref does not fit what is trained.
 
   What its own fields may be is of run.checks.
@@ -116,7 +120,6 @@ def check_reference(ref, on_base, parts, wanted):
     ref: of REFERENCES.
     on_base: whether an adapter is trained.
     parts: of `of`.
-    wanted: names that the losses need.
   """
   lookup.lookup(REFERENCES, ref, "ref")
   reads = any(part.loss.reference for part in parts)
@@ -126,7 +129,8 @@ def check_reference(ref, on_base, parts, wanted):
       f"ref = {ref!r} has no effect with loss {names!r}, which reads no "
       "reference: set ref = 'none'"
     )
-  if "sequence_kl" in wanted and ref in ("cached", "none"):
+  whole = any("sequence_kl" in part.loss.needs for part in parts)
+  if whole and ref in ("cached", "none"):
     raise ValueError(
       f"ref = {ref!r}: loss {names!r} needs the reference's whole "
       "distribution at every token, which only its weights give: set ref = "

@@ -5,6 +5,7 @@ import collections
 import copy
 import functools
 import importlib.util
+import operator
 import pathlib
 import sys
 
@@ -37,17 +38,22 @@ def load(spec, overrides):
     module = import_file(path)
     config = module.get_config(arg) if arg else module.get_config()
   config.lock()
-  known = list(_paths(config))
+  known = saved.flatten(config.to_dict())
   for override in overrides:
     key, _, text = override.partition("=")
     if key not in known:
       raise ValueError(
         f"--config.{key} is not a field of {path}{lookup.nearest(key, known)}"
       )
-    *parents, name = key.split(".")
-    node = functools.reduce(lambda node, part: node[part], parents, config)
+    node, name = _place(config, key)
     node[name] = _parse_value(key, text, node.get_type(name))
   return config, module
+
+
+def _place(config, path):
+  """(section, name) of the field at a path, "loss.beta"."""
+  *parents, name = path.split(".")
+  return functools.reduce(operator.getitem, parents, config), name
 
 
 def _parse_value(key, text, kind):
@@ -104,14 +110,6 @@ def import_file(path):
   return module
 
 
-def _paths(config, prefix=""):
-  for key, value in config.items():
-    if hasattr(value, "to_dict"):
-      yield from _paths(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}"
-
-
 def point_name(overrides):
   """`beta=0.1,seed=1` of {"loss.beta": 0.1, "data.seed": 1}."""
   short = [key.rsplit(".", 1)[-1] for key in overrides]
@@ -132,8 +130,7 @@ def at(config, overrides):
         f"the sweep sets {key}, which is not a field of the config"
         f"{lookup.nearest(key, fields)}"
       )
-    *parents, name = key.split(".")
-    node = functools.reduce(lambda node, part: node[part], parents, config)
+    node, name = _place(config, key)
     try:
       node[name] = value
     except TypeError as error:

@@ -48,19 +48,17 @@ def folder(name, field):
         ignore_patterns=["*/*"],
       )
     )
-    if not list(there.glob("*.safetensors")):
-      files = huggingface_hub.HfApi().list_repo_files(name)
-      if any(file.endswith(".bin") for file in files):
-        raise ValueError(CONVERT.format(name))
-    return there
-  except ValueError:
-    raise
+    complete = any(there.glob("*.safetensors"))
+    files = [] if complete else huggingface_hub.HfApi().list_repo_files(name)
   except Exception as error:  # no network, no such name, no token: anything
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(
       f"{field} = 'hf:{name}' is no folder, and cannot be fetched from the "
       f"Hugging Face hub: {reason}"
     ) from error
+  if any(file.endswith(".bin") for file in files):
+    raise ValueError(CONVERT.format(name))
+  return there
 
 
 def gguf_file(name, field):

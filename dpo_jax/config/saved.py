@@ -97,13 +97,13 @@ def saved_config(workdir):
   if not path.exists():
     raise ValueError(f"{path}: no such file; is {workdir} the folder of a run?")
 
-  def plain(value):  # JSON has no tuples, and configs no lists
-    if isinstance(value, dict):
-      return {k: plain(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+  def tuples(section):  # JSON has none, and configs have no lists
+    return {
+      k: tuple(v) if isinstance(v, list) else v for k, v in section.items()
+    }
 
-  found = upgraded(json.loads(path.read_text()))
-  config = config_dict.ConfigDict(plain(found))
+  found = json.loads(path.read_text(), object_hook=tuples)
+  config = config_dict.ConfigDict(upgraded(found))
   if "model" in config and "lora" not in config:
     raise ValueError(
       f"{path} was written by an earlier version, whose fields are others; use "

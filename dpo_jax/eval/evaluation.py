@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from dpo_jax import store
 from dpo_jax.config import fields
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.eval import frontier
@@ -49,25 +50,20 @@ def evaluate(run, params, base, workdir, made):
     summary, rows = frontier.measure(run.setup, policy, base)
     result |= summary
     if jax.process_index() == 0:
-      _write(
-        workdir / "samples.jsonl",
-        "".join(json.dumps(row) + "\n" for row in rows),
-      )
+      lines = "".join(json.dumps(row) + "\n" for row in rows)
+      store.write(workdir / "samples.jsonl", lines.encode())
   # Written last: it says that the point is done, and with which config.
   result["config"] = run.setup.asked
   if jax.process_index() == 0:
     text = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n"
-    _write(workdir / "evaluation.json", text)
+    store.write(workdir / "evaluation.json", text.encode())
   return result
 
 
 def made_of(step, data, ref):
   """How a policy was made: its updates, its data, and what it started from.
 
-  Args:
-    step: updates.
-    data: fingerprint of the training data, or None.
-    ref: parameters of the reference.
+  Args: updates; fingerprint of the data, or None; parameters of the reference.
   """
   sums = state_lib.fingerprint(ref)
   return {"step": step, "data": data, "reference": sums}
@@ -79,10 +75,7 @@ def done(asked, workdir, made):
   Not if it was evaluated in another way, after fewer steps, or if data or
   reference are others now: training again says what is to be done about that.
 
-  Args:
-    asked: the config as plain values.
-    workdir: run folder.
-    made: what `evaluate` was given, or would be.
+  Args: as `evaluate`, and the config as plain values.
   Raises: ValueError if the policy there is of another config.
   """
   path = epath.Path(workdir) / "evaluation.json"
@@ -118,9 +111,3 @@ def _plain(value):
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
-
-
-def _write(path, text):
-  partial = path.parent / f"{path.name}.part"
-  partial.write_text(text)
-  partial.replace(path)

@@ -42,8 +42,11 @@ def measure(setup, params, ref):
   names = [f"reward/{s.name}" for s in scorers] + ["length"]
   # Of other distributions than π itself these would be no estimates of the KL.
   if options.temperature == 1 and options.top_p == 1:
-    _add_kl(setup, params, ref, examples, rows)
     names[-1:-1] = ["kl", "log_ratio"]
+    loader = forward.loader_of(setup, examples)
+    for index, kl, ours, theirs in forward.token_kl(setup, params, ref, loader):
+      rows[index]["kl"] = math.fsum(kl)
+      rows[index]["log_ratio"] = math.fsum(ours) - math.fsum(theirs)
   summary = {
     "samples": len(rows),
     "means": {name: mean(rows, name) for name in names},
@@ -54,14 +57,6 @@ def measure(setup, params, ref):
   for n in (1, 2):
     summary[f"distinct_{n}"] = distinct(texts, n)
   return summary, rows
-
-
-def _add_kl(setup, params, ref, examples, rows):
-  """Adds "kl" and "log_ratio" to the rows of some samples of `params`."""
-  loader = forward.loader_of(setup, examples)
-  for index, kl, ours, theirs in forward.token_kl(setup, params, ref, loader):
-    rows[index]["kl"] = math.fsum(kl)
-    rows[index]["log_ratio"] = math.fsum(ours) - math.fsum(theirs)
 
 
 def mean(rows, name):

@@ -9,8 +9,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax import progress
-from dpo_jax.data.read import pairs, sources
+from dpo_jax import progress, store
+from dpo_jax.data.read import fields, files, pairs, sources
 from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import rewards
 from dpo_jax.ops import reduce
@@ -118,14 +118,12 @@ def draws(setup, params, given, *, skip=0):
         eos_id=eos,
         vocab_size=setup.tokenizer.vocab_size,
       )
-    drawn, ends, finished = map(
-      np.asarray, (out.tokens, out.lengths, out.finished)
-    )
+    out = jax.device_get(out)
     batch = []
     for i, (number, text, prompt_ids) in enumerate(here):
-      ids = drawn[i, : ends[i]].tolist()
+      ids = out.tokens[i, : out.lengths[i]].tolist()
       completion = tokenize.continuation(setup.tokenizer, prompt_ids, ids)
-      done = bool(finished[i])
+      done = bool(out.finished[i])
       batch.append(Draw(number, text, prompt_ids, completion, ids, done))
     yield batch
 
@@ -173,9 +171,7 @@ def write(setup, params, identity, workdir):
         row["bos"] = False
     out, left_out = pairs.records(labelled, options.labels, options.seed)
     text = "".join(json.dumps(record) + "\n" for record in out)
-    partial = workdir / "pairs.jsonl.part"
-    partial.write_text(text)
-    partial.replace(workdir / "pairs.jsonl")
+    store.write(workdir / "pairs.jsonl", text.encode())
     count = sum(len(record["pairs"]) for record in out)
     missing = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
     print(
@@ -188,10 +184,7 @@ def write(setup, params, identity, workdir):
 def describe(batch, scorers, count):
   """Draws as plain dicts, with their rewards.
 
-  Args:
-    batch: list of Draw.
-    scorers: list of rewards.Scorer.
-    count: draws a prompt; "id" in the result numbers the prompts.
+  With `count` draws a prompt, "id" numbers the prompts.
   """
   texts = [d.prompt for d in batch], [d.completion for d in batch]
   scores = {f"reward/{s.name}": s.score(*texts) for s in scorers}
@@ -211,8 +204,8 @@ def describe(batch, scorers, count):
 
 def _continue(path, identity, batch_size, total):
   """The rows of whole batches that are there; the file is cut to them."""
-  about = path.parent / "completions.json"
-  if path.exists():
+  about, resumed = path.parent / "completions.json", path.exists()
+  if resumed:
     saved = json.loads(about.read_text()) if about.exists() else None
     if saved != json.loads(json.dumps(identity)):
       raise ValueError(
@@ -222,13 +215,11 @@ def _continue(path, identity, batch_size, total):
       )
   path.parent.mkdir(parents=True, exist_ok=True)
   about.write_text(json.dumps(identity))
-  lines = path.read_text().splitlines() if path.exists() else []
   rows = []
-  for line in lines:
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break  # cut short by a kill
+  for _, row in files.jsonl(path) if resumed else ():
+    if isinstance(row, fields.BadRecord):
+      break  # cut short by a kill; a draw has its place by its number
+    rows.append(row)
   if len(rows) < total:
     rows = rows[: len(rows) // batch_size * batch_size]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))

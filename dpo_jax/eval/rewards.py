@@ -187,9 +187,7 @@ def _log_odds(logits):
   """log p(last label) − log(1 − p)."""
   if logits.shape[1] < 2:
     raise ValueError("a classifier has two labels or more; use model:NAME")
-  top = logits[:, :-1].max(axis=1, keepdims=True)
-  rest = np.log(np.exp(logits[:, :-1] - top).sum(axis=1)) + top[:, 0]
-  return logits[:, -1] - rest
+  return logits[:, -1] - np.logaddexp.reduce(logits[:, :-1], axis=1)
 
 
 def _only_logit(logits):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import typing
+from typing import Literal
 
 VOCAB_MULTIPLE = 128  # of the embedding rows, for sharding and matmul tiles
 
@@ -37,10 +39,6 @@ class RopeScaling:
 
 # Fields that say how a model is computed, not which one it is.
 RUNTIME = ("dtype", "attention", "remat", "head_chunk", "unroll")
-# What the backward pass computes again: nothing; the whole block; all but the
-# products with weights; all but the projections of attention and its result;
-# or that, which waits in the host's memory.
-REMAT = ("auto", "none", "full", "dots", "names", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +77,10 @@ class ModelConfig:
     dtype: "float32" or "bfloat16", of the activations; parameters are f32.
     attention: implementation in ops.attention.ATTENTION; "auto" goes by
       platform and shape.
-    remat: what of each block the backward pass computes again, of REMAT;
-      "auto" goes by memory.
+    remat: what of each block the backward pass computes again: "none"; the
+      "full" block; all but the products with weights ("dots"); all but the
+      projections of attention and its result ("names"); or that, which waits in
+      the host's memory ("offload"). "auto" goes by memory.
     head_chunk: scored positions of a row per step of the head, see
       logprobs.Head; None goes by memory.
     unroll: periods of layer_pattern per turn of the loop over them. More
@@ -96,18 +96,18 @@ class ModelConfig:
   max_positions: int
   layer_pattern: tuple[str, ...] = ("full",)
   window: int | None = None
-  residual: str = "sequential"
-  norm: str = "layernorm"
+  residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
+  norm: Literal["layernorm", "rmsnorm"] = "layernorm"
   norm_eps: float = 1e-5
   norm_offset: float = 0.0
-  norm_place: str = "pre"
-  qk_norm: str = "none"
-  position: str = "learned"
+  norm_place: Literal["pre", "post", "both"] = "pre"
+  qk_norm: Literal["none", "head", "all"] = "none"
+  position: Literal["learned", "rotary"] = "learned"
   rotary_dim: int = 0
   rope_theta: float = 10_000.0
   window_theta: float | None = None
   rope_scaling: RopeScaling | None = None
-  activation: str = "gelu_tanh"
+  activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu_tanh"
   gated: bool = False
   qkv_bias: bool = True
   out_bias: bool = True
@@ -118,9 +118,9 @@ class ModelConfig:
   attention_scale: float | None = None
   attention_softcap: float | None = None
   logit_softcap: float | None = None
-  dtype: str = "float32"
+  dtype: Literal["float32", "bfloat16"] = "float32"
   attention: str = "auto"
-  remat: str = "auto"
+  remat: Literal["auto", "none", "full", "dots", "names", "offload"] = "auto"
   head_chunk: int | None = None
   unroll: int = 1
 
@@ -170,21 +170,10 @@ class ModelConfig:
 
 
 def _check_choices(config):
-  allowed = {
-    "residual": ("sequential", "parallel", "parallel_shared"),
-    "norm": ("layernorm", "rmsnorm"),
-    "norm_place": ("pre", "post", "both"),
-    "qk_norm": ("none", "head", "all"),
-    "position": ("learned", "rotary"),
-    "activation": ("gelu", "gelu_tanh", "silu"),
-    "dtype": ("float32", "bfloat16"),
-    "remat": REMAT,
-  }
-  for field, values in allowed.items():
-    if getattr(config, field) not in values:
-      raise ValueError(
-        f"model.{field} = {getattr(config, field)!r} (allowed: {values})"
-      )
+  for field in dataclasses.fields(config):
+    value, allowed = getattr(config, field.name), typing.get_args(field.type)
+    if typing.get_origin(field.type) is Literal and value not in allowed:
+      raise ValueError(f"model.{field.name} = {value!r} (allowed: {allowed})")
   if not config.layer_pattern or set(config.layer_pattern) - set(LAYER_KINDS):
     raise ValueError(
       f"model.layer_pattern = {config.layer_pattern} must be made of "

@@ -19,7 +19,7 @@ from dpo_jax.ops import attention, logprobs
 from dpo_jax.ops.attention import choice, cudnn
 
 _policies = jax.checkpoint_policies
-_POLICIES = {  # of config.REMAT
+_POLICIES = {  # of ModelConfig.remat
   "full": _policies.nothing_saveable,
   "dots": _policies.dots_with_no_batch_dims_saveable,
   "names": _policies.save_only_these_names(*layers.KEPT),
@@ -94,7 +94,14 @@ class Decoder(nn.Module):
     out = {}
     for name, kinds in stacks(c).items():
       if self.is_initializing():
-        x, _ = _initial_stack(c, len(kinds), name)(x, context, None)
+        stack = nn.scan(
+          layers.Block,
+          variable_axes={"params": 0},
+          split_rngs={"params": True},
+          in_axes=nn.broadcast,
+          length=len(kinds),
+        )
+        x, _ = stack(c, name=name)(x, context, None)
         continue
       params = self.variables["params"][name]
       x, out[name] = _run(c, kinds, params, x, context, cache.get(name))
@@ -102,7 +109,7 @@ class Decoder(nn.Module):
     if not c.tied:
       # `build` reads its parameters; the head itself runs in ops.logprobs.
       shape = (c.embed,), (self.vocab,)
-      head = layers.Linear(*shape, c.head_bias, 0.02, c.dtype, name="head")
+      head = layers.Linear(c, *shape, c.head_bias, name="head")
       if self.is_initializing():
         head(x)
     return x, out
@@ -127,25 +134,10 @@ def _rope(config, positions):
   return {"full": full, "window": near}
 
 
-def _initial_stack(config, length, name):
-  """Module with the parameters of `length` layers, to initialise them."""
-  return nn.scan(
-    layers.Block,
-    variable_axes={"params": 0},
-    split_rngs={"params": True},
-    in_axes=nn.broadcast,
-    length=length,
-  )(config, name=name)
-
-
 def _run(config, kinds, params, x, context, cache):
-  """Runs a stack of layers: a loop over the periods of their pattern.
+  """(x, cache) behind a stack of layers: a loop over the pattern's periods.
 
-  Args:
-    kinds: of each layer.
-    params: of the layers, stacked.
-    cache: None, or (keys, values) [layers, B, K, S, H].
-  Returns: (x, cache).
+  The cache is None, or (keys, values) [layers, B, K, S, H].
   """
   c = config
   period = kinds[: len(c.layer_pattern)]

@@ -19,13 +19,20 @@ class Family(NamedTuple):
   Attributes:
     read: fields.Fields -> dict of ModelConfig's fields.
     table: list of keys.Key.
-    prefix: what the names of all but the head begin with; a checkpoint saved
-      without the head may lack it.
   """
 
   read: Callable
   table: list
-  prefix: str
+
+  @property
+  def embedding(self):
+    """The name of the token embedding."""
+    return next(k.name for k in self.table if k.paths == ("embed/tokens",))
+
+  @property
+  def prefix(self):
+    """What all names but the head's begin with; saved without it, none does."""
+    return self.embedding.split(".")[0] + "."
 
 
 def find(raw):
@@ -51,14 +58,12 @@ def find(raw):
 
 
 def read(raw):
-  """(ModelConfig, vocabulary size) of a config.json.
+  """(ModelConfig, vocabulary size) of a config.json, a dict.
 
-  Args:
-    raw: its content, a dict.
   Raises: ValueError naming an unsupported architecture, field or value.
   """
   family = find(raw)
-  f = fields.Fields(raw)
+  f = fields.read(raw)
   quantised = f["quantization_config"]
   if quantised:
     raise ValueError(
@@ -68,25 +73,16 @@ def read(raw):
     )
   values = family.read(f)
   vocab_size = f["vocab_size"]
-  f.finish()
+  fields.finish(f, raw["model_type"])
   return config_lib.ModelConfig(**values), vocab_size
 
 
 def _gpt(f):
   """What GPT-2 and GPT-J share."""
-  embed, heads = f["n_embd"], f["n_head"]
-  return {
-    "layers": f["n_layer"],
-    "embed": embed,
-    "heads": heads,
-    "kv_heads": heads,
-    "head_dim": embed // heads,
-    "mlp": f["n_inner"] or 4 * embed,
-    "max_positions": f["n_positions"],
-    "norm_eps": f["layer_norm_epsilon"],
-    "activation": fields.activation(f, "activation_function"),
-    "tied": f["tie_word_embeddings"],
-  }
+  values = f.named(fields.GPT)
+  embed, heads = values["embed"], values["heads"]
+  values |= {"kv_heads": heads, "head_dim": embed // heads}
+  return {**values, "mlp": values["mlp"] or 4 * embed}
 
 
 def _gpt2(f):
@@ -135,46 +131,31 @@ def _rotary(f, head_dim, rope=None, partial=False):
 
 
 def _neox(f):
-  embed, heads = f["hidden_size"], f["num_attention_heads"]
-  head_dim = embed // heads
+  values = f.named(fields.NEOX)
+  head_dim = values["embed"] // values["heads"]
   return {
-    "layers": f["num_hidden_layers"],
-    "embed": embed,
-    "heads": heads,
-    "kv_heads": heads,
+    **values,
+    "kv_heads": values["heads"],
     "head_dim": head_dim,
-    "mlp": f["intermediate_size"],
-    "norm_eps": f["layer_norm_eps"],
     "residual": "parallel" if f["use_parallel_residual"] else "sequential",
-    "activation": fields.activation(f, "hidden_act"),
-    "qkv_bias": f["attention_bias"],
-    "out_bias": f["attention_bias"],
-    "tied": f["tie_word_embeddings"],
     **_rotary(f, head_dim, partial=True),
   }
 
 
 def _llama(f, *, rope=None, activation="hidden_act", partial=False):
   """What Llama and its relatives share."""
-  embed, heads = f["hidden_size"], f["num_attention_heads"]
-  head_dim = f["head_dim"] or embed // heads
-  bias = bool(f["attention_bias"])
   f.only("rope_interleaved", None, False)
+  values = f.named({**fields.LLAMA, "activation": activation})
+  heads = values["heads"]
+  head_dim = values["head_dim"] or values["embed"] // heads
+  biases = ("qkv_bias", "out_bias", "mlp_bias")  # not every family has them
   return {
-    "layers": f["num_hidden_layers"],
-    "embed": embed,
-    "heads": heads,
-    "kv_heads": f["num_key_value_heads"] or heads,
+    **values,
+    **{name: bool(values[name]) for name in biases},
+    "kv_heads": values["kv_heads"] or heads,
     "head_dim": head_dim,
-    "mlp": f["intermediate_size"],
     "norm": "rmsnorm",
-    "norm_eps": f["rms_norm_eps"],
-    "activation": fields.activation(f, activation),
     "gated": True,
-    "qkv_bias": bias,
-    "out_bias": bias,
-    "mlp_bias": bool(f["mlp_bias"]),
-    "tied": f["tie_word_embeddings"],
     **_rotary(f, head_dim, rope, partial),
   }
 
@@ -182,22 +163,19 @@ def _llama(f, *, rope=None, activation="hidden_act", partial=False):
 def _windows(f):
   """Fields of a family whose layers all have the window, if there is one."""
   window = f["sliding_window"]
-  if window is None or window >= f["max_position_embeddings"]:
-    return {}
-  return {"window": window, "layer_pattern": ("window",)}
+  everything = window is None or window >= f["max_position_embeddings"]
+  return _by_layer(f, ["full" if everything else "window"])
 
 
 def _by_layer(f, kinds):
   """Fields of layers of different kinds: the shortest pattern that repeats."""
-  layers = len(kinds)
-  for period in range(1, layers + 1):
-    if all(kinds[i] == kinds[i % period] for i in range(layers)):
+  for period in range(1, len(kinds) + 1):
+    if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
       break
   window = f["sliding_window"]
-  pattern = tuple(kinds[:period])
   return {
-    "layer_pattern": pattern,
-    "window": window if "window" in pattern else None,
+    "layer_pattern": tuple(kinds[:period]),
+    "window": window if "window" in kinds else None,
   }
 
 
@@ -232,14 +210,10 @@ def _smollm3(f):
 
 
 def _phi3(f):
-  for name, value in (
-    ("lm_head_bias", False),
-    ("full_attn_mod", 1),
-    ("interpolate_factor", 1),
-    ("attention_bias", False),
-    ("mlp_bias", False),
-  ):
-    f.only(name, None, value)
+  for name in ("lm_head_bias", "attention_bias", "mlp_bias"):
+    f.only(name, None, False)
+  for name in ("full_attn_mod", "interpolate_factor"):
+    f.only(name, None, 1)
   return {**_llama(f, partial=True), **_windows(f)}
 
 
@@ -277,16 +251,16 @@ def _gemma3(f):
 
 
 FAMILIES = {
-  "gpt2": Family(_gpt2, tables.GPT2, "transformer."),
-  "gpt_neox": Family(_neox, tables.NEOX, "gpt_neox."),
-  "gptj": Family(_gptj, tables.GPTJ, "transformer."),
-  "llama": Family(_llama, tables.LLAMA, "model."),
-  "mistral": Family(_mistral, tables.LLAMA, "model."),
-  "qwen2": Family(_qwen2, tables.LLAMA, "model."),
-  "qwen3": Family(_qwen3, tables.LLAMA, "model."),
-  "smollm3": Family(_smollm3, tables.LLAMA, "model."),
-  "phi3": Family(_phi3, tables.PHI3, "model."),
-  "olmo2": Family(_olmo2, tables.OLMO2, "model."),
-  "gemma2": Family(_gemma2, tables.GEMMA, "model."),
-  "gemma3_text": Family(_gemma3, tables.GEMMA, "model."),
+  "gpt2": Family(_gpt2, tables.GPT2),
+  "gpt_neox": Family(_neox, tables.NEOX),
+  "gptj": Family(_gptj, tables.GPTJ),
+  "llama": Family(_llama, tables.LLAMA),
+  "mistral": Family(_mistral, tables.LLAMA),
+  "qwen2": Family(_qwen2, tables.LLAMA),
+  "qwen3": Family(_qwen3, tables.LLAMA),
+  "smollm3": Family(_smollm3, tables.LLAMA),
+  "phi3": Family(_phi3, tables.PHI3),
+  "olmo2": Family(_olmo2, tables.OLMO2),
+  "gemma2": Family(_gemma2, tables.GEMMA),
+  "gemma3_text": Family(_gemma3, tables.GEMMA),
 }

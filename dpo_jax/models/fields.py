@@ -24,9 +24,7 @@ _HARMLESS = {
   *("reorder_and_upcast_attn", "output_attentions", "output_hidden_states"),
   *("return_dict", "chunk_size_feed_forward", "problem_type", "layer_types"),
   *("is_encoder_decoder", "_attn_implementation", "attn_implementation"),
-}
-# Older spellings of what transformers' own classes resolve into other fields.
-_RESOLVED = {
+  # Older spellings of what transformers' own classes resolve into other fields.
   *("rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base"),
   *("rope_local_base_freq", "sliding_window_pattern", "hidden_act"),
   *("_sliding_window_pattern", "no_rope_layer_interval", "max_window_layers"),
@@ -34,64 +32,121 @@ _RESOLVED = {
 }
 
 
-class Fields:
-  """A config.json, with the defaults of its class; notes what is read."""
-
-  def __init__(self, raw):
-    import transformers
-
-    self._raw = raw
-    kind = raw["model_type"]
-    fields = {k: v for k, v in raw.items() if k != "model_type"}
-    fields = copy.deepcopy(fields)  # the class writes into nested ones
-    try:
-      config = transformers.AutoConfig.for_model(kind, **fields)
-    except Exception as error:  # whatever its checks raise
-      raise ValueError(f"config.json of a {kind}: {error}") from error
-    self._values, self._read = config.to_dict(), set()
-
-  def __getitem__(self, name):
-    self._read.add(name)
-    return self._values.get(name)
-
-  def only(self, name, *allowed):
-    """Raises ValueError for a value of a field that the decoder has not."""
-    if self[name] not in allowed:
-      raise ValueError(
-        f"config.json: {name} = {self[name]!r} is not supported (allowed: "
-        f"{', '.join(map(repr, allowed))})"
-      )
-
-  def finish(self):
-    """Raises ValueError for fields of the file that nothing read."""
-    unknown = sorted(set(self._raw) - self._read - _HARMLESS - _RESOLVED)
-    if unknown:
-      raise ValueError(
-        f"config.json: the fields {unknown} of a {self._raw['model_type']} are "
-        "not known here; what they change would be missing"
-      )
-
-
+# What files call the fields of a ModelConfig.
+GPT = {
+  "layers": "n_layer",
+  "embed": "n_embd",
+  "heads": "n_head",
+  "mlp": "n_inner",
+  "max_positions": "n_positions",
+  "norm_eps": "layer_norm_epsilon",
+  "activation": "activation_function",
+  "tied": "tie_word_embeddings",
+}
+_LATER = {
+  "layers": "num_hidden_layers",
+  "embed": "hidden_size",
+  "heads": "num_attention_heads",
+  "mlp": "intermediate_size",
+  "max_positions": "max_position_embeddings",
+  "activation": "hidden_act",
+  "qkv_bias": "attention_bias",
+  "out_bias": "attention_bias",
+  "tied": "tie_word_embeddings",
+}
+NEOX = {**_LATER, "norm_eps": "layer_norm_eps"}
+LLAMA = {
+  **_LATER,
+  "kv_heads": "num_key_value_heads",
+  "head_dim": "head_dim",
+  "norm_eps": "rms_norm_eps",
+  "mlp_bias": "mlp_bias",
+}
+# The activations by their names there; of two names the last is written.
 _ACTIVATIONS = {
   "gelu": "gelu",
-  "gelu_new": "gelu_tanh",
   "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_new": "gelu_tanh",
   "silu": "silu",
 }
 
 
-def activation(f, name):
-  f.only(name, *_ACTIVATIONS)
-  return _ACTIVATIONS[f[name]]
+class Fields:
+  """Values by name, None for those that are not there; notes what is read."""
+
+  def __init__(self, values, given):
+    self._values, self._unread = values, set(given)
+
+  def get(self, name, default=None):
+    self._unread.discard(name)
+    return self._values.get(name, default)
+
+  __getitem__ = get
+
+  def named(self, names):
+    """{field of ModelConfig: its value} of {field: its name here}."""
+    values = {field: self[name] for field, name in names.items()}
+    self.only(names["activation"], *_ACTIVATIONS)
+    return {**values, "activation": _ACTIVATIONS[values["activation"]]}
+
+  def only(self, name, *allowed):
+    """Raises ValueError for a value of a field that the decoder has not."""
+    only("config.json", name, self[name], allowed)
+
+  def unread(self, known):
+    """Names that were given, nothing has read and are not among the known."""
+    return sorted(self._unread - known)
+
+
+def only(where, name, value, allowed):
+  """Raises ValueError for a value that is not among the allowed."""
+  if value not in allowed:
+    raise ValueError(
+      f"{where}: {name} = {value!r} is not supported (allowed: "
+      f"{', '.join(map(repr, allowed))})"
+    )
+
+
+def read(raw):
+  """The Fields of a config.json, with the defaults of its class."""
+  import transformers
+
+  kind = raw["model_type"]
+  given = {k: v for k, v in raw.items() if k != "model_type"}
+  given = copy.deepcopy(given)  # the class writes into nested ones
+  try:
+    config = transformers.AutoConfig.for_model(kind, **given)
+  except Exception as error:  # whatever its checks raise
+    raise ValueError(f"config.json of a {kind}: {error}") from error
+  return Fields(config.to_dict(), given)
+
+
+def finish(f, kind):
+  """Raises ValueError for fields of the file that nothing read."""
+  unknown = f.unread(_HARMLESS)
+  if unknown:
+    raise ValueError(
+      f"config.json: the fields {unknown} of a {kind} are not known here; what "
+      "they change would be missing"
+    )
+
+
+def written(config, names):
+  """{name: value} of a file, the inverse of `Fields.named`."""
+  values = {name: getattr(config, field) for field, name in names.items()}
+  theirs = {ours: name for name, ours in _ACTIVATIONS.items()}
+  return {**values, names["activation"]: theirs[config.activation]}
 
 
 def scaling(rope, max_positions):
   """(RopeScaling or None, longest sequence) of `rope_parameters`."""
   kind = rope["rope_type"]
-  known = {*("rope_type", "type", "rope_theta", "partial_rotary_factor")}
   make = lookup.lookup(_SCALINGS, kind, "config.json: rope_type")
-  rope_scaling, used, longest = make(rope, max_positions)
-  unknown = sorted(set(rope) - known - used)
+  f = Fields(rope, rope)
+  rope_scaling, longest = make(f, max_positions)
+  unknown = f.unread(
+    {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+  )
   if unknown:
     raise ValueError(
       f"config.json: rope_parameters of type {kind!r} with {unknown} are not "
@@ -101,15 +156,13 @@ def scaling(rope, max_positions):
 
 
 def _linear(rope, longest):
-  rope_scaling = config_lib.RopeScaling("linear", factor=rope["factor"])
-  return rope_scaling, {"factor"}, longest
+  return config_lib.RopeScaling("linear", factor=rope["factor"]), longest
 
 
 def _llama3(rope, longest):
   names = ("factor", "original_max_position_embeddings")
   names += ("low_freq_factor", "high_freq_factor")
-  numbers = (rope[name] for name in names)
-  return config_lib.RopeScaling("llama3", *numbers), set(names), longest
+  return config_lib.RopeScaling("llama3", *map(rope.get, names)), longest
 
 
 def _yarn(rope, longest):
@@ -127,9 +180,7 @@ def _yarn(rope, longest):
     truncate=rope.get("truncate", True),
     magnitude=magnitude,
   )
-  used = {*("factor", "original_max_position_embeddings", "attention_factor")}
-  used |= {"beta_slow", "beta_fast", "truncate"}
-  return rope_scaling, used, longest
+  return rope_scaling, longest
 
 
 def _longrope(rope, longest):
@@ -144,17 +195,16 @@ def _longrope(rope, longest):
   if magnitude is None:
     stretch = 1 + math.log(factor) / math.log(original)
     magnitude = math.sqrt(stretch) if factor > 1 else 1.0
+  rope.get("long_factor")  # known, and never taken
+  divisors = tuple(rope["short_factor"])
   rope_scaling = config_lib.RopeScaling(
-    "longrope",
-    divisors=tuple(rope["short_factor"]),
-    magnitude=magnitude,
+    "longrope", divisors=divisors, magnitude=magnitude
   )
-  used = {*("factor", "original_max_position_embeddings", "attention_factor")}
-  return rope_scaling, used | {"short_factor", "long_factor"}, original
+  return rope_scaling, original
 
 
 _SCALINGS = {
-  "default": lambda rope, longest: (None, set(), longest),
+  "default": lambda rope, longest: (None, longest),
   "linear": _linear,
   "llama3": _llama3,
   "yarn": _yarn,

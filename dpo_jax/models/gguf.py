@@ -27,7 +27,6 @@ _OPTIONAL = {
   "llama.rope.dimension_count",  # else embedding / heads
   "llama.vocab_size",  # else the rows of the embedding
 }
-_FREQ_BASE = 10000.0
 
 
 def open_file(path):
@@ -54,7 +53,7 @@ def open_file(path):
   # The file counts dimensions from the innermost.
   shapes = {t.name: tuple(map(int, t.shape[::-1])) for t in reader.tensors}
   raw = {field: values[n] for n, field in _FIELDS.items() if n in values}
-  raw.setdefault("rope_theta", _FREQ_BASE)
+  raw.setdefault("rope_theta", 10000.0)
   if "token_embd.weight" in shapes:
     raw.setdefault("vocab_size", shapes["token_embd.weight"][0])
   # The file holds f32, in which 1e-5 is 9.99999975e-06.
@@ -77,12 +76,5 @@ def open_file(path):
       x = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
       yield tensor.name, np.asarray(x, np.float32)
 
-  return hf.Checkpoint(
-    raw=raw,
-    config=config,
-    vocab_size=vocab_size,
-    table=tables.GGUF_LLAMA,
-    shapes=shapes,
-    read=read,
-    where=str(path),
-  )
+  table, where = tables.GGUF_LLAMA, str(path)
+  return hf.Checkpoint(raw, config, vocab_size, table, shapes, read, where)

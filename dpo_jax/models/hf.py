@@ -64,44 +64,41 @@ def open_folder(folder):
     family = families.find(raw)
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
-  rename = functools.partial(_table_name, family.prefix)
-  shapes = {}
-  for file in _files(folder):
-    for name, shape in _header(file).items():
-      shapes[name] = shape
+  files, shapes = _files(folder), {}
+  for file in files:
+    shapes |= _header(file)
   bare = not any(name.startswith(family.prefix) for name in shapes)
   ignored = {name for name in shapes if re.search(_BUFFERS, name)}
   heads = {"lm_head.weight", "embed_out.weight"} & set(shapes)
   if config.tied and heads:
-    _check_tied(folder, heads.pop(), family)
-    ignored |= {"lm_head.weight", "embed_out.weight"}
-  names = {n: rename(n) if bare else n for n in shapes if n not in ignored}
+    _check_tied(folder, files, min(heads), family)
+    ignored |= heads
+  names = {n: n for n in shapes if n not in ignored}
+  if bare:
+    outside = ("lm_head.", "embed_out.")  # of the prefix
+    names = {
+      n: n if n.startswith(outside) else family.prefix + n for n in names
+    }
 
   def read():
     # Opened anew for each: the pages of a mapped file stay until it is closed.
-    for file in _files(folder):
+    for file in files:
       for name in [name for name in _header(file) if name in names]:
         with safetensors.safe_open(file, "np") as tensors:
           x = [tensors.get_tensor(name)]
         yield names[name], x.pop()
 
-  return Checkpoint(
-    raw=raw,
-    config=config,
-    vocab_size=vocab_size,
-    table=family.table,
-    shapes={names[n]: shape for n, shape in shapes.items() if n in names},
-    read=read,
-    where=str(folder),
-  )
+  shapes = {names[n]: shapes[n] for n in names}
+  where = str(folder)
+  return Checkpoint(raw, config, vocab_size, family.table, shapes, read, where)
 
 
-def _check_tied(folder, head, family):
+def _check_tied(folder, files, head, family):
   """Raises ValueError for a head that is not the embedding it is tied to."""
-  embedding = next(k.name for k in family.table if k.paths == ("embed/tokens",))
+  embedding = family.embedding
   names = {head, embedding, embedding.removeprefix(family.prefix)}
   matrices = []
-  for file in _files(folder):
+  for file in files:
     with safetensors.safe_open(file, "np") as tensors:
       for name in names & set(tensors.keys()):
         matrices.append(tensors.get_tensor(name))
@@ -110,11 +107,6 @@ def _check_tied(folder, head, family):
       f"{folder}: config.json ties the head to the embedding, but {head} is "
       "another matrix; set tie_word_embeddings to false there"
     )
-
-
-def _table_name(prefix, name):
-  """The name in the key table of a checkpoint saved without its head."""
-  return name if name.startswith(("lm_head.", "embed_out.")) else prefix + name
 
 
 def _json(path):
@@ -127,10 +119,9 @@ def _json(path):
 def _files(folder):
   """The safetensors files of a checkpoint, as local paths."""
   index = folder / "model.safetensors.index.json"
+  names = ["model.safetensors"]
   if index.exists():
     names = sorted(set(_json(index)["weight_map"].values()))
-  else:
-    names = ["model.safetensors"]
   missing = [name for name in names if not (folder / name).exists()]
   if not missing:
     return [folder / name for name in names]
@@ -217,31 +208,25 @@ def _write(out, place, leaf, abstract, base):
   """Puts a leaf, or one layer of it, into `out`."""
   path, sharding = place.path, abstract.sharding
   if place.layer is None:
-    axis = keys.vocabulary_axis(path)
-    placed = _placed(leaf, abstract.shape, sharding, axis)
-    out[path] = placed
-    if placed.dtype != base:
-      out[path] = _store(path, placed, base)
+    placed = _placed(leaf, abstract.shape, sharding)
+    out[path] = placed if placed.dtype == base else _store(path, placed, base)
     return
   spec = PartitionSpec(*sharding.spec[1:])
   layer = NamedSharding(sharding.mesh, spec)
-  placed = _placed(leaf, leaf.shape, layer, None)
+  placed = _placed(leaf, leaf.shape, layer)
   if path not in out:
     out[path] = _empty(path, abstract, base)
   out[path] = _set_layer(path, base, out[path], placed, place.layer)
 
 
-def _placed(leaf, shape, sharding, pad_axis):
-  """A host array on the mesh, with zeros behind it along `pad_axis`."""
+def _placed(leaf, shape, sharding):
+  """A host array on the mesh, with zeros behind it up to `shape`."""
 
   def shard(index):
     part = leaf[index]
-    if pad_axis is None:
-      return np.ascontiguousarray(part)
-    want = len(range(*index[pad_axis].indices(shape[pad_axis])))
-    pad = [(0, 0)] * leaf.ndim
-    pad[pad_axis] = (0, want - part.shape[pad_axis])
-    return np.pad(part, pad)
+    want = [len(range(n)[span]) for n, span in zip(shape, index, strict=True)]
+    pad = [(0, n - m) for n, m in zip(want, part.shape, strict=True)]
+    return np.pad(part, pad) if np.any(pad) else np.ascontiguousarray(part)
 
   return jax.make_array_from_callback(shape, sharding, shard)
 

@@ -41,13 +41,7 @@ class Place(NamedTuple):
 
 
 class Tensor(NamedTuple):
-  """A tensor of a checkpoint.
-
-  Attributes:
-    key: its Key.
-    places: of each leaf it holds.
-    shape: in the file.
-  """
+  """A tensor of a checkpoint: the places of its leaves, its shape in a file."""
 
   key: Key
   places: tuple[Place, ...]
@@ -65,21 +59,24 @@ def tensors(table, config, shapes, vocab_size):
   """
   out = {}
   stacks = [
-    (stack, layer)
+    (f"{stack}/", layer)
     for stack, kinds in decoder.stacks(config).items()
     for layer in range(len(kinds))
   ]
   for key in table:
-    if "{}" not in key.name:
-      places = [_place(p, None, shapes, vocab_size) for p in key.paths]
-      _add(out, key, key.name, places)
-      continue
-    for number, (stack, layer) in enumerate(stacks):
-      places = [
-        _place(f"{stack}/{path}", layer, shapes, vocab_size)
-        for path in key.paths
-      ]
-      _add(out, key, key.name.format(number), places)
+    homes = stacks if "{}" in key.name else [("", None)]
+    for number, (home, layer) in enumerate(homes):
+      places = tuple(
+        _place(home + path, layer, shapes, vocab_size) for path in key.paths
+      )
+      if None in places:
+        assert not any(places), (key, places)
+        continue
+      rows = [rows_shape(place) for place in places]
+      shape = (sum(r[0] for r in rows), *rows[0][1:])
+      if key.inputs_first and len(shape) == 2:
+        shape = shape[::-1]
+      out[key.name.format(number)] = Tensor(key, places, shape)
   covered = {place.path for tensor in out.values() for place in tensor.places}
   assert covered == set(shapes), covered ^ set(shapes)
   return out
@@ -100,20 +97,9 @@ def vocabulary_axis(path):
   return {"embed/tokens": 0, "head/kernel": 1, "head/bias": 0}.get(path)
 
 
-def _add(out, key, name, places):
-  if None in places:
-    assert not any(places), (name, places)
-    return
-  rows = [_rows_shape(place) for place in places]
-  shape = (sum(r[0] for r in rows), *rows[0][1:])
-  if key.inputs_first and len(shape) == 2:
-    shape = shape[::-1]
-  out[name] = Tensor(key, tuple(places), shape)
-
-
-def _rows_shape(place):
+def rows_shape(place):
   """Shape of a leaf with its outputs as rows: (outputs[, inputs])."""
-  if place.path == "embed/tokens" or place.path == "embed/positions":
+  if place.path in ("embed/tokens", "embed/positions"):
     return place.shape
   if not place.path.endswith("kernel"):
     return (math.prod(place.shape),)
@@ -125,10 +111,9 @@ def to_leaves(x, tensor, rotary_dim):
   """The leaves in a tensor, as numpy arrays in the order of its places."""
   key, places = tensor.key, tensor.places
   x = x.T if key.inputs_first and x.ndim == 2 else x
+  parts = split_rows(x, tensor, rotary_dim)
   out = []
-  for rows, place in zip(
-    split_rows(x, tensor, rotary_dim), places, strict=True
-  ):
+  for rows, place in zip(parts, places, strict=True):
     kernel = place.path.endswith("kernel")
     out.append((rows.T if kernel else rows).reshape(place.shape))
   return out
@@ -138,7 +123,7 @@ def from_leaves(leaves, tensor, rotary_dim):
   """The tensor that holds some leaves; the inverse of `to_leaves`."""
   rows = []
   for leaf, place in zip(leaves, tensor.places, strict=True):
-    shape = _rows_shape(place)
+    shape = rows_shape(place)
     kernel = place.path.endswith("kernel")
     rows.append(leaf.reshape(shape[::-1]).T if kernel else leaf.reshape(shape))
   x = join_rows(rows, tensor, rotary_dim)
@@ -147,49 +132,33 @@ def from_leaves(leaves, tensor, rotary_dim):
 
 
 def split_rows(x, tensor, rotary_dim):
-  """Rows (outputs) of each leaf, from the rows of the whole tensor.
-
-  Args:
-    x: [outputs, ...].
-    tensor: Tensor; the rows are those of its leaves.
-    rotary_dim: of the model; 0 without.
-  """
-  key, places = tensor.key, tensor.places
-  counts = [_rows_shape(place)[0] for place in places]
-  if key.join == "heads":
-    head_dim = places[0].shape[-1]
-    x = x.reshape(-1, len(places), head_dim, *x.shape[1:])
-    parts = [x[:, i].reshape(-1, *x.shape[3:]) for i in range(len(places))]
-  else:
-    parts = np.split(x, np.cumsum(counts)[:-1])
-  if key.pairs:
-    order = _halves(rotary_dim, places[0].shape[-1])
-    parts = [_reorder(part, order) for part in parts]
-  return parts
+  """Rows (outputs) of each leaf, from the rows of the whole tensor."""
+  counts = [rows_shape(place)[0] for place in tensor.places]
+  order = _order(tensor, len(x), rotary_dim)
+  x = x if order is None else x[np.argsort(order)]
+  return np.split(x, np.cumsum(counts)[:-1])
 
 
 def join_rows(parts, tensor, rotary_dim):
   """The inverse of `split_rows`."""
+  x = parts[0] if len(parts) == 1 else np.concatenate(parts)
+  order = _order(tensor, len(x), rotary_dim)
+  return x if order is None else x[order]
+
+
+def _order(tensor, count, rotary_dim):
+  """Which of the leaves' rows, one leaf after the other, each row is.
+
+  None if they lie so, and nothing has to be copied.
+  """
   key, places = tensor.key, tensor.places
-  head_dim = places[0].shape[-1]
-  if key.pairs:
-    order = np.argsort(_halves(rotary_dim, head_dim))
-    parts = [_reorder(part, order) for part in parts]
+  if key.join == "rows" and not key.pairs:
+    return None
+  order, head_dim = np.arange(count), places[0].shape[-1]
   if key.join == "heads":
-    parts = [p.reshape(-1, head_dim, *p.shape[1:]) for p in parts]
-    x = np.stack(parts, axis=1)
-    return x.reshape(-1, *x.shape[3:])
-  return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _halves(rotary_dim, head_dim):
-  """Neighbouring pairs -> the halves of the rotated dimensions."""
-  order = np.arange(head_dim)
-  order[:rotary_dim] = order[:rotary_dim].reshape(-1, 2).T.reshape(-1)
-  return order
-
-
-def _reorder(rows, order):
-  """Reorders the dimensions of each head."""
-  heads = rows.reshape(-1, len(order), *rows.shape[1:])
-  return heads[:, order].reshape(rows.shape)
+    order = order.reshape(len(places), -1, head_dim).swapaxes(0, 1)
+  order = order.reshape(-1, head_dim)
+  if key.pairs:  # the halves of what rotates, as neighbours
+    halves = order[:, :rotary_dim].reshape(len(order), 2, -1)
+    order[:, :rotary_dim] = halves.swapaxes(1, 2).reshape(len(order), -1)
+  return order.reshape(-1)

@@ -3,7 +3,7 @@
 Linen modules, used by models/decoder.py alone.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,29 +45,31 @@ class Linear(nn.Module):
   Where lora.graft put an adapter beside the kernel, its product is added.
   """
 
+  config: config_lib.ModelConfig
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
   bias: bool
-  std: float
-  dtype: Any
+  last: bool = False  # of attention or mlp: starts smaller, as there are 2 L
 
   @nn.compact
   def __call__(self, x):
-    init = nn.initializers.normal(self.std)
+    c = self.config
+    std = 0.02 * (2 * c.layers) ** -0.5 if self.last else 0.02
+    init = nn.initializers.normal(std)
     kernel = self.param("kernel", init, self.inputs + self.outputs)
-    x = x.astype(self.dtype)
+    x = x.astype(c.dtype)
 
     def product(x, kernel):
-      kernel = lora.dequantize(kernel).astype(self.dtype)
+      kernel = lora.dequantize(kernel).astype(c.dtype)
       return linear.product(x, kernel, len(self.inputs))
 
-    if not isinstance(kernel, jax.Array) or kernel.dtype != self.dtype:
+    if not isinstance(kernel, jax.Array) or kernel.dtype != c.dtype:
       # Made anew in the backward pass, or all layers' would be kept for it.
       product = jax.checkpoint(product, prevent_cse=False)
     out = product(x, kernel)
     if self.bias:
       bias = self.param("bias", nn.initializers.zeros, self.outputs)
-      out += bias.astype(self.dtype)
+      out += bias.astype(c.dtype)
     if self.has_variable("params", "lora_a"):
       adapter = self.variables["params"]
       out += lora.product(x, adapter, len(self.inputs))
@@ -113,12 +115,12 @@ class Attention(nn.Module):
 
     def project(name, heads):
       logical = "heads" if name == "q" else "kv_heads"
-      shape = (c.embed,), (heads, c.head_dim)
-      out = Linear(*shape, c.qkv_bias, 0.02, c.dtype, name=name)(x)
+      shape = (heads, c.head_dim)
+      out = Linear(c, (c.embed,), shape, c.qkv_bias, name=name)(x)
       out = axes.constrain(out, "rows", None, logical, None)
       if c.qk_norm == "none" or name == "v":
         return out
-      over = (c.head_dim,) if c.qk_norm == "head" else (heads, c.head_dim)
+      over = (c.head_dim,) if c.qk_norm == "head" else shape
       return RMSNorm(c, over, name=f"norm_{name}")(out)
 
     q = project("q", c.heads)
@@ -145,10 +147,8 @@ class Attention(nn.Module):
       )
       out = attention.cached(q, *cache, context.positions, **kwargs)
     out = axes.constrain(out, "rows", None, "heads", None)
-    std = 0.02 * (2 * c.layers) ** -0.5
     shape = (c.heads, c.head_dim), (c.embed,)
-    out = Linear(*shape, c.out_bias, std, c.dtype, name="out")(out)
-    return out, cache
+    return Linear(c, *shape, c.out_bias, last=True, name="out")(out), cache
 
 
 class Mlp(nn.Module):
@@ -161,15 +161,13 @@ class Mlp(nn.Module):
     c = self.config
 
     def expand(name):
-      shape = (c.embed,), (c.mlp,)
-      out = Linear(*shape, c.mlp_bias, 0.02, c.dtype, name=name)(x)
+      out = Linear(c, (c.embed,), (c.mlp,), c.mlp_bias, name=name)(x)
       return axes.constrain(out, "rows", None, "mlp")
 
     act = _ACTIVATIONS[c.activation]
     x = act(expand("gate")) * expand("up") if c.gated else act(expand("up"))
-    std = 0.02 * (2 * c.layers) ** -0.5
     shape = (c.mlp,), (c.embed,)
-    return Linear(*shape, c.mlp_bias, std, c.dtype, name="down")(x)
+    return Linear(c, *shape, c.mlp_bias, last=True, name="down")(x)
 
 
 class Block(nn.Module):

@@ -68,8 +68,9 @@ def init(rng, base, rank, targets):
     bound = math.prod(shape[1:cut]) ** -0.5
     a = jax.random.uniform(key, (*shape[:cut], rank), jnp.float32, -1, 1)
     b = jnp.zeros((shape[0], rank, *shape[cut:]))
-    _put(adapter, path, {"lora_a": bound * a, "lora_b": b})
-  return adapter
+    where = path.removesuffix("kernel")
+    adapter |= {f"{where}lora_a": bound * a, f"{where}lora_b": b}
+  return tree.nest(adapter)
 
 
 def graft(base, adapter, scale):
@@ -84,26 +85,19 @@ def graft(base, adapter, scale):
   return tree.graft(base, scaled(adapter))
 
 
-def split(params):
-  """(base, adapter) of a grafted tree."""
-  adapter, base = tree.split(params, lambda path: "/lora_" in path)
-  return base, tree.split(adapter, lambda path: "lora_scale" not in path)[0]
-
-
 def merge(base, adapter, scale):
   """`base` with W + scale · A·B, in f32, for each W with an adapter."""
-  by_path = flat(base)
+  products = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
 
-  def walk(node, prefix):
-    if "lora_a" not in node:
-      return {key: walk(x, f"{prefix}{key}/") for key, x in node.items()}
-    kernel = by_path[f"{prefix}kernel"]
-    whole = dequantize(kernel)
-    a, b = node["lora_a"], node["lora_b"]
-    add = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
-    return {"kernel": whole.astype(jnp.float32) + scale * add}
+  def merged(node, added):
+    if "lora_a" not in added:
+      return {key: merged(node[key], x) for key, x in added.items()}
+    whole = dequantize(node["kernel"]).astype(jnp.float32)
+    return {
+      "kernel": whole + scale * products(added["lora_a"], added["lora_b"])
+    }
 
-  return tree.graft(base, walk(adapter, ""))
+  return tree.graft(base, merged(base, adapter))
 
 
 def product(x, adapter, inputs):
@@ -158,11 +152,3 @@ def flat(params):
     params, lambda x: not isinstance(x, dict)
   )[0]
   return {tree.path_str(path): leaf for path, leaf in leaves}
-
-
-def _put(node, path, value):
-  """Puts `value` in the place of the leaf at `path`."""
-  *parents, _ = path.split("/")
-  for name in parents[:-1]:
-    node = node.setdefault(name, {})
-  node[parents[-1]] = value

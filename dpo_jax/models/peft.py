@@ -16,7 +16,7 @@ import safetensors.numpy
 from etils import epath
 
 from dpo_jax import tree
-from dpo_jax.models import axes, keys
+from dpo_jax.models import axes, fields, keys, lora
 from dpo_jax.models import write as write_lib
 
 _PREFIX = "base_model.model."
@@ -100,32 +100,26 @@ def _leaf(place, name):
 
 def _joined(tensor, flat, rotary_dim):
   """(A [r, inputs], B [outputs, r]) of a matrix, or None without an adapter."""
-  adapted = [p for p in tensor.places if _leaf(p, "lora_a") in flat]
-  if not adapted:
-    return None
-  downs, ups = {}, {}
-  for place in adapted:
-    a = flat[_leaf(place, "lora_a")][place.layer]
-    b = flat[_leaf(place, "lora_b")][place.layer]
-    downs[place] = a.reshape(-1, a.shape[-1]).T
-    ups[place] = b.reshape(b.shape[0], -1).T
-  total, start, parts = sum(len(a) for a in downs.values()), 0, []
+  downs, ups = [], []
   for place in tensor.places:
-    outputs = int(np.prod(place.shape)) // int(np.prod(_inputs(place)))
-    rows = np.zeros((outputs, total), np.float32)
-    if place in ups:
-      width = ups[place].shape[1]
-      rows[:, start : start + width] = ups[place]
-      start += width
-    parts.append(rows)
+    outputs, inputs = keys.rows_shape(place)
+    down, up = np.zeros((0, inputs)), np.zeros((outputs, 0))  # without one
+    if _leaf(place, "lora_a") in flat:
+      down = flat[_leaf(place, "lora_a")][place.layer].reshape(inputs, -1).T
+      up = flat[_leaf(place, "lora_b")][place.layer].reshape(-1, outputs).T
+    downs.append(down)
+    ups.append(up)
+  a = np.concatenate(downs)
+  if not len(a):
+    return None
+  ends = np.cumsum([len(down) for down in downs])
+  parts = [
+    np.pad(up, ((0, 0), (end - up.shape[1], len(a) - end)))
+    for up, end in zip(ups, ends, strict=True)
+  ]
   b = keys.join_rows(parts, tensor, rotary_dim)
   # safetensors writes memory as it lies.
-  a = np.concatenate(list(downs.values()))
-  return np.ascontiguousarray(a), np.ascontiguousarray(b)
-
-
-def _inputs(place):
-  return place.shape[: axes.inputs(place.path)]
+  return tuple(np.ascontiguousarray(x, np.float32) for x in (a, b))
 
 
 def read(folder, table, config, shapes, vocab_size):
@@ -142,16 +136,14 @@ def read(folder, table, config, shapes, vocab_size):
     raise ValueError(f"{folder} holds no adapter_config.json of PEFT")
   about = json.loads(path.read_text())
   for field, allowed in _ONLY.items():
-    if field in about and about[field] not in allowed:
-      raise ValueError(
-        f"{path}: {field} = {about[field]!r} is not supported (allowed: "
-        f"{', '.join(map(repr, allowed))})"
-      )
+    if field in about:
+      fields.only(path, field, about[field], allowed)
   file = folder / "adapter_model.safetensors"
   if not file.exists():
     raise ValueError(f"{folder} holds no adapter_model.safetensors")
   tensors = safetensors.numpy.load_file(file)
-  scale = _scale(about, about["r"], about["lora_alpha"])
+  stabilised = about.get("use_rslora")
+  scale = lora.scale_of(about["r"], about["lora_alpha"], stabilised)
   wanted = _kernels(table, config, shapes, vocab_size)
   stacks = {}
   for name, tensor in wanted.items():
@@ -162,15 +154,14 @@ def read(folder, table, config, shapes, vocab_size):
       continue
     rank = _pattern(about.get("rank_pattern"), module, about["r"])
     alpha = _pattern(about.get("alpha_pattern"), module, about["lora_alpha"])
-    b = b.astype(np.float32) * (_scale(about, rank, alpha) / scale)
+    b = b.astype(np.float32) * (lora.scale_of(rank, alpha, stabilised) / scale)
     parts = keys.split_rows(b, tensor, config.rotary_dim)
     for place, rows in zip(tensor.places, parts, strict=True):
-      inputs = _inputs(place)
-      outputs = place.shape[len(inputs) :]
-      down = a.astype(np.float32).T.reshape(*inputs, rank)
-      stacks.setdefault(_leaf(place, "lora_a"), {})[place.layer] = down
-      up = rows.T.reshape(rank, *outputs)
-      stacks.setdefault(_leaf(place, "lora_b"), {})[place.layer] = up
+      cut = axes.inputs(place.path)
+      down = a.astype(np.float32).T.reshape(*place.shape[:cut], rank)
+      up = rows.T.reshape(rank, *place.shape[cut:])
+      for leaf, x in (("lora_a", down), ("lora_b", up)):
+        stacks.setdefault(_leaf(place, leaf), {})[place.layer] = x
   if tensors:
     raise ValueError(
       f"{file}: {sorted(tensors)[:4]} belong to no layer of the base model"
@@ -196,10 +187,6 @@ def _stacked(stacks, shapes, file):
       )
     out[path] = np.stack([layers[i] for i in sorted(layers)])
   return out
-
-
-def _scale(about, rank, alpha):
-  return alpha / (rank**0.5 if about.get("use_rslora") else rank)
 
 
 def _pattern(patterns, module, default):

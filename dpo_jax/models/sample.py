@@ -96,16 +96,6 @@ def _prefill(model, params, prompts, prompt_lengths, max_new_tokens):
   return model.decode(params, tokens, positions, cache, prompt_lengths - 1)
 
 
-def _empty(batch, max_new_tokens, fill):
-  """Samples before the first token."""
-  return Samples(
-    jnp.full((batch, max_new_tokens), fill, jnp.int32),
-    jnp.zeros(batch, jnp.int32),
-    jnp.zeros(batch, bool),
-    jnp.zeros((batch, max_new_tokens), jnp.float32),
-  )
-
-
 def _append(samples, step, token, logp, eos_id):
   """Samples with one more token each, where they have not ended."""
   live = ~samples.finished
@@ -176,5 +166,11 @@ def sample(
     )
     return step + 1, logits, cache, samples
 
-  samples = _empty(len(prompts), max_new_tokens, fill)
+  batch, shape = len(prompts), (len(prompts), max_new_tokens)
+  samples = Samples(
+    jnp.full(shape, fill, jnp.int32),
+    jnp.zeros(batch, jnp.int32),
+    jnp.zeros(batch, bool),
+    jnp.zeros(shape, jnp.float32),
+  )
   return jax.lax.while_loop(going, body, (0, logits, cache, samples))[3]

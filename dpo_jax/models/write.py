@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from dpo_jax import tree
 from dpo_jax.models import config as config_lib
-from dpo_jax.models import families, keys
+from dpo_jax.models import families, fields, keys
 
 FILE_BYTES = 5_000_000_000  # a file of a larger checkpoint
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -32,46 +32,31 @@ def write(folder, params, config, vocab_size, raw, dtype):
     raw: content of config.json; its architecture has the key table.
     dtype: of DTYPES; f32 loses nothing.
   """
+  import huggingface_hub
+
   flat = dict(tree.named(params))
   shapes = {path: x.shape for path, x in flat.items()}
   table = families.find(raw).table
   wanted = keys.tensors(table, config, shapes, vocab_size)
   size = np.dtype(DTYPES[dtype]).itemsize
-  files = _files(wanted, size)
-  for file, names in files.items():
+  split = huggingface_hub.split_state_dict_into_shards_factory(
+    wanted,
+    get_storage_size=lambda tensor: math.prod(tensor.shape) * size,
+    filename_pattern="model{suffix}.safetensors",
+    max_shard_size=FILE_BYTES,
+  )
+  for file, names in split.filename_to_tensors.items():
     tensors = {
       name: _tensor(wanted[name], flat, config).astype(DTYPES[dtype])
       for name in names
     }
     content = safetensors.numpy.save(tensors, {"format": "pt"})
     (folder / file).write_bytes(content)
-  if len(files) > 1:
-    total = sum(math.prod(t.shape) for t in wanted.values()) * size
-    index = {
-      "metadata": {"total_size": total},
-      "weight_map": {n: file for file, names in files.items() for n in names},
-    }
+  if split.is_sharded:
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     write_json(folder / "model.safetensors.index.json", index)
   named = {k: v for k, v in raw.items() if k != "torch_dtype"}
   write_json(folder / "config.json", {**named, "dtype": dtype})
-
-
-def _files(wanted, size):
-  """{file: names of its tensors}, none much above FILE_BYTES."""
-  groups, room = [[]], FILE_BYTES
-  for name, tensor in wanted.items():
-    nbytes = math.prod(tensor.shape) * size
-    if nbytes > room and groups[-1]:
-      groups.append([])
-      room = FILE_BYTES
-    groups[-1].append(name)
-    room -= nbytes
-  if len(groups) == 1:
-    return {"model.safetensors": groups[0]}
-  return {
-    f"model-{i:05}-of-{len(groups):05}.safetensors": names
-    for i, names in enumerate(groups, start=1)
-  }
 
 
 def _tensor(tensor, flat, config):
@@ -92,13 +77,21 @@ def describe(config, vocab_size):
 
   Raises: ValueError if no architecture that is written here has its blocks.
   """
-  if config.position == "learned":
-    raw = _gpt2(config)
-  elif config.norm == "rmsnorm":
-    raw = _llama(config)
+  c = config
+  if c.position == "learned":
+    kind, architecture, names, own = "gpt2", "GPT2LMHeadModel", fields.GPT, {}
+  elif c.norm == "rmsnorm":
+    kind, architecture, names = "llama", "LlamaForCausalLM", fields.LLAMA
+    own = {"rope_theta": c.rope_theta}
   else:
-    raw = _neox(config)
-  raw["vocab_size"] = vocab_size
+    kind, architecture, names = "gpt_neox", "GPTNeoXForCausalLM", fields.NEOX
+    own = {
+      "use_parallel_residual": c.residual == "parallel",
+      "rotary_pct": c.rotary_dim / c.head_dim,
+      "rotary_emb_base": c.rope_theta,
+    }
+  raw = {"model_type": kind, "architectures": [architecture]}
+  raw |= {**fields.written(c, names), **own, "vocab_size": vocab_size}
   written, _ = families.read(raw)
   runtime = {name: getattr(config, name) for name in config_lib.RUNTIME}
   written = dataclasses.replace(written, **runtime)
@@ -113,63 +106,6 @@ def describe(config, vocab_size):
       f"of model.{', model.'.join(differ)}"
     )
   return raw
-
-
-def _gpt2(c):
-  return {
-    "model_type": "gpt2",
-    "architectures": ["GPT2LMHeadModel"],
-    "n_layer": c.layers,
-    "n_embd": c.embed,
-    "n_head": c.heads,
-    "n_inner": c.mlp,
-    "n_positions": c.max_positions,
-    "layer_norm_epsilon": c.norm_eps,
-    "activation_function": _ACTIVATIONS[c.activation],
-    "tie_word_embeddings": c.tied,
-  }
-
-
-def _neox(c):
-  return {
-    "model_type": "gpt_neox",
-    "architectures": ["GPTNeoXForCausalLM"],
-    **_common(c),
-    "layer_norm_eps": c.norm_eps,
-    "use_parallel_residual": c.residual == "parallel",
-    "rotary_pct": c.rotary_dim / c.head_dim,
-    "rotary_emb_base": c.rope_theta,
-    "attention_bias": c.qkv_bias,
-  }
-
-
-def _llama(c):
-  return {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    **_common(c),
-    "num_key_value_heads": c.kv_heads,
-    "head_dim": c.head_dim,
-    "rms_norm_eps": c.norm_eps,
-    "rope_theta": c.rope_theta,
-    "attention_bias": c.qkv_bias,
-    "mlp_bias": c.mlp_bias,
-  }
-
-
-def _common(c):
-  return {
-    "num_hidden_layers": c.layers,
-    "hidden_size": c.embed,
-    "num_attention_heads": c.heads,
-    "intermediate_size": c.mlp,
-    "max_position_embeddings": c.max_positions,
-    "hidden_act": _ACTIVATIONS[c.activation],
-    "tie_word_embeddings": c.tied,
-  }
-
-
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu"}
 
 
 def write_json(path, value):

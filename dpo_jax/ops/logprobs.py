@@ -21,8 +21,6 @@ _HIDDEN = -1e30  # logit of a column that pads the vocabulary
 
 # How the arrays of the op lie on a mesh.
 _ROWS = P(reduce.ROWS)
-_KERNEL = P(None, reduce.TENSOR)
-_COLUMNS = P(reduce.TENSOR)
 _LOGITS = P(reduce.ROWS, None, reduce.TENSOR)
 
 
@@ -63,18 +61,9 @@ class Scores(NamedTuple):
   top1: jax.Array
 
 
-class _Static(NamedTuple):
-  chunk: int | None
-  vocab_size: int
-  softcap: float | None
-  scale: float | None
-  more: bool = False
-
-
 def logits(hidden, head):
   """f32[..., V] logits of hidden [..., D]; padded columns are −1e30."""
-  static = _Static(None, head.vocab_size, head.softcap, head.scale)
-  out = _logits(static, hidden, head.kernel, head.bias)
+  out = _logits(hidden, head)
   return jnp.where(jnp.arange(out.shape[-1]) < head.vocab_size, out, _HIDDEN)
 
 
@@ -100,19 +89,13 @@ def token_scores(hidden, head, source_index, targets, mask):
   Args: as `token_logps`.
   Returns: Scores; nothing is differentiated through entropy and top1.
   """
-  found = _scores(hidden, head, source_index, targets, mask, True)
-  return Scores(*found)
+  return Scores(*_scores(hidden, head, source_index, targets, mask, True))
 
 
 def _scores(hidden, head, source_index, targets, mask, more):
   """The f32[R, S] of `Scores`, the first alone without `more`."""
-  static = _Static(head.chunk, head.vocab_size, head.softcap, head.scale, more)
-  source_index, targets = (
-    jnp.where(mask, x, 0) for x in (source_index, targets)
-  )
-  found = _token_scores(
-    static, hidden, head.kernel, head.bias, source_index, targets
-  )
+  source, targets = (jnp.where(mask, x, 0) for x in (source_index, targets))
+  found = _token_scores(more, hidden, head, source, targets)
   return tuple(jnp.where(mask, x, 0.0) for x in found)
 
 
@@ -141,31 +124,36 @@ def select(values, index):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_scores(static, hidden, kernel, bias, source, targets):
-  return _fwd(static, hidden, kernel, bias, source, targets)[0]
+def _token_scores(more, hidden, head, source, targets):
+  return _fwd(more, hidden, head, source, targets)[0]
 
 
-def _fwd(static, hidden, kernel, bias, source, targets):
+def _fwd(more, hidden, head, source, targets):
   forward = _sharded(
-    functools.partial(_forward, static),
-    (_ROWS, _KERNEL, _COLUMNS, _ROWS, _ROWS),
+    functools.partial(_forward, more),
+    (_ROWS, _specs(head), _ROWS, _ROWS),
     (_ROWS, _ROWS, _LOGITS),
   )
-  found, lse, stored = forward(hidden, kernel, bias, source, targets)
-  return found, (hidden, kernel, bias, source, targets, lse, stored)
+  found, lse, stored = forward(hidden, head, source, targets)
+  return found, (hidden, head, source, targets, lse, stored)
 
 
-def _bwd(static, residual, grad):
+def _bwd(more, residual, grad):
+  del more
+  specs = _specs(residual[1])
   backward = _sharded(
-    functools.partial(_backward, static),
-    (_ROWS, _KERNEL, _COLUMNS, _ROWS, _ROWS, _ROWS, _LOGITS, _ROWS),
-    (_ROWS, _KERNEL, _COLUMNS),
+    _backward,
+    (_ROWS, specs, _ROWS, _ROWS, _ROWS, _LOGITS, _ROWS),
+    (_ROWS, specs),
   )
-  hidden, kernel, bias = backward(*residual, grad[0])
-  return hidden, kernel, bias, None, None
+  return *backward(*residual, grad[0]), None, None
 
 
 _token_scores.defvjp(_fwd, _bwd)
+
+
+def _specs(head):
+  return head.replace(kernel=P(None, reduce.TENSOR), bias=P(reduce.TENSOR))
 
 
 def _sharded(fn, in_specs, out_specs):
@@ -173,18 +161,19 @@ def _sharded(fn, in_specs, out_specs):
   mesh = compat.ambient_mesh()
   if mesh is None:
     return functools.partial(fn, False)
-  return compat.shard_map(
-    functools.partial(fn, True), mesh, in_specs, out_specs
-  )
+  fn = functools.partial(fn, True)
+  return compat.shard_map(fn, mesh, in_specs, out_specs)
 
 
-def _columns(on_mesh, width):
-  """Vocabulary ids of the local columns."""
+def _columns(on_mesh, head):
+  """Vocabulary ids of the local columns, and which of them are tokens."""
+  width = head.kernel.shape[1]
   start = jax.lax.axis_index(reduce.TENSOR) * width if on_mesh else 0
-  return start + jnp.arange(width)
+  columns = start + jnp.arange(width)
+  return columns, columns < head.vocab_size
 
 
-def _logits(static, hidden, kernel, bias):
+def _logits(hidden, head):
   """Logits of all columns, those that only pad the vocabulary among them.
 
   They are left out where columns are summed: to hide them here would be one
@@ -193,16 +182,14 @@ def _logits(static, hidden, kernel, bias):
   out = jnp.einsum(
     "...d,dv->...v",
     hidden,
-    kernel.astype(hidden.dtype),
+    head.kernel.astype(hidden.dtype),
     preferred_element_type=jnp.float32,
   )
-  if bias is not None:
-    out += bias.astype(jnp.float32)
-  if static.scale is not None:
-    out *= static.scale
-  if static.softcap is not None:
-    out = static.softcap * jnp.tanh(out / static.softcap)
-  return out
+  if head.bias is not None:
+    out += head.bias.astype(jnp.float32)
+  if head.scale is not None:
+    out *= head.scale
+  return attention.capped(out, head.softcap)
 
 
 def chunks(chunk, *arrays, fill=0):
@@ -225,15 +212,14 @@ def unchunk(x, length):
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _forward(static, on_mesh, hidden, kernel, bias, source, targets):
+def _forward(more, on_mesh, hidden, head, source, targets):
   """Local rows and columns: (of Scores, log Σ exp, logits | None)."""
-  columns = _columns(on_mesh, kernel.shape[1])
-  real = columns < static.vocab_size
+  columns, real = _columns(on_mesh, head)
 
   def body(_, xs):
     source, targets = xs
     h = attention.take_rows(hidden, source)
-    out = _logits(static, h, kernel, bias)
+    out = _logits(h, head)
     top = jnp.max(out, axis=-1, where=real, initial=_HIDDEN)
     total = jnp.sum(jnp.exp(out - top[..., None]), axis=-1, where=real)
     # A gather: to compare every column would be one more pass over them all.
@@ -243,20 +229,20 @@ def _forward(static, on_mesh, hidden, kernel, bias, source, targets):
     target = jnp.take_along_axis(out, at, axis=-1)[..., 0]
     target = jnp.where(here, target, 0.0)
     mean = None  # Σ exp(out − top) · (out − top)
-    if static.more:
+    if more:
       below = out - top[..., None]
       mean = jnp.sum(jnp.exp(below) * below, axis=-1, where=real)
-    stored = out if static.chunk is None else None
+    stored = out if head.chunk is None else None
     return None, (top, total, target, mean, stored)
 
-  _, found = jax.lax.scan(body, None, chunks(static.chunk, source, targets))
+  _, found = jax.lax.scan(body, None, chunks(head.chunk, source, targets))
   top, total, target, mean, stored = jax.tree.map(
     lambda x: unchunk(x, source.shape[1]), found
   )
   if on_mesh:
     highest = jax.lax.pmax(top, reduce.TENSOR)
     factor = jnp.exp(top - highest)
-    if static.more:
+    if more:
       mean = factor * (mean + total * (top - highest))
     total, target, mean = jax.lax.psum(
       (factor * total, target, mean), reduce.TENSOR
@@ -264,56 +250,49 @@ def _forward(static, on_mesh, hidden, kernel, bias, source, targets):
     top = highest
   lse = top + jnp.log(total)
   found = (target - lse,)
-  if static.more:
+  if more:
     found += jnp.log(total) - mean / total, (target >= top).astype(jnp.float32)
   return found, lse, stored
 
 
-def _backward(
-  static, on_mesh, hidden, kernel, bias, source, targets, lse, stored, grad
-):
-  """Gradients of Σ grad · logps for hidden, kernel and bias."""
-  columns = _columns(on_mesh, kernel.shape[1])
-  real = columns < static.vocab_size
-  weights = kernel.astype(hidden.dtype)
+def _backward(on_mesh, hidden, head, source, targets, lse, stored, grad):
+  """Gradients of Σ grad · logps for hidden and head."""
+  columns, real = _columns(on_mesh, head)
+  weights = head.kernel.astype(hidden.dtype)
 
   def body(carry, xs):
     d_kernel, d_bias = carry
     source, targets, lse, grad = xs
     h = attention.take_rows(hidden, source)
-    if stored is None:
-      out = _logits(static, h, kernel, bias)
-    else:
-      out = stored
+    out = _logits(h, head) if stored is None else stored
     hit = columns == targets[..., None]
     probs = jnp.where(real, jnp.exp(out - lse[..., None]), 0.0)
     d_out = grad[..., None] * (hit - probs)
-    if static.softcap is not None:
-      d_out *= 1 - jnp.square(out / static.softcap)
-    if static.scale is not None:
-      d_out *= static.scale
-    if bias is not None:
+    if head.softcap is not None:
+      d_out *= 1 - jnp.square(out / head.softcap)
+    if head.scale is not None:
+      d_out *= head.scale
+    if d_bias is not None:
       d_bias += jnp.sum(d_out, axis=(0, 1))
     d_out = d_out.astype(hidden.dtype)
     d_kernel += compat.einsum_f32("rsd,rsv->dv", h, d_out)
     d_h = compat.einsum_f32("rsv,dv->rsd", d_out, weights)
     return (d_kernel, d_bias), d_h
 
-  carry = (
-    jnp.zeros(kernel.shape, jnp.float32),
-    None if bias is None else jnp.zeros(bias.shape, jnp.float32),
-  )
+  kept = head.kernel, head.bias
+  carry = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kept)
   # exp(logit − ∞) = 0 at padding; with 0 it would overflow for large logits.
-  (lse,) = chunks(static.chunk, lse, fill=jnp.inf)
-  sources, targets, grad = chunks(static.chunk, source, targets, grad)
+  (lse,) = chunks(head.chunk, lse, fill=jnp.inf)
+  sources, targets, grad = chunks(head.chunk, source, targets, grad)
   xs = sources, targets, lse, grad
-  (d_kernel, d_bias), d_h = jax.lax.scan(body, carry, xs)
+  d_head, d_h = jax.lax.scan(body, carry, xs)
   d_h = unchunk(d_h, source.shape[1])
   d_hidden = jax.vmap(lambda i, d: jnp.zeros(hidden.shape[1:]).at[i].add(d))(
     source, d_h
   )
   if on_mesh:
     d_hidden = jax.lax.psum(d_hidden, reduce.TENSOR)
-    d_kernel, d_bias = jax.lax.psum((d_kernel, d_bias), reduce.ROWS)
-  d_bias = None if bias is None else d_bias.astype(bias.dtype)
-  return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype), d_bias
+    d_head = jax.lax.psum(d_head, reduce.ROWS)
+  d_kernel, d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, kept)
+  d_head = head.replace(kernel=d_kernel, bias=d_bias)
+  return d_hidden.astype(hidden.dtype), d_head

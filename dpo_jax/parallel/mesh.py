@@ -46,7 +46,7 @@ def of_devices(devices):
 
 def sizes(mesh):
   """{axis: size}."""
-  return dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+  return dict(mesh.shape)
 
 
 def row_parallelism(mesh):
@@ -55,22 +55,14 @@ def row_parallelism(mesh):
 
 
 def shardings(mesh, values, spec):
-  """NamedSharding of every leaf.
+  """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs.
 
-  Args:
-    mesh: the mesh.
-    values: tree of arrays or ShapeDtypeStructs.
-    spec: function (path, shape, {axis: size}) -> PartitionSpec.
+  `spec` is a function (path, shape, {axis: size}) -> PartitionSpec.
   """
   axis_sizes = sizes(mesh)
   return tree.map_named(
     lambda path, x: NamedSharding(mesh, spec(path, x.shape, axis_sizes)), values
   )
-
-
-def replicated(mesh):
-  """Every device holds all of it."""
-  return NamedSharding(mesh, P())
 
 
 def local_rows(mesh, count):

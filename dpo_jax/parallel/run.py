@@ -41,14 +41,10 @@ def parallelize(step, mesh, mode, state):
     state, metrics = step(moving.replace(frozen=frozen), batch, hparams)
     return state.replace(frozen={}), metrics
 
-  if mode == "jit":
-    moving = state.replace(frozen={})
-    shardings = jax.tree.map(lambda x: x.sharding, moving)
-    out = shardings, NamedSharding(mesh, P())
-    compiled = _jit(moving_step, mesh, out, donate=0)
-  else:
-    compiled = _pmap(moving_step, mesh, (None, None, 0, None), donate=0)
-
+  moving = state.replace(frozen={})
+  shardings = jax.tree.map(lambda x: x.sharding, moving)
+  out, in_axes = (shardings, _everywhere(mesh)), (None, None, 0, None)
+  compiled = _compiled(moving_step, mesh, mode, in_axes, out, donate=0)
   started = _Started(mesh)
 
   def call(state, batch, hparams):
@@ -88,10 +84,7 @@ class _Started:
 
 def evaluator(fn, mesh, mode):
   """Compiles `fn(state, batch, hparams) -> sums` without donating."""
-  if mode == "jit":
-    compiled = _jit(fn, mesh, NamedSharding(mesh, P()), donate=())
-  else:
-    compiled = _pmap(fn, mesh, (None, 0, None), donate=())
+  compiled = _compiled(fn, mesh, mode, (None, 0, None), _everywhere(mesh))
   started = _Started(mesh)
 
   def call(state, batch, hparams):
@@ -104,10 +97,25 @@ def evaluator(fn, mesh, mode):
 
 def forward(fn, mesh):
   """Compiles fn(*trees, batch) over a mesh; each process gets all results."""
-  return _jit(fn, mesh, NamedSharding(mesh, P()), donate=())
+  return _compiled(fn, mesh, "jit", None, _everywhere(mesh))
 
 
-def _jit(fn, mesh, out_shardings, donate):
+def _everywhere(mesh):
+  return NamedSharding(mesh, P())
+
+
+def _compiled(fn, mesh, mode, in_axes, out_shardings, donate=()):
+  """`fn` over the mesh; `in_axes` are pmap's, `out_shardings` jit's."""
+  if mode == "pmap":
+    # No device axis on the state, in or out: one checkpoint layout for both.
+    return jax.pmap(
+      fn,
+      axis_name=PMAP_AXIS,
+      in_axes=in_axes,
+      out_axes=None,
+      devices=list(mesh.devices.flat),
+      donate_argnums=donate,
+    )
   compiled = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
 
   def call(*args):
@@ -118,29 +126,16 @@ def _jit(fn, mesh, out_shardings, donate):
   return call
 
 
-def _pmap(fn, mesh, in_axes, donate):
-  # No device axis on the state, in or out: one checkpoint layout for both.
-  return jax.pmap(
-    fn,
-    axis_name=PMAP_AXIS,
-    in_axes=in_axes,
-    out_axes=None,
-    devices=list(mesh.devices.flat),
-    donate_argnums=donate,
-  )
-
-
 def place(values, shardings):
   """Puts a tree on the mesh as copies that may be donated."""
   values = jax.device_put(values, shardings)  # from whatever devices
-  return jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings)(
-    values
-  )
+  copy = functools.partial(jax.tree.map, jnp.copy)
+  return jax.jit(copy, out_shardings=shardings)(values)
 
 
-def jitted(fn, out_shardings):
-  """`fn` compiled so that its result is born sharded."""
-  return jax.jit(fn, out_shardings=out_shardings)
+def jitted(fn, like):
+  """`fn` compiled so that its result is born sharded as a tree of arrays is."""
+  return jax.jit(fn, out_shardings=jax.tree.map(lambda x: x.sharding, like))
 
 
 def place_batch(batch, mesh, mode):
@@ -150,8 +145,9 @@ def place_batch(batch, mesh, mode):
   """
   if mode == "pmap":
     devices = mesh.local_mesh.devices.size
-    split = functools.partial(_split_rows, devices)
-    batch = jax.tree.map(split, batch)
+    batch = jax.tree.map(
+      lambda x: x.reshape(devices, len(x) // devices, *x.shape[1:]), batch
+    )
     spec = P(mesh.axis_names)
   else:
     spec = P(reduce.ROWS)
@@ -159,7 +155,3 @@ def place_batch(batch, mesh, mode):
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch
   )
-
-
-def _split_rows(devices, x):
-  return x.reshape(devices, x.shape[0] // devices, *x.shape[1:])

@@ -24,8 +24,6 @@ COLUMNS = (
   ("distinct_2", "dist-2", "distinct-2", 3),
 )
 MEANS = ("kl", "log_ratio", "length")
-COMPARISONS = ("rewards/accuracies", "logps/chosen", "logps/rejected")
-DISTINCT = ("distinct_1", "distinct_2")
 
 
 def write(workdir):
@@ -103,16 +101,13 @@ def grid(rows, style):
   Returns: (heads, body): lists of strings, and a list a run of its name and
     its cells: (mean, se), or (value,) where there is no error.
   """
-  columns = [
-    (key, f"{TRUTH} {name}", f"{TRUTH} ({name})", 2)
-    if i == 0
-    else (key, name, name, 2)
-    for i, (key, name) in enumerate(
-      (key, key.removeprefix("reward/"))
-      for key in rows[0]
-      if key.startswith("reward/")
-    )
+  names = [
+    key.removeprefix("reward/") for key in rows[0] if key.startswith("reward/")
   ]
+  columns = [(f"reward/{name}", name, name, 2) for name in names]
+  if columns:
+    key, name, *_ = columns[0]
+    columns[0] = key, f"{TRUTH} {name}", f"{TRUTH} ({name})", 2
   columns += COLUMNS
   heads = [short if style == "text" else head for _, short, head, _ in columns]
   cells = [_cells([row[key] for row in rows], at) for key, _, _, at in columns]
@@ -136,12 +131,8 @@ def _cells(values, decimals):
     return f"{round(value, decimals) + 0.0:.{decimals}f}"
 
   return [
-    (MISSING,)
-    if mean is None
-    else (text(mean),)
-    if se is None
-    else (text(mean), text(se))
-    for mean, se in pairs
+    tuple(text(part) for part in pair if part is not None) or (MISSING,)
+    for pair in pairs
   ]
 
 
@@ -165,17 +156,14 @@ def _right(head, cells):
 
 
 def _rows(sweep):
-  found = []
+  rows = []
   for run in sweep.everyone:
-    means = run.evaluation.get("means", {})
-    comparisons = run.evaluation.get("comparisons", {})
     row = {"run": run.name}
     for key in (*sweep.rewards, *MEANS):
-      value = {
-        k: folder.number(means.get(key, {}).get(k)) for k in ("mean", "se")
-      }
-      row[key] = None if value["mean"] is None else value
-    row |= {key: folder.number(comparisons.get(key)) for key in COMPARISONS}
-    row |= {key: folder.number(run.evaluation.get(key)) for key in DISTINCT}
-    found.append(row)
-  return found
+      mean, se = run.mean(key)
+      row[key] = None if mean is None else {"mean": mean, "se": se}
+    others = run.evaluation | run.evaluation.get("comparisons", {})
+    for key, *_ in COLUMNS:
+      row.setdefault(key, folder.number(others.get(key)))
+    rows.append(row)
+  return rows

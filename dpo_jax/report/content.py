@@ -1,7 +1,10 @@
 """What a report says, whatever it is written in: figures, words, samples."""
 
+import functools
 import math
 from typing import NamedTuple
+
+import numpy as np
 
 from dpo_jax.report import figures, folder
 
@@ -33,54 +36,40 @@ def draw(sweep):
     nothing to draw.
   """
   light = [on_white for on_white, _ in figures.palette(len(sweep.runs))]
+  runs = list(zip(sweep.runs, light, strict=True))
   truth = sweep.rewards[0] if sweep.rewards else ""
-  marks = [
-    _mark(run, truth, color)
-    for run, color in zip(sweep.runs, light, strict=True)
-  ]
-  marks = [mark for mark in marks if mark]
+  marks = [_mark(run, truth, color) for run, color in runs]
   start = sweep.reference and _mark(sweep.reference, truth, figures.INK)
-  start = start and start._replace(kl=0.0, kl_se=math.nan)
-  lines = [
-    figures.Line(run.name, color, run.metrics)
-    for run, color in zip(sweep.runs, light, strict=True)
-  ]
-
-  def frontier(wide, file):
-    del file
-    if not marks and not start:
-      return None
-    title = f"mean r* ({truth.removeprefix('reward/')}) of the samples"
-    joined = sweep.axis is not None
-    return figures.frontier(marks, start, title, joined=joined, wide=wide)
-
-  def curves(wide, file):
-    return figures.curves(lines, wide=wide, legend=file)
-
-  return {
-    "frontier": _picture(frontier, "reward", "Reward over KL", light),
-    "curves": _picture(curves, "curves", "Training curves", light),
+  frontier = functools.partial(
+    figures.frontier,
+    [mark for mark in marks if mark],
+    start and start._replace(kl=0.0, kl_se=math.nan),
+    f"mean r* ({truth.removeprefix('reward/')}) of the samples",
+    joined=sweep.axis is not None,
+  )
+  curves = functools.partial(
+    figures.curves,
+    [figures.Line(run.name, color, run.metrics) for run, color in runs],
+  )
+  named = curves(wide=True, legend=True)  # the page has a legend of its own
+  drawings = {
+    "frontier": (frontier(wide=True), frontier, "reward", "Reward over KL"),
+    "curves": (named, curves, "curves", "Training curves"),
   }
+  return {name: _picture(*each, light) for name, each in drawings.items()}
 
 
 def _mark(run, truth, color):
   """A run's place between reward and KL, or None if it is not known."""
-  values = []
-  for name in ("kl", truth):
-    value = run.evaluation.get("means", {}).get(name, {})
-    values.append(
-      (folder.number(value.get("mean")), folder.number(value.get("se")))
-    )
-  (kl, kl_se), (reward, reward_se) = values
+  (kl, kl_se), (reward, reward_se) = run.mean("kl"), run.mean(truth)
   if kl is None or reward is None:
     return None
-  errors = [math.nan if se is None else se for se in (kl_se, reward_se)]
+  errors = np.array([kl_se, reward_se], float)  # None as NaN
   return figures.Mark(run.name, kl, reward, *errors, color)
 
 
-def _picture(make, prefix, label, light):
-  """A Picture of `make(wide, file)`, or None if that makes none."""
-  in_file = make(True, True)
+def _picture(in_file, make, prefix, label, light):
+  """A Picture of a file's figure and `make(wide=…)`; None if there is none."""
   if in_file is None:
     return None
   names = {
@@ -91,8 +80,8 @@ def _picture(make, prefix, label, light):
     **{color: f"--s{i}" for i, color in enumerate(light)},
   }
   svgs = [
-    figures.svg(make(wide, False), f"{prefix}-{kind}", label, names)
-    for wide, kind in ((True, "wide"), (False, "narrow"))
+    figures.svg(make(wide=kind == "wide"), f"{prefix}-{kind}", label, names)
+    for kind in ("wide", "narrow")
   ]
   return Picture(figures.png(in_file), "\n".join(svgs))
 

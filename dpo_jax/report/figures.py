@@ -70,15 +70,10 @@ def smooth(values):
   """Centred rolling mean over SMOOTHING of the values; NaNs stay gaps."""
   values = np.asarray(values, float)
   half = max(1, round(SMOOTHING * len(values))) // 2
-  there = np.isfinite(values)
-  sums = np.cumsum(np.append(0.0, np.where(there, values, 0.0)))
-  counts = np.cumsum(np.append(0, there))
-  index = np.arange(len(values))
-  end = np.minimum(index + half + 1, len(values))
-  start = np.maximum(index - half, 0)
-  count = counts[end] - counts[start]
-  means = (sums[end] - sums[start]) / np.maximum(count, 1)
-  return np.where(there, means, np.nan)
+  there, window = np.isfinite(values), np.ones(2 * half + 1)
+  sums = np.convolve(np.where(there, values, 0.0), window, "same")
+  counts = np.convolve(there, window, "same")
+  return np.where(there, sums / np.maximum(counts, 1), np.nan)
 
 
 def frontier(marks, reference, title, *, joined, wide):
@@ -90,8 +85,10 @@ def frontier(marks, reference, title, *, joined, wide):
     title: what the vertical axis shows.
     joined: whether to join the marks in their order.
     wide: 540 x 310 pt, else 277 x 270 pt.
-  Returns: matplotlib Figure.
+  Returns: matplotlib Figure, or None if there is no mark.
   """
+  if not marks and not reference:
+    return None
   size = 11 if wide else 9.5
   fig, (ax,) = _figure((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
   ax.set_title(title, loc="left", color=INK, fontsize=size)
@@ -125,7 +122,7 @@ def frontier(marks, reference, title, *, joined, wide):
   return fig
 
 
-def curves(runs, *, wide, legend):
+def curves(runs, *, wide, legend=False):
   """Training metrics over steps: the logged values thin, smoothed ones thick.
 
   Args:
@@ -155,11 +152,9 @@ def curves(runs, *, wide, legend):
   for ax in axes[max(0, len(panels) - columns) : len(panels)]:
     ax.set_xlabel("training step", fontsize=size)
   if legend:
-    handles = [lines.Line2D([], [], color=line.color, lw=2) for line in runs]
-    labels = [_plain(line.name) for line in runs]
     fig.legend(
-      handles,
-      labels,
+      [lines.Line2D([], [], color=line.color, lw=2) for line in runs],
+      [_plain(line.name) for line in runs],
       loc="outside upper left",
       ncols=min(6, len(runs)),
       frameon=False,
@@ -231,15 +226,10 @@ def _curve(ax, steps, values, color, style):
   thick = smooth(values)[::stride]
   ax.plot(steps, thin, color=color, lw=0.7, alpha=0.22)
   # A value between two gaps is no line: it shows as a dot.
-  alone = np.isfinite(thick) & ~_near(np.isfinite(thick))
+  gap = np.pad(np.isnan(thick), 1, constant_values=True)
+  alone = ~gap[1:-1] & gap[:-2] & gap[2:]
   ax.plot(steps[alone], thick[alone], ".", color=color, ms=3)
   ax.plot(steps, thick, color=color, lw=1.8, ls=style, solid_capstyle="round")
-
-
-def _near(there):
-  """Where a value before or after is there."""
-  padded = np.pad(there, 1)
-  return padded[:-2] | padded[2:]
 
 
 def _label(fig, ax, marks, path, reference, size):
@@ -314,28 +304,23 @@ def _drawn(ax, marks, path, point):
 
 def _distances(box, spots):
   """Pixels from each spot to a box."""
-  (x0, y0, x1, y1), (x, y) = box.extents, spots.T
-  return np.hypot(
-    np.maximum(0, np.maximum(x0 - x, x - x1)),
-    np.maximum(0, np.maximum(y0 - y, y - y1)),
-  )
+  outside = np.maximum(box.min - spots, spots - box.max)
+  return np.hypot(*np.maximum(0, outside).T)
 
 
 def _crossed(dots, taken):
   """What a leader, as points f64[n, 2], would cross: marks, bars and names."""
-  x, y = dots[:, :1], dots[:, 1:]
-  inside = (x > taken[:, 0]) & (x < taken[:, 2])
-  inside &= (y > taken[:, 1]) & (y < taken[:, 3])
-  return np.sum(taken[:, 4], where=inside.any(axis=0))
+  dots = dots[:, None]
+  inside = (dots > taken[:, :2]) & (dots < taken[:, 2:4])
+  return np.sum(taken[:, 4], where=inside.all(axis=2).any(axis=0))
 
 
 def _cost(box, taken, frame, point):
   """How badly a name's box sits: what it covers, and what leaves the frame."""
-  x0, y0, x1, y1 = box.extents + point * np.asarray([-1, -1, 1, 1])
-  wide = np.minimum(x1, taken[:, 2]) - np.maximum(x0, taken[:, 0])
-  high = np.minimum(y1, taken[:, 3]) - np.maximum(y0, taken[:, 1])
-  covered = np.sum(taken[:, 4], where=(wide > 0) & (high > 0))
-  outside = max(0, frame.x0 - x0, x1 - frame.x1, frame.y0 - y0, y1 - frame.y1)
+  low, high = box.min - point, box.max + point
+  meets = (low < taken[:, 2:4]) & (high > taken[:, :2])
+  covered = np.sum(taken[:, 4], where=meets.all(axis=1))
+  outside = max(0, *(frame.min - low), *(high - frame.max))
   return covered + 4 * outside / point
 
 

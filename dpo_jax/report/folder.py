@@ -5,7 +5,10 @@ import math
 import unicodedata
 from typing import NamedTuple
 
+import numpy as np
 from etils import epath
+
+from dpo_jax.data.read import fields, files
 
 
 class Run(NamedTuple):
@@ -20,6 +23,11 @@ class Run(NamedTuple):
   samples: list
   metrics: dict
   lacks: list
+
+  def mean(self, key):
+    """(mean of the samples, its standard error); None where it is unknown."""
+    value = self.evaluation.get("means", {}).get(key, {})
+    return number(value.get("mean")), number(value.get("se"))
 
 
 class Sweep(NamedTuple):
@@ -67,19 +75,18 @@ def read(workdir):
   axis = _axis([point["overrides"] for point in points])
   if axis:
     points = sorted(points, key=lambda point: point["overrides"][axis])
-  reference = about.get("reference")
   runs = [_run(workdir / p["folder"], p["name"]) for p in points]
-  start = _run(workdir / reference, "reference") if reference else None
-  everyone = [*runs, start] if start else runs
-  if not any(r.evaluation or r.samples or r.metrics for r in everyone):
+  start = about.get("reference")
+  start = _run(workdir / start, "reference") if start else None
+  sampled = start is not None or any(run.samples for run in runs)
+  notes = [clean(note) for note in about.get("notes", [])]
+  sweep = Sweep(clean(about["title"]), notes, runs, start, axis, sampled)
+  if not any(r.evaluation or r.samples or r.metrics for r in sweep.everyone):
     raise ValueError(
       f"{workdir} holds a sweep, but nothing of its runs yet; {command} makes "
       "them"
     )
-  sampled = start is not None or any(run.samples for run in runs)
-  notes = [clean(note) for note in about.get("notes", [])]
-  title = clean(about["title"])
-  return Sweep(title, notes, runs, start, axis, sampled)
+  return sweep
 
 
 def _axis(points):
@@ -93,16 +100,17 @@ def _axis(points):
 
 
 def _run(folder, name):
-  there = {
-    file: (folder / file).exists()
-    for file in ("evaluation.json", "samples.jsonl", "metrics.jsonl")
+  found = {
+    file: read(folder / file)
+    for file, read in _READERS.items()
+    if (folder / file).exists()
   }
   return Run(
     clean(name),
-    _json(folder / "evaluation.json") if there["evaluation.json"] else {},
-    _lines(folder / "samples.jsonl") if there["samples.jsonl"] else [],
-    _curves(folder / "metrics.jsonl") if there["metrics.jsonl"] else {},
-    [file for file, is_there in there.items() if not is_there],
+    found.get("evaluation.json", {}),
+    found.get("samples.jsonl", []),
+    found.get("metrics.jsonl", {}),
+    [file for file in _READERS if file not in found],
   )
 
 
@@ -115,32 +123,26 @@ def _json(path):
 
 def _lines(path):
   """The dicts of a .jsonl file; a line cut short by a kill is left out."""
-  found = []
-  # Not splitlines: a JSON string may hold U+2028 and its like.
-  for line in path.read_bytes().split(b"\n"):
-    try:
-      found.append(json.loads(line))
-    except ValueError:
-      continue
-  return found
+  rows = [row for _, row in files.jsonl(path)]
+  return [row for row in rows if not isinstance(row, fields.BadRecord)]
 
 
 def _curves(path):
   """{metric: (steps, values)} of the lines of kind "train"."""
   logged = [row for row in _lines(path) if row.get("kind") == "train"]
   steps = [row["step"] for row in logged]
-  names = dict.fromkeys(name for row in logged for name in row)
-  return {
-    name: (
-      steps,
-      [
-        math.nan if (v := number(row.get(name))) is None else v
-        for row in logged
-      ],
-    )
-    for name in names
-    if name not in ("step", "kind")
-  }
+  curves = {}
+  for name in dict.fromkeys(name for row in logged for name in row):
+    values = [number(row.get(name)) for row in logged]
+    curves[name] = steps, np.array(values, float).tolist()  # None as NaN
+  return curves
+
+
+_READERS = {
+  "evaluation.json": _json,
+  "samples.jsonl": _lines,
+  "metrics.jsonl": _curves,
+}
 
 
 def clean(text):

@@ -24,22 +24,21 @@ def markdown(sweep, table, pictures):
     pictures: what `draw` returned; linked as frontier.png and curves.png.
   """
   notes = content.captions(sweep)
+  bodies = {"table": table, "samples": _samples(sweep)}
+  for name, picture in pictures.items():
+    bodies[name] = picture and f"![{content.TITLES[name]}]({name}.png)"
   parts = [f"# {plain(sweep.title)}", content.facts(sweep)]
   for lines in (sweep.notes, content.missing(sweep)):
     parts.append("\n".join(f"- {plain(line)}" for line in lines))
-  for name in ("frontier", "table", "curves"):
-    parts.append(f"## {content.TITLES[name]}")
-    if name == "table":
-      parts.append(table)
-    elif not pictures[name]:
-      parts.append(content.NOTHING[name])
-      continue
-    else:
-      parts.append(f"![{content.TITLES[name]}]({name}.png)")
-    parts.append(plain(notes[name]))
-  parts.append(f"## {content.TITLES['samples']}")
-  shown = content.prompts(sweep)
-  for prompt, samples in shown:
+  for name, title in content.TITLES.items():
+    caption = plain(notes.get(name, "")) if bodies[name] else ""
+    parts += [f"## {title}", bodies[name] or content.NOTHING[name], caption]
+  return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _samples(sweep):
+  parts = []
+  for prompt, samples in content.prompts(sweep):
     parts.append(f"### {plain(prompt)}")
     parts.append(
       "\n".join(
@@ -48,5 +47,4 @@ def markdown(sweep, table, pictures):
         for run, sample in samples
       )
     )
-  parts += [] if shown else [content.NOTHING["samples"]]
-  return "\n\n".join(part for part in parts if part) + "\n"
+  return "\n\n".join(parts)

@@ -119,7 +119,6 @@ class Run(NamedTuple):
     reference: Reference.
     about: lines that say what is trained, and on what.
     total: updates of the run.
-    accumulation: microbatches of each.
     algorithm: algorithms.Algorithm of what is trained.
     optimizer: optim.Optimizer.
     hparams: traced scalars.
@@ -138,7 +137,6 @@ class Run(NamedTuple):
   reference: Reference
   about: tuple[str, str]
   total: int
-  accumulation: int
   algorithm: algorithms.Algorithm
   optimizer: optim.Optimizer
   hparams: dict

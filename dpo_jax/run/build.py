@@ -53,26 +53,25 @@ def mesh_of(config):
 
 def setup_on(config, mesh, mode):
   """The Setup of a config on a mesh, in a mode of run.MODES."""
-  data = load.plain(config.data)
+  data, points = load.plain(config.data), config.sweep.together
   model, tokenizer = model_lib.build(
     config.model.to_dict(),
     config.init_from,
     config.tokenizer,
     data.max_prompt_length + data.max_completion_length,
   )
-  points = config.sweep.together
   model = decoder.with_kernel(model, mesh.devices.flat[0], data.shared, points)
   rows_at_most = -(-data.batch_size // mesh_lib.row_parallelism(mesh))
   asked = memory.Asked(config.model.remat, config.model.head_chunk, points)
   model = memory.forward_only(model, asked, rows_at_most)
-  heads = algos.make(config, apply=None).heads
+  trained, source = trained_of(config, model)
   setup = plain.Setup(
     mesh=mesh,
     mode=mode,
     model=model,
     tokenizer=tokenizer,
-    trained=trained_of(config, model, heads),
-    source=source_of(config, model),
+    trained=trained,
+    source=source,
     programs=None,
     data=data,
     sample=load.plain(config.sample),
@@ -80,48 +79,39 @@ def setup_on(config, mesh, mode):
     precision=config.precision,
     asked=config.to_dict(),
   )
-  return setup._replace(programs=_programs(setup))
+  return _with_programs(setup)
 
 
-def _programs(setup):
-  """The Programs of a Setup."""
+def _with_programs(setup):
+  """The Setup with the Programs of its model."""
   mesh, apply = setup.mesh, setup.model.apply
-  shapes = trained_lib.model_shapes(setup)
-  return plain.Programs(
-    init=run_lib.jitted(
-      setup.model.init, jax.tree.map(lambda x: x.sharding, shapes)
-    ),
+  programs = plain.Programs(
+    init=run_lib.jitted(setup.model.init, trained_lib.model_shapes(setup)),
     token_logps=run_lib.forward(
       functools.partial(base.token_logps, apply), mesh
     ),
     token_kl=run_lib.forward(functools.partial(forward.kl, apply), mesh),
     sample=sample.compiled(setup.model),
   )
+  return setup._replace(programs=programs)
 
 
-def trained_of(config, model, heads):
-  """What a config trains of a model: the trained.Trained."""
+def trained_of(config, model):
+  """What a config trains of a model: (trained.Trained, trained.Source)."""
   if config.lora is None:
-    keeps = config.ref == "frozen"
-    trained = trained_lib.whole(keeps_reference=keeps)
+    held = "float32"
+    trained = trained_lib.whole(keeps_reference=config.ref == "frozen")
   else:
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    lookup.lookup(lora.BASES, config.lora.base, "lora.base")
-    trained = trained_lib.adapter(shapes, load.plain(config.lora))
-  return trained_lib.with_heads(trained, heads, model.config.embed)
-
-
-def source_of(config, model):
-  """Where the base of a config comes from: the trained.Source."""
-  run, held = None, "float32"
-  if config.lora is not None:
     held = lookup.lookup(lora.BASES, config.lora.base, "lora.base")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    trained = trained_lib.adapter(shapes, load.plain(config.lora))
+  heads = algos.make(config, apply=None).heads
+  trained = trained_lib.with_heads(trained, heads, model.config.embed)
+  run = None  # that a base is of
   if config.init_from and origin.parse(config.init_from)[0] is None:
     other = saved.saved_config(config.init_from)
-    heads = algos.make(other, apply=None).heads
-    trained = trained_of(other, model, heads)
-    run = trained, source_of(other, model), other.to_dict()
-  return trained_lib.Source(
+    run = *trained_of(other, model), other.to_dict()
+  return trained, trained_lib.Source(
     config.init_from, config.init_adapter, config.init_seed, held, run
   )
 
@@ -153,26 +143,27 @@ def prepare(config):
   setup, choice = memory.fitted(
     setup, optimizer, largest, config.train.accumulation, algorithm.extra
   )
-  setup = setup._replace(programs=_programs(setup))
+  setup = _with_programs(setup)
   algorithm = algorithm_of(config, setup)
-  run = plain.Run(
+
+  # ── The step and what runs beside it: nothing is compiled before its call ──
+  create, step, stacked_step = _compiled(config, setup, algorithm, optimizer)
+  return plain.Run(
     setup=setup,
     feed=source,
     held_out=held_out_of(config, setup, algorithm),
     reference=reference_of(config),
     about=(_about_loss(config), f"{source.about}; {choice}"),
     total=total,
-    accumulation=config.train.accumulation,
     algorithm=algorithm,
     optimizer=optimizer,
     hparams=hyper_params(config),
     identity=config.to_dict() | {"data_fingerprint": source.fingerprint},
     rhythm=rhythm_of(config),
-    create=None,
-    step=None,
-    stacked_step=None,
+    create=create,
+    step=step,
+    stacked_step=stacked_step,
   )
-  return _compiled(run)
 
 
 def prepare_measured(config):
@@ -254,13 +245,16 @@ def step_of(config, algorithm):
   if config.train.steps is None:
     raise ValueError("set train.steps: the schedule of a train step needs it")
   optimizer = optim.make(config.optim, config.train.steps)
-  body = step_lib.make(
+  return _body(config, algorithm, optimizer), optimizer
+
+
+def _body(config, algorithm, optimizer):
+  return step_lib.make(
     algorithm,
     optimizer,
     accumulation=config.train.accumulation,
     axis_name=run_lib.axis_name(config.mesh.mode),
   )
-  return body, optimizer
 
 
 def total_steps(config, size):
@@ -305,44 +299,31 @@ def _about_loss(config):
 
 
 def initial_state(run, initial):
-  """A TrainState at step 0.
+  """A TrainState at step 0, from what trained.initial returned.
 
-  Args:
-    initial: of trained.initial. It is the frozen part where that is needed, and
-      copied where it is trained, since a step donates what it trains.
+  That is the frozen part where one is needed, and copied where it is trained,
+  since a step donates what it trains.
   """
   state = run.create(initial, jax.random.key(run.setup.source.seed))
   return state.replace(frozen=run.setup.trained.frozen(initial))
 
 
-def _compiled(run):
-  """The Run with its compiled functions."""
-  setup = run.setup
-  body = step_lib.make(
-    run.algorithm,
-    run.optimizer,
-    accumulation=run.accumulation,
-    axis_name=run_lib.axis_name(setup.mode),
-  )
+def _compiled(config, setup, algorithm, optimizer):
+  """(create, step, stacked_step) of a Run."""
+  body, on = _body(config, algorithm, optimizer), (setup.mesh, setup.mode)
 
   def create(initial, rng):
     params = jax.tree.map(jnp.copy, setup.trained.init(initial, rng))
-    extra = run.algorithm.extra(params)
-    return state_lib.create(params, run.optimizer, {}, extra)
+    return state_lib.create(params, optimizer, {}, algorithm.extra(params))
 
   start = trained_lib.base_shapes(setup), jax.random.key(0)
   state = trained_lib.sharded(setup, jax.eval_shape(create, *start))
-  shardings = jax.tree.map(lambda x: x.sharding, state)
 
   @functools.cache
   def stacked_step(count, shared):
-    return run_lib.parallelize(
-      together.over_points(body, count, shared=shared),
-      *(setup.mesh, setup.mode, together.stacked_shapes(state, count)),
-    )
+    step = together.over_points(body, count, shared=shared)
+    shapes = together.stacked_shapes(state, count)
+    return run_lib.parallelize(step, *on, shapes)
 
-  return run._replace(
-    create=run_lib.jitted(create, shardings),
-    step=run_lib.parallelize(body, setup.mesh, setup.mode, state),
-    stacked_step=stacked_step,
-  )
+  step = run_lib.parallelize(body, *on, state)
+  return run_lib.jitted(create, state), step, stacked_step

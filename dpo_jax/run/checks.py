@@ -16,9 +16,8 @@ def values(config):
   Losses, algorithms, models and the mesh check their own fields.
   """
   _numbers(config)
-  _sampling(config.sample)
-  for has_effect, otherwise in _effects(config):
-    if not has_effect:
+  for obeyed, otherwise in _rules(config):
+    if not obeyed:
       raise ValueError(otherwise)
 
 
@@ -43,39 +42,19 @@ def _numbers(config):
       raise ValueError(f"{path} = {value} {bound}")
 
 
-def _sampling(options):
-  lookup.lookup(LABELS, options.labels, "sample.labels")
-  if options.labels != "none" and options.draws < 2:
-    raise ValueError(
-      f"sample.labels = {options.labels!r} compares the draws of a prompt: "
-      "sample.draws must be at least 2"
-    )
-  prefix = options.prefix
-  if prefix is not None and not (
-    len(prefix) == 2
-    and all(type(n) is int for n in prefix)
-    and 1 <= prefix[0] <= prefix[1]
-  ):
-    raise ValueError(
-      f"sample.prefix = {prefix} must be (fewest, most) tokens, at least 1"
-    )
+def _rules(c):
+  """Yields (whether a config obeys, what to say if not).
 
-
-def _effects(config):
-  """Yields (whether a field has an effect, what to say if it has none).
-
-  Of fields that are None, or another default, unless they are set; and of those
-  that a reference needs.
+  Mostly of fields that are None, or another default, unless they are set.
   """
-  c = config
-  if c.data.max_row_length is not None:
-    yield (
-      c.data.packed,
-      "data.max_row_length has no effect with data.packed=False",
-    )
-  if c.ref_store is not None:
-    why = f"ref_store has no effect with ref = {c.ref!r}"
-    yield c.ref == "cached", why
+  yield (
+    c.data.max_row_length is None or c.data.packed,
+    "data.max_row_length has no effect with data.packed=False",
+  )
+  yield (
+    c.ref_store is None or c.ref == "cached",
+    f"ref_store has no effect with ref = {c.ref!r}",
+  )
   # Of the reference that follows the policy.
   for field in ("ref_mix", "ref_every"):
     yield (
@@ -83,38 +62,49 @@ def _effects(config):
       f"{field} = {c[field]} with ref = {c.ref!r}: it is of ref = 'ema', which "
       "needs it (TR-DPO: ref_mix 0.6, ref_every 512)",
     )
-  if c.ref == "ema" and c.lora is not None:
-    yield (
-      c.ref_mix == 1,
-      f"ref_mix = {c.ref_mix}: a mean of adapters' factors is not the mean of "
-      "the weights; with an adapter set ref_mix = 1, a copy every ref_every "
-      "steps",
-    )
-  if c.init_seed != 0:
-    yield (
-      c.init_from is None or c.lora is not None,
-      f"init_seed = {c.init_seed} has no effect: init_from = {c.init_from!r} "
-      "has all parameters, and there is no adapter; set it to 0 (the order of "
-      "the data is data.seed)",
-    )
-  if c.export.dtype != "float32":
-    yield (
-      c.export.form != "adapter",
-      f"export.dtype = {c.export.dtype!r} has no effect with export.form = "
-      "'adapter', whose files are in float32",
-    )
-  yield from _effects_on_samples(c.sample)
+  yield (
+    c.ref != "ema" or c.lora is None or c.ref_mix == 1,
+    f"ref_mix = {c.ref_mix}: a mean of adapters' factors is not the mean of "
+    "the weights; with an adapter set ref_mix = 1, a copy every ref_every "
+    "steps",
+  )
+  yield (
+    c.init_seed == 0 or c.init_from is None or c.lora is not None,
+    f"init_seed = {c.init_seed} has no effect: init_from = {c.init_from!r} "
+    "has all parameters, and there is no adapter; set it to 0 (the order of "
+    "the data is data.seed)",
+  )
+  yield (
+    c.export.dtype == "float32" or c.export.form != "adapter",
+    f"export.dtype = {c.export.dtype!r} has no effect with export.form = "
+    "'adapter', whose files are in float32",
+  )
+  yield from _rules_of_samples(c.sample)
   if "norm" in c.model:  # else the shape is that of init_from
-    yield from _effects_on_model(c.model)
+    yield from _rules_of_model(c.model)
 
 
-def _effects_on_samples(s):
-  """`_effects` of config.sample."""
-  if s.top_p != 1:
-    yield (
-      s.temperature > 0,
-      f"sample.top_p = {s.top_p} has no effect with sample.temperature = 0",
-    )
+def _rules_of_samples(s):
+  """`_rules` of config.sample."""
+  lookup.lookup(LABELS, s.labels, "sample.labels")
+  yield (
+    s.labels == "none" or s.draws >= 2,
+    f"sample.labels = {s.labels!r} compares the draws of a prompt: "
+    "sample.draws must be at least 2",
+  )
+  yield (
+    s.prefix is None
+    or (
+      len(s.prefix) == 2
+      and all(type(n) is int for n in s.prefix)
+      and 1 <= s.prefix[0] <= s.prefix[1]
+    ),
+    f"sample.prefix = {s.prefix} must be (fewest, most) tokens, at least 1",
+  )
+  yield (
+    s.top_p == 1 or s.temperature > 0,
+    f"sample.top_p = {s.top_p} has no effect with sample.temperature = 0",
+  )
   if s.labelled is not None:
     yield (
       s.prompts is not None and len(s.scorers) > 0,
@@ -128,30 +118,31 @@ def _effects_on_samples(s):
     )
 
 
-def _effects_on_model(m):
-  """`_effects` of a config.model that has the whole shape."""
+def _rules_of_model(m):
+  """`_rules` of a config.model that has the whole shape."""
   kinds = {"full", *(["window"] if m.window_theta is None else [])}
-  if m.position == "learned" or not kinds & set(m.layer_pattern):
-    default = model_config.ModelConfig.rope_theta
-    yield (
-      m.rope_theta == default,
-      f"model.rope_theta = {m.rope_theta} has no effect: no layer of "
-      f"model.position = {m.position!r} and model.layer_pattern = "
-      f"{m.layer_pattern} rotates by it; set it to {default}",
-    )
-  if m.norm_offset != 0:
-    yield (
-      m.norm == "rmsnorm" or m.qk_norm != "none",
-      f"model.norm_offset = {m.norm_offset} has no effect with model.norm = "
-      f"{m.norm!r}: it is of RMSNorm",
-    )
+  rotates = m.position != "learned" and kinds & set(m.layer_pattern)
+  default = model_config.ModelConfig.rope_theta
+  yield (
+    rotates or m.rope_theta == default,
+    f"model.rope_theta = {m.rope_theta} has no effect: no layer of "
+    f"model.position = {m.position!r} and model.layer_pattern = "
+    f"{m.layer_pattern} rotates by it; set it to {default}",
+  )
+  yield (
+    m.norm_offset == 0 or m.norm == "rmsnorm" or m.qk_norm != "none",
+    f"model.norm_offset = {m.norm_offset} has no effect with model.norm = "
+    f"{m.norm!r}: it is of RMSNorm",
+  )
 
 
 def pmap(options):
   """Refuses a mesh, of config.mesh, that pmap cannot have."""
-  if options.mode == "pmap" and options.fsdp * options.tensor > 1:
+  if options.mode != "pmap":
+    return
+  if options.fsdp * options.tensor > 1:
     raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
-  if options.mode == "pmap" and jax.process_count() > 1:
+  if jax.process_count() > 1:
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
 
 

@@ -70,7 +70,6 @@ def load(setup, algorithm, spec, field, row_multiple, *, steps=None):
   """(Loader of a data set, a line that describes it).
 
   Args:
-    setup: build.Setup.
     algorithm: base.Algorithm; its `data` and `needs` are read.
     spec, field: the source and the field that names it.
     row_multiple: of the rows of a batch.
@@ -86,22 +85,20 @@ def load(setup, algorithm, spec, field, row_multiple, *, steps=None):
     loud=jax.process_index() == 0,
   )
   size = order.epoch_size(order.mixture(examples.source, weights))
-  loader = loader_lib.Loader(
-    examples,
-    layout(options, row_multiple),
-    batch_size=options.batch_size,
-    seed=None if steps is None else options.seed,
-    budget=options.max_shapes,
-    multiple=options.shape_multiple,
-    steps=None if steps is None else steps(size),
-    windows=setup.model.config.windows,
-    weights=weights,
-  )
+  batches = None if steps is None else steps(size)
+  loader = in_batches(setup, examples, row_multiple, batches, weights)
   notes = [f"{n} × {what}" for what, n in changed.items()]
   notes += [f"{n} skipped: {why}" for why, n in policy.skipped.items()]
   if size != len(examples):
     notes.append(f"{size} examples per epoch")
-  about = f"{spec}: {_about(loader, len(examples))}"
+  shapes = ", ".join(
+    f"R{s.rows} T{s.length} S{s.scored} P{s.per_row} E{s.tile}"
+    for s in loader.shapes
+  )
+  about = (
+    f"{spec}: {len(examples)} examples, {loader.comparisons} comparisons; "
+    f"shapes {shapes}; fill {loader.fill:.2f}"
+  )
   if notes:
     about += "; " + ", ".join(notes)
   if len(weights) > 1:
@@ -112,21 +109,21 @@ def load(setup, algorithm, spec, field, row_multiple, *, steps=None):
   return loader, about
 
 
-def _about(loader, count):
-  shapes = ", ".join(
-    f"R{s.rows} T{s.length} S{s.scored} P{s.per_row} E{s.tile}"
-    for s in loader.shapes
-  )
-  return (
-    f"{count} examples, {loader.comparisons} comparisons; "
-    f"shapes {shapes}; fill {loader.fill:.2f}"
-  )
-
-
-def layout(options, row_multiple):
-  """The rows.Layout of config.data's fields."""
-  return rows.Layout(
-    options.packed, options.shared, row_multiple, options.max_row_length
+def in_batches(setup, examples, row_multiple, steps=None, weights=None):
+  """The Loader of examples: one pass in order, or `steps` shuffled batches."""
+  options = setup.data
+  return loader_lib.Loader(
+    examples,
+    rows.Layout(
+      options.packed, options.shared, row_multiple, options.max_row_length
+    ),
+    batch_size=options.batch_size,
+    seed=None if steps is None else options.seed,
+    budget=options.max_shapes,
+    multiple=options.shape_multiple,
+    steps=steps,
+    windows=setup.model.config.windows,
+    weights=weights,
   )
 
 

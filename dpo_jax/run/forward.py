@@ -8,7 +8,6 @@ from jax.experimental import multihost_utils
 
 from dpo_jax import progress, store
 from dpo_jax.algos import base
-from dpo_jax.data.batch import loader as loader_lib
 from dpo_jax.models import config as model_config
 from dpo_jax.ops import distributions
 from dpo_jax.parallel import mesh as mesh_lib
@@ -19,41 +18,29 @@ from dpo_jax.train import state as state_lib
 
 def loader_of(setup, examples):
   """A Loader of one pass over examples, in their order."""
-  return loader_lib.Loader(
-    examples,
-    feed.layout(setup.data, mesh_lib.row_parallelism(setup.mesh)),
-    batch_size=setup.data.batch_size,
-    seed=None,
-    budget=setup.data.max_shapes,
-    multiple=setup.data.shape_multiple,
-    windows=setup.model.config.windows,
-  )
+  ways = mesh_lib.row_parallelism(setup.mesh)
+  return feed.in_batches(setup, examples, ways)
 
 
 def token_logps(setup, params, loader, numbers=None):
   """Yields (example index, f32[scored tokens of it] in nats), once each.
 
   Args:
-    setup: base.Setup.
-    params: placed parameters of its model.
+    params: placed, of the model of `setup`.
     loader: an in-order Loader.
     numbers: of the batches to go over; None is all of them.
   """
-  numbers = range(loader.steps) if numbers is None else numbers
   compiled = setup.programs.token_logps
-  yield from _over(setup, compiled, loader, numbers, params)
+  return _over(setup, compiled, loader, (params,), numbers)
 
 
 def kl(apply, params, ref, batch):
   """(token KL, policy logps, ref logps), f32[R, S] each, see `token_kl`."""
-  per_token = distributions.token_kl(
-    *apply(params, batch),
-    *apply(ref, batch),
-    batch["source_index"],
-    base.scored_mask(batch),
-  )
-  policy = base.token_logps(apply, params, batch)
-  return per_token, policy, base.token_logps(apply, ref, batch)
+  outputs, ref_outputs = apply(params, batch), apply(ref, batch)
+  where = batch["source_index"], base.scored_mask(batch)
+  per_token = distributions.token_kl(*outputs, *ref_outputs, *where)
+  both = (base.head_logps(each, batch) for each in (outputs, ref_outputs))
+  return per_token, *both
 
 
 def token_kl(setup, params, ref, loader):
@@ -68,13 +55,12 @@ def token_kl(setup, params, ref, loader):
   Args: as `token_logps`, with two sets of parameters.
   Yields: (example index, kl, policy logps, ref logps), f32[scored tokens] each.
   """
-  numbers, compiled = range(loader.steps), setup.programs.token_kl
-  yield from _over(setup, compiled, loader, numbers, params, ref)
+  return _over(setup, setup.programs.token_kl, loader, (params, ref))
 
 
-def _over(setup, compiled, loader, numbers, *trees):
+def _over(setup, compiled, loader, trees, numbers=None):
   """Yields (example index, values…) of compiled(*trees, batch) over batches."""
-  for number in numbers:
+  for number in range(loader.steps) if numbers is None else numbers:
     batch, _ = feed.place(loader, number, setup.mesh, "jit")
     out = jax.tree.leaves(compiled(*trees, batch))
     columns = [dict(loader.unpack(number, np.asarray(x))) for x in out]
@@ -90,7 +76,6 @@ def attach_reference(setup, params, loader, folder, stop=None):
   All processes call this together; each writes a share of the blocks.
 
   Args:
-    setup: base.Setup.
     params: of the reference.
     loader: Loader, for training or of one pass.
     folder: of the store; all processes see the same one.
@@ -119,34 +104,26 @@ def _made_of(setup, params, loader):
   """What determines reference log-probs up to rounding, as plain values.
 
   Nothing of the loss, of what is compared, of the order or of the layout of
-  batches.
+  batches; of a model not what only says how it is computed.
   """
+  how = set(model_config.RUNTIME) - {"dtype"}
+  fields = dataclasses.asdict(setup.model.config).items()
   return {
     "data": loader.token_fingerprint,
     "params": state_lib.fingerprint(params),
-    "model": _function(setup.model.config),
+    "model": {name: value for name, value in fields if name not in how},
     "vocab_size": setup.model.vocab_size,
     "precision": setup.precision,
   }
 
 
-def _function(config):
-  """A ModelConfig without what only says how it is computed."""
-  fields = dataclasses.asdict(config)
-  how = set(model_config.RUNTIME) - {"dtype"}
-  return {name: fields[name] for name in fields if name not in how}
-
-
 def _compute(setup, params, loader, entry, stored, stop):
   """Computes the blocks that were not stored, and writes this process's share.
 
-  Args:
-    setup, params: as for `token_logps`.
+  Args: as for `attach_reference`, and
     loader: in-order Loader of all examples, not of the missing ones: so the
       batches are those of a run that was not interrupted, to the bit.
-    entry: reference.Entry.
-    stored: blocks that are there.
-    stop: as for `attach_reference`.
+    stored: blocks of the reference.Entry that are there.
   Returns: {number: checksum} of the blocks that this process wrote.
   """
   per_block = len(entry.blocks[0])
@@ -187,8 +164,6 @@ def _shared(checksums, blocks):
 
   Also waits for all processes.
   """
-  if jax.process_count() == 1:
-    return checksums
   table = np.zeros((2, blocks), np.uint32)
   for number, checksum in checksums.items():
     table[:, number] = 1, checksum

@@ -27,13 +27,9 @@ class HeldOut(NamedTuple):
 
 
 def evaluate(setup, held_out, state):
-  """Means over the whole of data.eval.
+  """{metric: mean over the whole of data.eval}, of a TrainState.
 
-  Args:
-    setup: build.Setup.
-    held_out: HeldOut.
-    state: TrainState; params, frozen and extra are read.
-  Returns: {metric: float}; "loss" is the sum of the means of all losses.
+  "loss" is the sum of the means of all losses.
   """
   loader, _ = held_out.loader()
   nums, dens = {}, {}

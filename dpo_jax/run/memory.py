@@ -9,6 +9,7 @@ compiled and is the same whenever the same run starts on the same machine.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -40,7 +41,7 @@ class Asked(NamedTuple):
   """How the config asks a step to be computed.
 
   Attributes:
-    remat, head_chunk: of config.model; "auto" and None are for `choose`.
+    remat, head_chunk: of config.model; "auto" and None are for `fitted`.
     points: of a sweep that train together.
   """
 
@@ -64,28 +65,22 @@ class Choice(NamedTuple):
   available: int | None
 
   def __str__(self):
-    head = "at once"
+    head, of, more = "at once", "", ""
     if self.head_chunk is not None:
       head = f"in chunks of {self.head_chunk}"
-    text = f"remat {self.remat}, head {head}: about {self.needed / 2**30:.1f}"
-    if self.available is None:
-      return f"{text} GiB of a device"
-    text += f" of {self.available / 2**30:.1f} GiB of a device"
-    if self.needed > self.available:
-      text += (
-        "; it may not fit: raise train.accumulation or split the model over "
-        "devices (mesh.fsdp)"
-      )
-    return text
+    if self.available is not None:
+      of = f" of {self.available / 2**30:.1f}"
+      if self.needed > self.available:
+        more = (
+          "; it may not fit: raise train.accumulation or split the model over "
+          "devices (mesh.fsdp)"
+        )
+    needed = f"{self.needed / 2**30:.1f}{of} GiB of a device"
+    return f"remat {self.remat}, head {head}: about {needed}{more}"
 
 
 def of_device(device, sharing):
-  """Bytes of a device, or None.
-
-  Args:
-    device: jax device.
-    sharing: devices of this process, which on CPUs share one memory.
-  """
+  """Bytes of a device, or None; on CPUs `sharing` devices share one memory."""
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"]
@@ -99,39 +94,46 @@ def of_device(device, sharing):
 
 
 def fitted(setup, optimizer, shape, accumulation, extra):
-  """(Setup whose model fits the memory, Choice).
+  """(Setup whose model fits the memory, Choice of the cheapest way).
+
+  What the config says stays; "auto" and None are chosen. First the logits are
+  computed again in chunks, which costs least, then more and more of the blocks.
 
   Args:
-    setup: base.Setup.
-    optimizer: train.optim.Optimizer.
     shape: rows.Shape of the largest batch.
-    accumulation: microbatches of a step.
+    accumulation: microbatches of a step; passes without gradient have one.
     extra: of the Algorithm: what it keeps of the trained parameters.
   """
-  mesh, sizes = setup.mesh, mesh_lib.sizes(setup.mesh)
-  choice = choose(
-    setup.model,
-    shape,
-    fixed=_fixed(setup, optimizer, extra),
-    rows=shape.rows // (mesh_lib.row_parallelism(mesh) * accumulation),
-    tensor=sizes["tensor"],
-    accumulation=accumulation,
-    available=_available(mesh),
-    asked=setup.compute,
-  )
-  changes = {"remat": choice.remat, "head_chunk": choice.head_chunk}
-  if setup.compute.remat == "auto" and choice.remat != "none":
-    changes["unroll"] = 1  # XLA computes nothing again without a loop
-  return setup._replace(model=_with(setup.model, **changes)), choice
+  asked, model = setup.compute, setup.model
+  ways = mesh_lib.row_parallelism(setup.mesh) * accumulation
+  rows, tensor = shape.rows // ways, mesh_lib.sizes(setup.mesh)["tensor"]
+  remats = (asked.remat,)
+  if asked.remat == "auto":
+    remats = "none", "names", "full"
+  chunks = (asked.head_chunk,)
+  if asked.head_chunk is None:
+    vocab = model_config.padded_vocab(model.vocab_size)
+    chunks = None, min(_chunk(vocab, rows * accumulation), shape.scored)
+  fixed, available = _fixed(setup, optimizer, extra), _available(setup.mesh)
+  share = _SHARE if jax.default_backend() == "cpu" else _SHARE_OF_OWN
+  budget = math.inf if available is None else share * available
+  for remat, chunk in itertools.product(remats, chunks):
+    changes = {"remat": remat, "head_chunk": chunk}
+    if asked.remat == "auto" and remat != "none":
+      changes["unroll"] = 1  # XLA computes nothing again without a loop
+    changed = _with(model, **changes)
+    moving = _moving(changed, shape, rows, tensor, accumulation)
+    needed = fixed + asked.points * moving
+    if needed <= budget:
+      break
+  choice = Choice(remat, chunk, round(needed), available)
+  return setup._replace(model=changed), choice
 
 
 def forward_only(model, asked, rows):
   """The Model for passes without gradient, where a chunked head costs nothing.
 
-  Args:
-    model: Model.
-    asked: Asked; a head_chunk that it names stays.
-    rows: of a batch, at most.
+  A head_chunk that is `asked` for stays. `rows` are those of a batch, at most.
   """
   if asked.head_chunk is not None:
     return model
@@ -183,46 +185,14 @@ def _of_shards(shapes):
   )
 
 
-def choose(
-  model, shape, *, fixed, rows, tensor, accumulation, available, asked
-):
-  """The cheapest way to compute a step that fits.
-
-  What the config says stays; "auto" and None are chosen. First the logits are
-  computed again in chunks, which costs least, then more and more of the blocks.
+def _moving(model, shape, rows, tensor, accumulation):
+  """Bytes of activations and logits at the end of the forward pass.
 
   Args:
-    model: decoder.Model.
-    shape: rows.Shape of the largest batch.
-    fixed: bytes of a device that the state and its gradient take.
     rows: of a device in a microbatch.
     tensor: how many ways heads, mlp and vocabulary are split.
-    accumulation: microbatches of a step; passes without gradient have one.
-    available: of `of_device`.
-    asked: Asked.
+    Others as in `fitted`.
   """
-  remats = ("none", "names", "full")
-  if asked.remat != "auto":
-    remats = (asked.remat,)
-  chunks = (asked.head_chunk,)
-  if asked.head_chunk is None:
-    vocab = model_config.padded_vocab(model.vocab_size)
-    chunks = None, min(_chunk(vocab, rows * accumulation), shape.scored)
-  share = _SHARE if jax.default_backend() == "cpu" else _SHARE_OF_OWN
-  budget = None if available is None else share * available
-  for remat in remats:
-    for chunk in chunks:
-      needed = fixed + asked.points * _moving(
-        model, shape, rows, tensor, accumulation, remat, chunk
-      )
-      choice = Choice(remat, chunk, round(needed), available)
-      if budget is None or needed <= budget:
-        return choice
-  return choice
-
-
-def _moving(model, shape, rows, tensor, accumulation, remat, chunk):
-  """Bytes of activations and logits at the end of the forward pass."""
   c = model.config
   width = 2 if c.dtype == "bfloat16" else 4
   tokens = rows * shape.length
@@ -237,12 +207,12 @@ def _moving(model, shape, rows, tensor, accumulation, remat, chunk):
   named = tokens * (c.embed + projected + attended)
   dots = tokens * (2 * c.embed + projected + expanded)
   kept = {"none": whole, "dots": dots, "names": named}
-  kept = kept.get(remat, tokens * c.embed)
-  once = 0 if remat == "none" else whole
+  kept = kept.get(c.remat, tokens * c.embed)
+  once = 0 if c.remat == "none" else whole
   # Of a quarter of the queries, and of their gradient, see ops.attention.
   scores = 3 * 4 * tiles * shape.tile / 4 * c.heads / tensor
   vocab = model_config.padded_vocab(model.vocab_size) / tensor
-  scored = shape.scored if chunk is None else min(chunk, shape.scored)
+  scored = min(c.head_chunk or shape.scored, shape.scored)
   # Those that are kept and their gradient; or those of a whole batch.
   logits = max(2, accumulation) * 4 * rows * scored * vocab
   return width * (c.layers * kept + once) + max(scores, logits)

@@ -43,10 +43,13 @@ class Recorder:
     start: step that it starts from.
     name: what tells its lines on the console from others', or "".
     """
-    first = jax.process_index() == 0
+    first, asked = jax.process_index() == 0, run.setup.asked
+    followed = ()
+    if first:
+      followed = trackers.make(run.rhythm.reports, asked, workdir, start)
     self._run, self._workdir, self._checkpoints = run, workdir, checkpoints
     self._evaluation = self._failure = None
-    self._name, asked = name, run.setup.asked
+    self._name = name
     self._logger = log.Logger(
       workdir,
       every=run.rhythm.log,
@@ -54,9 +57,7 @@ class Recorder:
       start=start,
       loud=first,
       name=name,
-      trackers=trackers.make(run.rhythm.reports, asked, workdir, start)
-      if first
-      else (),
+      trackers=followed,
     )
     if first:
       resolved = json.dumps(asked, indent=2) + "\n"
@@ -75,9 +76,8 @@ class Recorder:
     """Says what is trained on what; `count` runs are, in one program."""
     run, setup, say = self._run, self._run.setup, self._logger.say
     say(run.about[1])
-    of = ""
-    if setup.trained.on_base:
-      of = f" on {tree.size(state.frozen):,} frozen"
+    frozen = f" on {tree.size(state.frozen):,} frozen"
+    of = frozen if setup.trained.on_base else ""
     times = f"{count} × " if count > 1 else ""
     size, sizes = tree.size(state.params) // count, mesh_lib.sizes(setup.mesh)
     say(
@@ -91,13 +91,9 @@ class Recorder:
 
   def trace(self, start):
     """The profile.Profile of this run."""
-    return profile.Profile(
-      self._workdir,
-      start,
-      self._run.total,
-      self._logger.say,
-      wanted=self._run.rhythm.reports.profile,
-    )
+    wanted, say = self._run.rhythm.reports.profile, self._logger.say
+    steps = start, self._run.total
+    return profile.Profile(self._workdir, *steps, say, wanted=wanted)
 
   def step(self, number, metrics, stats):
     """Takes the metrics of step `number`, counted from 1."""
@@ -139,14 +135,12 @@ class Recorder:
 
   def end(self, number, state, stop):
     """The Result after step `number`; says how the run ended."""
-    stopped = bool(stop) and number < self._run.total
-    if not self.failed and stopped:
-      self._logger.say(
-        f"{self._name}stopped at step {number} of {self._run.total}, saved; "
-        "the same command resumes"
-      )
-    elif not self.failed:
-      self._logger.say(f"{self._name}done: {number} steps in {self._workdir}")
+    line = f"done: {number} steps in {self._workdir}"
+    if stop and number < self._run.total:
+      of = f"{number} of {self._run.total}"
+      line = f"stopped at step {of}, saved; the same command resumes"
+    if not self.failed:
+      self._logger.say(f"{self._name}{line}")
     code = stop.exit_code if stop else 0  # a sweep must not go on to others
     return Result(state, self._evaluation, code, self._failure)
 
@@ -171,11 +165,8 @@ def step_flops(run, stats):
   reference.
   """
   by_weights, by_attention = model_config.matmul_flops(
-    run.setup.model.config,
-    run.setup.model.vocab_size,
-    stats.tokens,
-    stats.scored,
-    stats.visible,
+    *(run.setup.model.config, run.setup.model.vocab_size),
+    *(stats.tokens, stats.scored, stats.visible),
   )
   ref = run.reference.in_step
   passes = (2 if run.setup.trained.on_base else 3) + ref

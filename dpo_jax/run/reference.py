@@ -149,8 +149,6 @@ def write(entry, number, values):
   """Writes a block; complete or absent, also when interrupted.
 
   Args:
-    entry: Entry.
-    number: of the block.
     values: f32[counts[i]] of each of its examples, in order.
   Returns: its checksum.
   """
@@ -165,7 +163,6 @@ def load(entry, checksums):
   """The log-probs of each example, of an entry that is whole.
 
   Args:
-    entry: Entry.
     checksums: {number: checksum} of all its blocks.
   Returns: store.Parts, f32[counts[i]] each.
   Raises: ValueError if a block is not there, or damaged.

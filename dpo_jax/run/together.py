@@ -27,11 +27,9 @@ def unstacked(tree, index):
 
 
 def over_points(step, count, *, shared):
-  """The step of `count` runs over one batch.
+  """The step of `count` runs over one batch, from that of one.
 
   Args:
-    step: (state, batch, hparams) -> (state, metrics) of one run.
-    count: runs.
     shared: whether all have one frozen part; else it is stacked too.
   Returns: the same function of a stacked state and stacked hparams; metrics
     are a list, the dict of each run. What depends on the batch and on a
@@ -52,20 +50,15 @@ def over_points(step, count, *, shared):
   return stacked_step
 
 
-def stacked_shapes(state, count):
-  """A state of `count` runs, abstract, each array sharded as it was.
-
-  Args:
-    state: TrainState of one of them, abstract or placed; its frozen part is
-      left out.
-  """
+def stacked_shapes(tree, count):
+  """`count` trees as one, abstract, each array sharded as in the given one."""
 
   def wider(x):
     spec = PartitionSpec(None, *x.sharding.spec)
     sharding = NamedSharding(x.sharding.mesh, spec)
     return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)
 
-  return jax.tree.map(wider, state.replace(frozen={}))
+  return jax.tree.map(wider, tree)
 
 
 class Program(NamedTuple):
@@ -87,20 +80,17 @@ class Program(NamedTuple):
 def program(runs, states):
   """The Program of runs that differ in traced scalars and seeds alone.
 
-  Args:
-    runs: list of base.Run.
-    states: their placed TrainStates; emptied, so that they are not kept beside
-      the stacked one.
+  The list of their placed states is emptied, so that they are not kept beside
+  the stacked one.
   """
   lead, count = runs[0], len(runs)
-  shardings = jax.tree.map(lambda x: x.sharding, states[0])
+  own_frozen = run_lib.jitted(unstacked, states[0].frozen)
+  own = run_lib.jitted(unstacked, states[0].replace(frozen={}))
   frozen = [state.frozen for state in states]
   shared = _same(frozen)
-  moving = _stack([s.replace(frozen={}) for s in states], lead.setup.mesh)
-  frozen = frozen[0] if shared else _stack(frozen, lead.setup.mesh)
+  moving = _placed([state.replace(frozen={}) for state in states])
+  frozen = frozen[0] if shared else _placed(frozen)
   states.clear()
-  own = run_lib.jitted(unstacked, shardings.replace(frozen={}))
-  own_frozen = run_lib.jitted(unstacked, shardings.frozen)
 
   def parts(state):
     moving, frozen = state.replace(frozen={}), state.frozen
@@ -118,29 +108,22 @@ def program(runs, states):
 
 def _same(trees):
   """Whether all hold the very same arrays."""
-  first, *others = (jax.tree.leaves(tree) for tree in trees)
-  return all(
-    a is b for other in others for a, b in zip(first, other, strict=True)
+  return jax.tree.all(
+    jax.tree.map(lambda first, *others: all(x is first for x in others), *trees)
   )
 
 
-def _stack(trees, mesh):
-  """Placed trees as one, each array sharded as it was."""
-  shardings = jax.tree.map(
-    lambda x: NamedSharding(mesh, PartitionSpec(None, *x.sharding.spec)),
-    trees[0],
-  )
-  return run_lib.jitted(lambda *trees: stacked(trees), shardings)(*trees)
+def _placed(trees):
+  """Placed trees stacked, each array sharded as it was."""
+  shapes = stacked_shapes(trees[0], len(trees))
+  return run_lib.jitted(stacked, shapes)(trees)
 
 
 class Recorders:
   """The recorders of several runs as one, see recorder.Recorder."""
 
   def __init__(self, recorders, parts):
-    """Args:
-    recorders: list of recorder.Recorder.
-    parts: stacked state -> iterator of the state of each.
-    """
+    """Of a list of recorder.Recorder and the `parts` of a Program."""
     self._all, self._parts = recorders, parts
 
   @property

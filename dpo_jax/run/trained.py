@@ -7,6 +7,7 @@ reference or its memory asks the `Trained`; nobody else asks whether there is an
 adapter or a head.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Trained(NamedTuple):
     on_base: whether the policy is a part on a frozen base.
     frozen_bits: bits that `frozen` takes for each parameter of the model.
     heads: names of the scalar heads beside the model's tree.
-    adapter: {"rank", "alpha", …, "scale"} of an adapter, else None.
+    adapter: the fields of config.lora and "scale" of an adapter, else None.
   """
 
   init: Callable
@@ -53,11 +54,7 @@ class Trained(NamedTuple):
 
 
 def whole(*, keeps_reference):
-  """Trains all parameters.
-
-  Args:
-    keeps_reference: whether the base stays beside them, as the reference.
-  """
+  """Trains all parameters; the base may stay beside them, as the reference."""
   return Trained(
     init=lambda base, rng: base,
     policy=lambda base, trained: trained,
@@ -77,9 +74,7 @@ def adapter(shapes, options):
     options: rank, alpha, rank_stabilised, targets and base, as config.lora.
   """
   scale = lora.scale_of(options.rank, options.alpha, options.rank_stabilised)
-
-  def graft(base, trained):
-    return lora.graft(base, trained, scale)
+  graft = functools.partial(lora.graft, scale=scale)
 
   def merged(base, trained):
     by_path = lora.flat(lora.merge(base, trained, scale))
@@ -88,21 +83,14 @@ def adapter(shapes, options):
     )
 
   return Trained(
-    init=lambda base, rng: lora.init(
-      rng, shapes, options.rank, options.targets
-    ),
+    init=lambda _, rng: lora.init(rng, shapes, options.rank, options.targets),
     policy=graft,
     model=graft,
     merged=merged,
     frozen=lambda base: {"base": base},
     on_base=True,
     frozen_bits=_BITS[options.base],
-    adapter={
-      "rank": options.rank,
-      "alpha": options.alpha,
-      "rank_stabilised": options.rank_stabilised,
-      "scale": scale,
-    },
+    adapter={**options._asdict(), "scale": scale},
   )
 
 
@@ -121,10 +109,10 @@ def with_heads(inner, names, embed):
     return inner
 
   def init(base, rng):
-    def head():
-      return {"kernel": jnp.zeros(embed), "bias": jnp.zeros(())}
-
-    return {"model": inner.init(base, rng), **{name: head() for name in names}}
+    trained = {"model": inner.init(base, rng)}
+    for name in names:
+      trained[name] = {"kernel": jnp.zeros(embed), "bias": jnp.zeros(())}
+    return trained
 
   def policy(base, trained):
     return {**trained, "model": inner.policy(base, trained["model"])}
@@ -156,26 +144,24 @@ class Source(NamedTuple):
   run: tuple | None = None
 
 
-def pretrained(spec, field="init_from"):
-  """The hf.Checkpoint of a spec, or None if it is a run folder (or None).
+def pretrained(spec):
+  """The hf.Checkpoint of init_from, or None if it is a run folder (or None).
 
   Raises: ValueError if it cannot be found or is not supported.
   """
   kind, name = origin.parse(spec or "")
   if kind == "hf":
-    return hf.open_folder(origin.folder(name, field))
+    return hf.open_folder(origin.folder(name, "init_from"))
   if kind == "gguf":
-    return gguf.open_file(origin.gguf_file(name, field))
+    return gguf.open_file(origin.gguf_file(name, "init_from"))
   return None
 
 
 def partition_spec(mode, heads=()):
   """Function (path, shape, sizes) -> PartitionSpec of the state's arrays.
 
-  Args:
-    mode: "jit" or "pmap".
-    heads: of Trained; every device has all of them, and of what an algorithm
-      keeps that is no parameter.
+  Every device has all of the `heads` of a Trained, and of what an algorithm
+  keeps that is no parameter; in `mode` "pmap" of everything.
   """
   if mode == "pmap":
     return lambda *_: PartitionSpec()
@@ -194,11 +180,9 @@ def partition_spec(mode, heads=()):
 def sharded(setup, shapes):
   """ShapeDtypeStructs with their shardings on the mesh."""
   spec = partition_spec(setup.mode, setup.trained.heads)
-  shardings = mesh_lib.shardings(setup.mesh, shapes, spec)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
+    *(shapes, mesh_lib.shardings(setup.mesh, shapes, spec)),
   )
 
 
@@ -209,10 +193,8 @@ def model_shapes(setup):
 
 def base_shapes(setup):
   """The base as it is held, abstract, with shardings."""
-  shapes = model_shapes(setup)
-  if setup.source.held == "float32":
-    return shapes
-  return sharded(setup, jax.eval_shape(_holds(setup.source.held), shapes))
+  shapes = jax.eval_shape(_holds(setup.source.held), model_shapes(setup))
+  return sharded(setup, shapes)
 
 
 def trained_shapes(setup):
@@ -241,22 +223,14 @@ def initial(setup):
     params = setup.programs.init(jax.random.key(source.seed))
   if source.held == "float32":
     return params
-  return run_lib.jitted(_holds(source.held), _shardings(base_shapes(setup)))(
-    params
-  )
+  return run_lib.jitted(_holds(source.held), base_shapes(setup))(params)
 
 
 def _holds(kind):
   """The function that makes a base of f32 parameters, of lora.BASES."""
-
-  def convert(params):
-    return tree.map_named(lambda path, x: lora.store(path, x, kind), params)
-
-  return convert
-
-
-def _shardings(shapes):
-  return jax.tree.map(lambda x: x.sharding, shapes)
+  return functools.partial(
+    tree.map_named, lambda path, x: lora.store(path, x, kind)
+  )
 
 
 def _of_run(setup):
@@ -269,24 +243,21 @@ def _of_run(setup):
 
 
 def merged(setup, base, params):
-  """The model's parameters in f32, of what was trained.
+  """The model's parameters in f32, of those of a TrainState.
 
-  Args:
-    base: of `initial`; None where the policy is not on one.
-    params: of the TrainState.
+  The base of `initial` is None where the policy is not on one.
   """
   if not (setup.trained.on_base or setup.trained.heads):
     return params
-  shardings = _shardings(model_shapes(setup))
-  return run_lib.jitted(setup.trained.merged, shardings)(base, params)
+  merge = run_lib.jitted(setup.trained.merged, model_shapes(setup))
+  return merge(base, params)
 
 
 def restored(setup, base, workdir, field="the run"):
   """What was trained and saved last in a run's folder.
 
   Args:
-    base: of `initial`; None where the policy is not on one.
-    workdir: run folder.
+    base: as of `merged`.
     field: what named the folder, for messages.
   Raises: ValueError if there is nothing, or it is an adapter of another base.
   """
@@ -297,14 +268,13 @@ def restored(setup, base, workdir, field="the run"):
 
 def _with_peft(setup, checkpoint_there, params):
   """Parameters in f32 with the PEFT adapter of init_adapter merged in."""
+  shapes = model_shapes(setup)
   adapter, _, factor = peft.read(
     origin.folder(origin.parse(setup.source.adapter)[1], "init_adapter"),
     families.find(checkpoint_there.raw).table,
     setup.model.config,
-    {path: x.shape for path, x in tree.named(model_shapes(setup))},
+    {path: x.shape for path, x in tree.named(shapes)},
     setup.model.vocab_size,
   )
-  merge = run_lib.jitted(
-    lambda p, a: lora.merge(p, a, factor), _shardings(model_shapes(setup))
-  )
+  merge = run_lib.jitted(lambda p, a: lora.merge(p, a, factor), shapes)
   return merge(params, adapter)

@@ -1,5 +1,6 @@
 """Checkpoints with exact resume: Orbax, checksums and the run's config."""
 
+import contextlib
 import warnings
 
 import jax
@@ -42,7 +43,6 @@ class Checkpointer:
     Args:
       state: TrainState.
       identity: plain dict of what a run that resumes must share.
-      wait: block until it is durable.
     Raises: OSError and the like if `wait` and it cannot be written.
     """
     step = int(state.step)
@@ -60,13 +60,10 @@ class Checkpointer:
       "frozen": self._fingerprint_frozen(state),
       "leaves": _leaves(values),
     }
-    accepted = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave(meta)
-      ),
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave(meta)
     )
-    if not accepted:
+    if not self._manager.save(step, args=args):
       raise OSError(f"{self._path}: step {step} was not accepted for saving")
     if wait:
       self._manager.wait_until_finished()
@@ -127,7 +124,8 @@ class Checkpointer:
     meta = _read_meta(self._manager, step)
     saved_lib.check_config(meta["config"], identity, self._path)
     _check_leaves(meta["leaves"], _leaves(target), self._path)
-    restore = ocp.args.StandardRestore(_abstract(target))
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+    restore = ocp.args.StandardRestore(shapes)
     values = _read_item(self._manager, step, "state", restore)
     if state_lib.fingerprint(values) != meta["checksums"]:
       raise _Damaged("checksums do not match")
@@ -151,10 +149,9 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def _read_item(manager, step, name, restore):
+  args = ocp.args.Composite(**{name: restore})
   try:
-    return manager.restore(step, args=ocp.args.Composite(**{name: restore}))[
-      name
-    ]
+    return manager.restore(step, args=args)[name]
   except _UNREADABLE as error:
     raise _Damaged(f"unreadable ({error})") from error
 
@@ -164,10 +161,6 @@ def _read_meta(manager, step):
   if not isinstance(meta, dict) or "checksums" not in meta:
     raise _Damaged("unreadable (no checksums)")
   return meta
-
-
-def _abstract(values):
-  return jax.tree.map(ocp.utils.to_shape_dtype_struct, values)
 
 
 def _leaves(values):
@@ -195,29 +188,42 @@ def check_run(workdir, config, ref):
   Returns: {"step", "data_fingerprint"} of the newest checkpoint.
   Raises: ValueError naming the field, or init_from.
   """
-  path, step, meta = _newest(workdir)
-  about = {k: v for k, v in meta["config"].items() if k not in config}
-  saved_lib.check_config(meta["config"], {**config, **about}, path)
-  # "ref/…", or "base/…" under an adapter
-  frozen = {k.partition("/")[2]: v for k, v in meta["frozen"].items()}
-  trained_with = about.get("reference") or frozen
-  if trained_with and trained_with != state_lib.fingerprint(ref):
-    raise ValueError(
-      f"{path}: init_from = {config['init_from']} is not the reference that "
-      "this run was trained with; was it trained on? Put it back"
-    )
-  return {"step": step, "data_fingerprint": about["data_fingerprint"]}
+  path = _path(workdir)
+  with _newest(workdir) as (_, step, meta):
+    about = {k: v for k, v in meta["config"].items() if k not in config}
+    saved_lib.check_config(meta["config"], {**config, **about}, path)
+    # "ref/…", or "base/…" under an adapter
+    frozen = {k.partition("/")[2]: v for k, v in meta["frozen"].items()}
+    trained_with = about.get("reference") or frozen
+    if trained_with and trained_with != state_lib.fingerprint(ref):
+      raise ValueError(
+        f"{path}: init_from = {config['init_from']} is not the reference that "
+        "this run was trained with; was it trained on? Put it back"
+      )
+    return {"step": step, "data_fingerprint": about["data_fingerprint"]}
 
 
-def _newest(workdir):
-  """(path, step, metadata) of the newest checkpoint of a run folder."""
-  path = epath.Path(workdir).absolute() / "checkpoints"
-  with ocp.CheckpointManager(path) as manager:
+def _path(workdir):
+  return epath.Path(workdir).absolute() / "checkpoints"
+
+
+@contextlib.contextmanager
+def _newest(workdir, where=None):
+  """Yields (CheckpointManager, step, metadata) of a run's newest checkpoint.
+
+  Args:
+    workdir: run folder.
+    where: what names it, for messages; None is its path.
+  """
+  where = where or _path(workdir)
+  with ocp.CheckpointManager(_path(workdir)) as manager:
     step = manager.latest_step()
+    if step is None:
+      raise ValueError(f"{where} holds no finished checkpoint")
     try:
-      return path, step, _read_meta(manager, step)
+      yield manager, step, _read_meta(manager, step)
     except _Damaged as error:
-      raise ValueError(f"{path}: step {step}: {error}") from error
+      raise ValueError(f"{where}: step {step}: {error}") from error
 
 
 def identity(workdir):
@@ -227,13 +233,13 @@ def identity(workdir):
   """
   if latest_step(workdir) is None:
     raise ValueError(f"{workdir} holds no finished checkpoint; train it first")
-  _, step, meta = _newest(workdir)
-  return {"step": step, "checksums": meta["checksums"] | meta["frozen"]}
+  with _newest(workdir) as (_, step, meta):
+    return {"step": step, "checksums": meta["checksums"] | meta["frozen"]}
 
 
 def latest_step(workdir):
   """The newest step saved in a run folder, or None."""
-  path = epath.Path(workdir).absolute() / "checkpoints"
+  path = _path(workdir)
   if not path.exists():
     return None
   with ocp.CheckpointManager(path) as manager:
@@ -244,40 +250,27 @@ def load_params(workdir, target, field="init_from"):
   """The policy saved last in another run's folder.
 
   Args:
-    workdir: that run's folder.
     target: tree of arrays, or of ShapeDtypeStructs with shardings.
     field: what named the folder, for messages.
   Raises: ValueError if there is none, or its parameters do not fit.
   """
   where = f"{field} = {workdir!s}"
-  path = epath.Path(workdir).absolute() / "checkpoints"
-  if not path.exists():
+  if not _path(workdir).exists():
     raise ValueError(
       f"{where} holds no checkpoints/ folder; train that run first"
     )
-  with ocp.CheckpointManager(path) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise ValueError(f"{where} holds no finished checkpoint")
-    try:
-      meta = _read_meta(manager, step)
-      target = {"params": target}
-      saved = {
-        path: leaf
-        for path, leaf in meta["leaves"].items()
-        if path.startswith("params/")
-      }
-      _check_leaves(saved, _leaves(target), where)
-      abstract = _abstract(target)
-      restore = ocp.args.PyTreeRestore(
-        abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=True,
-      )
-      params = _read_item(manager, step, "state", restore)["params"]
-    except _Damaged as error:
-      raise ValueError(f"{where}: step {step}: {error}") from error
-  sums = state_lib.fingerprint({"params": params})
-  if any(meta["checksums"][path] != value for path, value in sums.items()):
-    raise ValueError(f"{where}: step {step}: checksums do not match")
-  return params
+  with _newest(workdir, where) as (manager, step, meta):
+    leaves = meta["leaves"].items()
+    saved = {k: leaf for k, leaf in leaves if k.startswith("params/")}
+    _check_leaves(saved, _leaves({"params": target}), where)
+    shapes = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, target)}
+    restore = ocp.args.PyTreeRestore(
+      shapes,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+      partial_restore=True,
+    )
+    values = _read_item(manager, step, "state", restore)
+    sums = state_lib.fingerprint(values)
+    if any(meta["checksums"][k] != value for k, value in sums.items()):
+      raise _Damaged("checksums do not match")
+  return values["params"]

@@ -51,8 +51,7 @@ class Stop:
   @property
   def exit_code(self):
     """EXIT_INTERRUPTED after Ctrl-C, else EXIT_REQUEUE."""
-    interrupted = self.signal == signal.SIGINT
-    return EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE
+    return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_REQUEUE
 
   @contextlib.contextmanager
   def at_once(self):
@@ -138,9 +137,7 @@ def first_step(metrics, first, limit):
       "train.max_noise"
     )
   line = f"step 0: rewards within {noise:.2g} of 0 (policy = reference), loss "
-  bounds = None
-  if first is not None:
-    bounds = first(float(metrics["drift/largest"]))
+  bounds = first and first(float(metrics["drift/largest"]))
   if bounds is None:
     return f"{line}{loss:.6g}"
   low, expected, high = bounds
@@ -154,12 +151,7 @@ def first_step(metrics, first, limit):
 
 
 def reference_is(params, fingerprint):
-  """Raises RuntimeError if the reference is not what it was.
-
-  Args:
-    params: of the reference.
-    fingerprint: of state.fingerprint, as plain values, when the run began.
-  """
+  """Raises RuntimeError if the fingerprint of a reference is another now."""
   changed = [
     path
     for path, value in state_lib.fingerprint(params).items()

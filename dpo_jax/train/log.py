@@ -5,13 +5,14 @@ import json
 import os
 import sys
 import time
+import timeit
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpo_jax import progress
+from dpo_jax import progress, store
 
 # Peak bf16 matmul FLOP/s of one device, by a part of its device_kind.
 PEAK_FLOPS = (
@@ -59,15 +60,10 @@ def peak_flops():
   for part, peak in PEAK_FLOPS:
     if part in devices[0].device_kind:
       return peak * len(devices), "of the maker's bf16 peak"
-  size, repeats = 1024, 4
+  size, matmul = 1024, jax.jit(jnp.dot)
   x = jnp.ones((size, size), jnp.float32)
-  matmul = jax.jit(jnp.dot)
-  matmul(x, x).block_until_ready()
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    matmul(x, x).block_until_ready()
-    times.append(time.perf_counter() - start)
+  # The first call compiles; the others take about as long as one another.
+  times = timeit.repeat(lambda: matmul(x, x).block_until_ready(), number=1)
   count = 1 if devices[0].platform == "cpu" else len(devices)
   return count * 2 * size**3 / min(times), "of this machine's f32 matmul"
 
@@ -143,8 +139,6 @@ class Logger:
     """Takes the (device) metrics of step `number`, counted from 1.
 
     Args:
-      number: steps done.
-      metrics: dict of scalar arrays.
       stats: data.loader.Stats of the batch.
       flops: needed FLOPs of the step.
     Returns: what `flush` does, for a step before this one; or for this one, if
@@ -159,8 +153,7 @@ class Logger:
     else:
       self._tokens += stats.tokens
       self._flops += flops
-    bar = f"{self._bar(number)} {number}/{self._total}"
-    self.status(f"{bar}  ETA {self._eta(number)}")
+    self.status(self._line(number))
     if number % self._every == 0 or number in (self._start + 1, self._total):
       counts = self._tokens, self._flops
       self._pending = number, metrics, stats, counts
@@ -186,7 +179,13 @@ class Logger:
       values["mfu"] = (counts[1] - flops) / (now - before) / self._peak
     self._clock = (now, *counts)
     self.write("train", number, values)
-    self.say(f"{self._name}{self._line(number, values)}")
+    parts = _shown(values, {**_METRICS, "grad_norm": "grad"})
+    if values.get("skipped"):
+      parts.append(f"SKIPPED {values['skipped']:.0f} (not finite)")
+    if "tokens_per_second" in values:
+      parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
+      parts.append(f"mfu {100 * values['mfu']:.0f}%")
+    self.say(f"{self._name}{self._line(number, *parts)}")
     return values
 
   def evaluation(self, number, values):
@@ -198,11 +197,10 @@ class Logger:
   def write(self, kind, number, values):
     """Appends one JSON line."""
     # A source that this batch has nothing of is left out.
-    values = {
-      k: v
-      for k, v in values.items()
-      if not (k.startswith("source") and np.isnan(v))
+    absent = {
+      k for k in values if k.startswith("source") and np.isnan(values[k])
     }
+    values = {k: v for k, v in values.items() if k not in absent}
     if self._loud:
       # JSON has no NaN: what is not finite is null.
       numbers = {k: v if np.isfinite(v) else None for k, v in values.items()}
@@ -217,27 +215,15 @@ class Logger:
     for tracker in self._trackers:
       tracker.close()
 
-  def _bar(self, number):
+  def _line(self, number, *parts):
+    """How far the run is, and when it will be done."""
     done = round(20 * number / max(1, self._total))
-    return "█" * done + "·" * (20 - done)
-
-  def _eta(self, number):
-    begin, first = self._begin
-    if number <= first:
-      return "?"
-    rate = (self._now() - begin) / (number - first)
-    return progress.duration(rate * (self._total - number))
-
-  def _line(self, number, values):
-    parts = [f"{self._bar(number)} {number}/{self._total}"]
-    parts += _shown(values, {**_METRICS, "grad_norm": "grad"})
-    if values.get("skipped"):
-      parts.append(f"SKIPPED {values['skipped']:.0f} (not finite)")
-    if "tokens_per_second" in values:
-      parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
-      parts.append(f"mfu {100 * values['mfu']:.0f}%")
-    parts.append(f"ETA {self._eta(number)}")
-    return "  ".join(parts)
+    bar = "█" * done + "·" * (20 - done)
+    (begin, first), eta = self._begin, "?"
+    if number > first:
+      rate = (self._now() - begin) / (number - first)
+      eta = progress.duration(rate * (self._total - number))
+    return "  ".join([f"{bar} {number}/{self._total}", *parts, f"ETA {eta}"])
 
   def _drop_later_than(self, step):
     """After a resume, lines beyond the checkpoint are written anew."""
@@ -250,6 +236,4 @@ class Logger:
           kept.append(line)
       except (json.JSONDecodeError, KeyError):
         continue  # cut short by a kill
-    whole = self._path.parent / "metrics.jsonl.new"
-    whole.write_text("".join(f"{line}\n" for line in kept))
-    whole.replace(self._path)
+    store.write(self._path, "".join(f"{line}\n" for line in kept).encode())

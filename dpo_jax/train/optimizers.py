@@ -28,12 +28,7 @@ class Kind(NamedTuple):
 OPTIMIZERS = {
   "rmsprop": Kind(
     "optim.rmsprop",
-    {
-      "learning_rate": 1e-6,
-      "decay": 0.99,
-      "eps": 1e-8,
-      "moments": "float32",
-    },
+    {"learning_rate": 1e-6, "decay": 0.99, "eps": 1e-8, "moments": "float32"},
   ),
   "adamw": Kind(
     "optim.adamw",

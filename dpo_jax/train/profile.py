@@ -14,7 +14,6 @@ class Profile:
 
   def __init__(self, workdir, start, total, say, *, wanted):
     """Args:
-    workdir: run folder; the trace goes to its "profile".
     start, total: the step that the run starts from, and the last.
     say: takes a line for the console.
     wanted: whether to trace at all.

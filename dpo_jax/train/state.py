@@ -42,14 +42,8 @@ def create(params, optimizer, frozen, extra):
 
 
 def saved(state):
-  """The part of a state that a checkpoint holds, as a dict."""
-  return {
-    "step": state.step,
-    "params": state.params,
-    "opt_state": state.opt_state,
-    "extra": state.extra,
-    "skipped": state.skipped,
-  }
+  """The part of a state that a checkpoint holds, as a dict: all but frozen."""
+  return {k: v for k, v in vars(state).items() if k != "frozen"}
 
 
 @jax.jit

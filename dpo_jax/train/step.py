@@ -13,6 +13,8 @@ from dpo_jax import tree
 from dpo_jax.algos import base, diagnostics
 from dpo_jax.ops import reduce
 
+_LOSSES = "loss/"  # before the name of a term of the loss, where all are summed
+
 
 def make(algorithm, optimizer, *, accumulation, axis_name):
   """Builds step(state, batch, hparams) -> (state, metrics).
@@ -29,7 +31,7 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
   def step(state, batch, hparams):
     # ── Gradient: of the part that is trained, over the whole batch ──────────
     trained, rest = tree.split(state.params, optimizer.trains)
-    grads, loss, metrics, kept = gradients(
+    grads, metrics, kept = gradients(
       algorithm,
       lambda trained: tree.graft(rest, trained),
       trained,
@@ -49,14 +51,14 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     moved = rate * tree.norm(updates)
 
     # ── Guard: chosen on the device, since the host sees a step's numbers late
+    loss = metrics["loss"]
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(moved)
 
     def guard(new, old):
       return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
     params = tree.graft(rest, guard(updated, trained))
-    more = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
-    metrics = {**metrics, **more}
+    metrics |= {"grad_norm": norm, "learning_rate": rate}
     # After the metrics, so that a coefficient can follow them.
     extra = {**state.extra, **kept}
     extra = algorithm.update(extra, params, state.step + 1, metrics)
@@ -81,9 +83,8 @@ def gradients(
     whole: trained parameters -> all parameters of the policy.
     trained: what is differentiated.
     Others as in `make`.
-  Returns: (gradient, loss, metrics, what of state.extra is new).
+  Returns: (gradient, metrics, what of state.extra is new).
   """
-
   rng = base.rng_of(state.step)
 
   def features(trained, batch):
@@ -110,7 +111,12 @@ def gradients(
 
     def local_loss(trained, batch):
       terms = combine(*features(trained, batch))
-      _refuse_kept(algorithm, terms)
+      if terms.kept and not algorithm.batch_level:
+        raise ValueError(
+          f"`combine` keeps {sorted(terms.kept)}, but sees one microbatch of "
+          "one device: set batch_level = True, or keep it in `update`, from "
+          "the metrics of the whole batch"
+        )
       nums = reduce.numerators(_merged(terms))
       aux = nums, reduce.peaks(terms.peaks), terms.kept
       return _loss(reduce.divide(nums, totals)), aux
@@ -122,19 +128,8 @@ def gradients(
       micros = _microbatches(batch, accumulation)
       grads, (nums, peaks, kept) = _accumulate(grad_fn, trained, micros)
     grads, nums = reduce.psum((grads, nums), axis_name)
-  means = reduce.divide(nums, totals)
-  metrics = {**_metrics(means, totals), **reduce.pmax(peaks, axis_name)}
-  return grads, _loss(means), metrics, kept
-
-
-def _refuse_kept(algorithm, terms):
-  """Raises ValueError for what only a part of the batch was asked for."""
-  if terms.kept and not algorithm.batch_level:
-    raise ValueError(
-      f"`combine` keeps {sorted(terms.kept)}, but sees one microbatch of one "
-      "device: set batch_level = True, or keep it in `update`, from the "
-      "metrics of the whole batch"
-    )
+  metrics = means_of(nums, totals) | reduce.pmax(peaks, axis_name)
+  return grads, metrics, kept
 
 
 def _coupled(features, combine, trained, batch, accumulation, axis_name):
@@ -201,24 +196,17 @@ def sums(algorithm, *, axis_name):
 def means_of(nums, totals):
   """{metric: value} of sums over all data, "loss" among them."""
   means = reduce.divide(nums, totals)
-  return {"loss": _loss(means), **_metrics(means, totals)}
-
-
-def _loss_key(name):
-  return f"loss/{name}"
+  metrics = {k: v for k, v in means.items() if not k.startswith(_LOSSES)}
+  return {"loss": _loss(means), **diagnostics.derived(metrics, totals)}
 
 
 def _loss(means):
-  return sum(v for k, v in means.items() if k.startswith(_loss_key("")))
+  return sum(v for k, v in means.items() if k.startswith(_LOSSES))
 
 
-def _metrics(means, totals):
-  metrics = {k: v for k, v in means.items() if not k.startswith(_loss_key(""))}
-  return diagnostics.derived(metrics, totals)
-
-
-def _merged(terms: base.Terms):
-  losses = {_loss_key(name): term for name, term in terms.losses.items()}
+def _merged(terms):
+  """All terms, those of the loss under names of their own."""
+  losses = {f"{_LOSSES}{name}": term for name, term in terms.losses.items()}
   return {**losses, **terms.metrics}
 
 
@@ -239,9 +227,7 @@ def _microbatches(batch, accumulation):
 def _accumulate(grad_fn, trained, micros):
   """Sums gradients and numerators over microbatches; keeps the largest peaks.
 
-  Args:
-    grad_fn: (trained, xs) -> (gradient, (numerators, peaks, kept)).
-    micros: xs of all microbatches; leading axis.
+  `grad_fn` is (trained, xs) -> (gradient, (numerators, peaks, kept)).
   """
   first = jax.tree.map(lambda x: x[0], micros)
   shapes = jax.eval_shape(grad_fn, trained, first)

@@ -3,6 +3,7 @@
 Both come with the extra `log` and are imported when a run opens them.
 """
 
+import importlib
 import uuid
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,15 +24,13 @@ class Tracker(NamedTuple):
 
 
 def make(options, asked, workdir, start):
-  """The trackers that `config.log` asks for.
+  """The list of Tracker that `config.log` asks for.
 
   Args:
-    options: tensorboard and wandb, as in config.log.
     asked: the config as plain values, which is recorded with the run.
     workdir: run folder; gets tensorboard/ or wandb/.
     start: step that the run starts from; later ones of an earlier try are
       replaced.
-  Returns: list of Tracker.
   Raises: ValueError naming the package to install.
   """
   workdir, trackers = epath.Path(workdir), []
@@ -43,11 +42,7 @@ def make(options, asked, workdir, start):
 
 
 def _tensorboard(workdir, start):
-  try:
-    import tensorboardX
-  except ImportError as error:
-    raise ValueError(_needs("tensorboard", "tensorboardX")) from error
-  writer = tensorboardX.SummaryWriter(
+  writer = _module("tensorboardX", "tensorboard").SummaryWriter(
     str(workdir / "tensorboard"), purge_step=start + 1
   )
 
@@ -59,10 +54,7 @@ def _tensorboard(workdir, start):
 
 
 def _wandb(project, asked, workdir):
-  try:
-    import wandb
-  except ImportError as error:
-    raise ValueError(_needs("wandb", "wandb")) from error
+  wandb = _module("wandb", "wandb")
   name = workdir / "wandb_run"  # a resumed run goes on under its own name
   if not name.exists():
     name.write_text(uuid.uuid4().hex)
@@ -81,8 +73,12 @@ def _wandb(project, asked, workdir):
   return Tracker(write, run.finish)
 
 
-def _needs(field, package):
-  return (
-    f"log.{field} needs {package}: pip install 'dpo_jax[log]', or leave the "
-    "field out"
-  )
+def _module(package, field):
+  """A package that a field of config.log needs."""
+  try:
+    return importlib.import_module(package)
+  except ImportError as error:
+    raise ValueError(
+      f"log.{field} needs {package}: pip install 'dpo_jax[log]', or leave the "
+      "field out"
+    ) from error

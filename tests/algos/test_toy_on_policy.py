@@ -259,7 +259,13 @@ WAYS = {  # and one device, in processes of their own
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+  "way",
+  [
+    pytest.param(w, marks=pytest.mark.slow if w != "accumulation" else ())
+    for w in WAYS
+  ],
+)
 def test_a_run_that_ends_between_boundaries_goes_on_to_the_same_bits(
   way, monkeypatch, tmp_path
 ):

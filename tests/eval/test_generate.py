@@ -221,23 +221,29 @@ def ends(data):
   return np.cumsum([len(line) for line in data.splitlines(keepends=True)])
 
 
-CUTS = {
-  "at the start": (0, lambda data: 0),
-  "in the first line": (0, lambda data: 9),
-  "in a line of the third batch": (16, lambda data: int(ends(data)[20]) - 7),
-  "before a newline": (16, lambda data: int(ends(data)[22]) - 1),
-  "between two batches": (24, lambda data: int(ends(data)[23])),
-  "in the last line": (40, lambda data: len(data) - 3),
+# {what has come of a file: (draws that are kept, function of the whole)}
+DAMAGES = {
+  "cut at the start": (0, lambda data: b""),
+  "cut in the first line": (0, lambda data: data[:9]),
+  "cut in the third batch": (16, lambda data: data[: ends(data)[20] - 7]),
+  "cut before a newline": (16, lambda data: data[: ends(data)[22] - 1]),
+  "cut between two batches": (24, lambda data: data[: ends(data)[23]]),
+  "cut in the last line": (40, lambda data: data[:-3]),
+  # A draw has its place by its number: those behind are drawn again too.
+  "a line inside is damaged": (
+    8,
+    lambda data: data[: ends(data)[9]] + b"\0" * 9 + data[ends(data)[9] :],
+  ),
 }
 
 
-@pytest.mark.parametrize("name", CUTS)
-def test_a_file_that_was_cut_short_ends_as_that_of_an_unbroken_run(
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_ends_as_that_of_an_unbroken_run(
   name, setup, params, whole, about, tmp_path, monkeypatch
 ):
-  skip, where = CUTS[name]
+  skip, damaged = DAMAGES[name]
   (tmp_path / "completions.json").write_text(json.dumps(about))
-  (tmp_path / "completions.jsonl").write_bytes(whole[: where(whole)])
+  (tmp_path / "completions.jsonl").write_bytes(damaged(whole))
   right, skipped = generate.draws, []
 
   def recorded(*args, **kwargs):

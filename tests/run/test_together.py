@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from dpo_jax import sweeps, tree
+from dpo_jax import loop, sweeps, tree
 from dpo_jax.config import load as load_lib
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.run import build, forward, together, trained
@@ -166,10 +166,13 @@ def test_points_in_one_program_equal_each_of_them_alone(case, start, tmp_path):
   spec, starts, chosen, single, fields = CASES[case]
   config = load(spec, *fields, *([start] if starts else []))
   with one_device(single):
-    run, program = sweeps.program(config, chosen, tmp_path)
-    found, state = steps(run, program.state, program.step, program.hparams)
     configs = [load_lib.at(config, point) for point in chosen]
-    runs = sweeps.beside(configs, run)
+    assert len(sweeps.groups(configs, len(configs))) == 1
+    runs = sweeps.beside(configs, build.prepare(configs[0]))
+    begun = [loop.begin(run, tmp_path) for run in runs]
+    program = together.program(runs, [state for _, state in begun])
+    del begun
+    found, state = steps(runs[0], program.state, program.step, program.hparams)
     for index, part in enumerate(program.parts(state)):
       got = [step[index] for step in found], tree.named(part.params)
       assert_equal_up_to_rounding(got, alone(runs[index], tmp_path))

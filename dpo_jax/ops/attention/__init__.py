@@ -4,7 +4,7 @@ from dpo_jax.ops.attention import blockwise, choice, cudnn, rule, splash, tiled
 
 Layout = rule.Layout
 visible = rule.visible
-masked = rule.masked
+capped = rule.capped
 take_rows = rule.take_rows
 cached = rule.cached
 KEPT = rule.KEPT

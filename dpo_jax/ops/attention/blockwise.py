@@ -41,8 +41,13 @@ def blockwise(q, k, v, layout, *, window, scale, softcap=None, block=None):
   """
   if block is None:
     block = BLOCKS.get(jax.default_backend(), BLOCK)
-  static = _Static(window, scale, softcap, block)
-  return rule.sharded(functools.partial(_rows, static))(q, k, v, layout)
+  row = functools.partial(_row, _Static(window, scale, softcap, block))
+
+  def rows(q, k, v, layout):
+    # One row after the other, each as long as its own list.
+    return jax.lax.map(lambda x: row(*x), (q, k, v, *layout[:3]))
+
+  return rule.sharded(rows)(q, k, v, layout)
 
 
 def visible_blocks(positions, segment_ids, branch_ids, *, window, block):
@@ -81,17 +86,10 @@ def _pad(x, block):
   return jnp.pad(x, ((0, after), *((0, 0),) * (x.ndim - 1)))
 
 
-def _rows(static, q, k, v, layout):
-  # One row after the other, each as long as its own list.
-  row = functools.partial(_row, static)
-  return jax.lax.map(lambda x: row(*x), (q, k, v, *layout[:3]))
-
-
 def _row(static, q, k, v, *ids):
   """One row: q [T, N, H], k and v [T, K, H], three i32[T]."""
   length, heads, width = q.shape
-  padded = (_pad(x, static.block) for x in (q, k, v, *ids))
-  q, k, v, *ids = padded
+  q, k, v, *ids = (_pad(x, static.block) for x in (q, k, v, *ids))
   q = q.reshape(q.shape[0], k.shape[1], -1, width).swapaxes(0, 1)
   q = (q * static.scale).astype(q.dtype)
   k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
@@ -103,12 +101,6 @@ def _row(static, q, k, v, *ids):
 def _attend(static, q, k, v, *ids):
   """[K, T, G, H] from q [K, T, G, H] (scaled), k and v [K, T, H]."""
   return _fwd(static, q, k, v, *ids)[0]
-
-
-def _blocks(static, ids):
-  """(number of blocks, bool[i, j] of pairs that see each other)."""
-  seen = visible_blocks(*ids, window=static.window, block=static.block)
-  return seen.shape[0], seen
 
 
 def _each(seen, body, carry):
@@ -143,7 +135,7 @@ def _scores(static, ids, i, j, q, k):
 
 
 def _fwd(static, q, k, v, *ids):
-  count, seen = _blocks(static, ids)
+  seen = visible_blocks(*ids, window=static.window, block=static.block)
 
   def queries(i):
     (q_i,) = _take(static, i, q)
@@ -170,7 +162,7 @@ def _fwd(static, q, k, v, *ids):
     lse = jnp.where(blind, jnp.inf, top + jnp.log(total))
     return out.astype(q.dtype), lse
 
-  out, lse = jax.lax.map(queries, jnp.arange(count))
+  out, lse = jax.lax.map(queries, jnp.arange(len(seen)))
   out, lse = (jnp.moveaxis(x, 0, 1) for x in (out, lse))
   out, lse = (
     ad_checkpoint.checkpoint_name(x, rule.KEPT)
@@ -181,7 +173,7 @@ def _fwd(static, q, k, v, *ids):
 
 def _bwd(static, residual, grad):
   q, k, v, ids, out, lse = residual
-  count, seen = _blocks(static, ids)
+  seen = visible_blocks(*ids, window=static.window, block=static.block)
   product = grad.astype(jnp.float32) * out.astype(jnp.float32)
   # Σ probs · d probs of a query, which the softmax takes off.
   mean = jnp.sum(product, axis=-1)
@@ -213,7 +205,7 @@ def _bwd(static, residual, grad):
     return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
   start = jnp.zeros(q.shape)
-  d_q, (d_k, d_v) = jax.lax.scan(keys, start, jnp.arange(count))
+  d_q, (d_k, d_v) = jax.lax.scan(keys, start, jnp.arange(len(seen)))
   d_k, d_v = (jnp.moveaxis(x, 0, 1).reshape(k.shape) for x in (d_k, d_v))
   return d_q.astype(q.dtype), d_k, d_v, None, None, None
 

@@ -20,12 +20,11 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import compat
 from dpo_jax.ops import reduce
 
-# Large and finite: a row that sees nothing (padding) gets a uniform softmax,
-# not 0/0.
 # What a checkpoint policy may keep of an implementation: its result and the
 # log-sum-exp, with which the backward pass needs no forward pass.
 KEPT = "attended"
-
+# Large and finite: a row that sees nothing (padding) gets a uniform softmax,
+# not 0/0.
 HIDDEN = -1e30
 
 
@@ -111,10 +110,7 @@ def xla(q, k, v, layout, *, window, scale, softcap=None):
     scale, softcap: see `masked`.
   Returns: [R, T, N, H]; what padding gets is without meaning.
   """
-  mask = visible(
-    layout.positions, layout.segment_ids, layout.branch_ids, window
-  )
-  return masked(q, k, v, mask, scale, softcap)
+  return masked(q, k, v, visible(*layout[:3], window), scale, softcap)
 
 
 def cached(q, k, v, positions, *, window, scale, softcap=None):

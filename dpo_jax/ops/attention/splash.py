@@ -1,7 +1,5 @@
 """The TPU's flash attention with segments, for rows without shared prompts."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -23,28 +21,27 @@ def splash(q, k, v, layout, *, window, scale, softcap=None, interpret=False):
   Args:
     interpret: run the kernel's Python, on any platform.
   """
-  fn = functools.partial(_local, window, scale, softcap, interpret)
-  return rule.sharded(fn)(q, k, v, layout)
 
+  def local(q, k, v, layout):
+    length = q.shape[1]
+    pad = -length % _LANES
+    q = (q * scale).astype(q.dtype)
+    q, k, v = (
+      jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
+      for x in (q, k, v)
+    )
+    segment, branch = layout.segment_ids, layout.branch_ids
+    most = layout.example_index.shape[2]  # branches of an example, at least
+    real = segment > 0
+    ids = segment * (most + 1) + jnp.where(real, jnp.maximum(branch, 1), 0)
+    ids = jnp.pad(ids, ((0, 0), (0, pad)))
+    kernel = _kernel(window, softcap, interpret, q.shape[1], length + pad)
+    out = jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)[:, :length]
+    shared = jnp.any(real & (branch == 0), axis=1)
+    shared &= jnp.any(real & (branch > 1), axis=1)
+    return jnp.where(shared[:, None, None, None], jnp.nan, out)
 
-def _local(window, scale, softcap, interpret, q, k, v, layout):
-  length = q.shape[1]
-  pad = -length % _LANES
-  q = (q * scale).astype(q.dtype)
-  q, k, v = (
-    jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
-    for x in (q, k, v)
-  )
-  segment, branch = layout.segment_ids, layout.branch_ids
-  most = layout.example_index.shape[2]  # branches of an example, at least
-  ids = segment * (most + 1) + jnp.where(segment > 0, jnp.maximum(branch, 1), 0)
-  ids = jnp.pad(ids, ((0, 0), (0, pad)))
-  kernel = _kernel(window, softcap, interpret, q.shape[1], length + pad)
-  out = jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)[:, :length]
-  real = segment > 0
-  shared = jnp.any(real & (branch == 0), axis=1)
-  shared &= jnp.any(real & (branch > 1), axis=1)
-  return jnp.where(shared[:, None, None, None], jnp.nan, out)
+  return rule.sharded(local)(q, k, v, layout)
 
 
 def _kernel(window, softcap, interpret, heads, length):

@@ -8,26 +8,19 @@ from dpo_jax.ops import losses
 
 
 def entries():
-  """What is known of each loss, as plain values.
+  """What is known of each loss.
 
-  Returns: {loss: {"title", "formula" (lines), "source", "optimum", "needs",
-    "dialects", "data", "reference", "batch_level", "of_h", "defaults"}}.
+  Returns: {loss: {"title", "formula" (lines), "source", "optimum", and the
+    fields of its row in LOSSES}}.
   """
   out = {}
   for name, loss in losses.LOSSES.items():
     told = sections(loss.fn)
-    out[name] = {
+    out[name] = loss._asdict() | {
       "title": told["title"],
       "formula": told["formula"],
       "source": told.get("Source", ""),
       "optimum": told.get("Optimum", ""),
-      "needs": list(loss.needs),
-      "dialects": list(loss.dialects),
-      "data": loss.data,
-      "reference": loss.reference,
-      "batch_level": loss.batch_level,
-      "of_h": loss.of_h,
-      "defaults": loss.defaults,
     }
   return out
 
@@ -52,17 +45,22 @@ def text():
   """The table for a terminal, 80 columns wide."""
   blocks = []
   for name, entry in entries().items():
-    facts = [f"source: {entry['source']}", f"optimum: {entry['optimum']}"]
-    if entry["defaults"]:
-      facts.append(
-        "defaults: "
-        + ", ".join(f"{k} {v}" for k, v in entry["defaults"].items())
-      )
-    if entry["dialects"]:
-      facts.append("dialects: " + ", ".join(entry["dialects"]))
-    if entry["needs"]:
-      facts.append("needs: " + ", ".join(entry["needs"]))
-    facts += _notes(entry)
+    defaults = ", ".join(f"{k} {v}" for k, v in entry["defaults"].items())
+    told = {
+      "source": entry["source"],
+      "optimum": entry["optimum"],
+      "defaults": defaults,
+      "dialects": ", ".join(entry["dialects"]),
+      "needs": ", ".join(entry["needs"]),
+      "data": entry["data"] if entry["data"] != "pairs" else "",
+    }
+    notes = {
+      "reads no reference": not entry["reference"],
+      "couples the batch": entry["batch_level"],
+      "of h: other divergences fit": entry["of_h"],
+    }
+    facts = [f"{what}: {words}" for what, words in told.items() if words]
+    facts += [note for note, holds in notes.items() if holds]
     lines = [f"{name:14} {entry['title']}"]
     lines += [f"      {line}".rstrip() for line in entry["formula"]]
     lines += [_filled(fact, "    ") for fact in facts]
@@ -76,19 +74,6 @@ def text():
   )
   blocks.append(_filled(about, ""))
   return "\n\n".join(blocks)
-
-
-def _notes(entry):
-  notes = []
-  if entry["data"] != "pairs":
-    notes.append(f"data: {entry['data']}")
-  if not entry["reference"]:
-    notes.append("reads no reference")
-  if entry["batch_level"]:
-    notes.append("couples the batch")
-  if entry["of_h"]:
-    notes.append("of h: other divergences fit")
-  return notes
 
 
 def _filled(text, indent):
