@@ -88,9 +88,10 @@ def load(setup, algorithm, spec, field, row_multiple, *, steps=None):
   size = order.epoch_size(order.mixture(examples.source, weights))
   batches = None if steps is None else steps(size)
   loader = in_batches(setup, examples, row_multiple, batches, weights)
-  notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
+  notes = [f"{n} × {what}" for what, n in changed.items()]
+  notes += [f"{n} skipped: {why}" for why, n in policy.skipped.items()]
   if size != len(examples):
-    notes["examples per epoch"] = size
+    notes.append(f"{size} examples per epoch")
   count = f"{len(loader.shapes)} shape{'s' if len(loader.shapes) > 1 else ''}"
   about = (
     f"{spec}: {len(examples)} examples, {loader.comparisons} comparisons; "
@@ -108,7 +109,7 @@ def load(setup, algorithm, spec, field, row_multiple, *, steps=None):
       "examples of an epoch, so a batch holds some of them more than once"
     )
   if notes:
-    about += "; " + ", ".join(f"{n} {what}" for what, n in notes.items())
+    about += "; " + ", ".join(notes)
   if len(weights) > 1:
     named = enumerate(part for _, part in sources.parse(spec, field))
     about += "; " + ", ".join(f"source{k} is {part}" for k, part in named)
