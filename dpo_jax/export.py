@@ -18,7 +18,7 @@ from etils import epath
 from dpo_jax import lookup, tree
 from dpo_jax.config import fields, origin, saved
 from dpo_jax.data.tokens import vocabulary
-from dpo_jax.models import families, peft, write
+from dpo_jax.models import families, hf, peft, write
 from dpo_jax.run import build, trained
 from dpo_jax.train import checkpoint
 
@@ -99,7 +99,7 @@ def _write(config, workdir, folder, about):
     write.write(partial, params, model.config, model.vocab_size, raw, dtype)
   tokenizer = vocabulary.load(config.tokenizer)
   tokenizer.save_pretrained(partial)
-  generation = _generation(_origin(setup.source), tokenizer)
+  generation = _generation(setup, tokenizer)
   write.write_json(partial / "generation_config.json", generation)
   write.write_json(partial / "dpo_jax.json", about)
   (partial / "README.md").write_text(_card(config, about["step"]))
@@ -127,19 +127,20 @@ def _origin(source):
   return trained.pretrained(source.spec)
 
 
-def _generation(there, tokenizer):
-  """generation_config.json: the checkpoint's own, or of the tokenizer."""
-  path = epath.Path(there.where if there else "") / "generation_config.json"
-  if there and path.exists():
-    found = json.loads(path.read_text())
-    ends = found.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
-    if tokenizer.eos_token_id not in ends:
-      found["eos_token_id"] = [*ends, tokenizer.eos_token_id]
-    return found
-  names = ("bos_token_id", "eos_token_id", "pad_token_id")
-  ids = {name: getattr(tokenizer, name) for name in names}
-  return {name: i for name, i in ids.items() if i is not None}
+def _generation(setup, tokenizer):
+  """generation_config.json: the checkpoint's own, or of the tokenizer.
+
+  What ended the texts of the training ends a generation.
+  """
+  there, ends = _origin(setup.source), setup.tokenizer.end_ids
+  if there:
+    ends = tuple(dict.fromkeys((*there.ends, *ends)))  # in its own order
+    found = hf.generation(there.where, there.raw)
+  else:
+    names = ("bos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
+    found = {name: i for name, i in ids.items() if i is not None}
+  return {**found, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
 
 
 def write_adapter(folder, setup, adapter):

@@ -151,6 +151,31 @@ def test_a_model_born_here_is_exported_with_the_bytes_tokenizer(workdir):
   assert "dpo (beta 0.1" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+  ("there", "want"),
+  [
+    (None, [1, 256]),  # of config.json
+    ({"eos_token_id": 256, "top_k": 5}, 256),
+    ({"eos_token_id": [4, 256], "temperature": 0.6}, [4, 256]),
+  ],
+)
+def test_an_export_names_what_ended_its_texts_and_what_its_base_ended_at(
+  there, want, pretrained, tmp_path
+):
+  """As transformers reads it; what else was there stays."""
+  import transformers
+
+  base = shutil.copytree(pretrained, tmp_path / "base")
+  if there is not None:
+    (base / "generation_config.json").write_text(json.dumps(there))
+  folders.untrained(on(base), tmp_path / "run")
+  folder = export.publish(on(base), tmp_path / "run")
+  found = json.loads((folder / "generation_config.json").read_text())
+  assert found == {**(there or {"bos_token_id": 1}), "eos_token_id": want}
+  read = transformers.GenerationConfig.from_pretrained(folder)
+  assert read.eos_token_id == want
+
+
 def test_a_run_starts_from_an_exported_peft_adapter_which_is_its_reference(
   pretrained, adapted, tmp_path
 ):
@@ -212,20 +237,6 @@ def test_another_policy_of_the_same_config_is_not_taken_for_done(
   export.publish(config, born)
   with pytest.raises(ValueError, match="exists already"):
     export.publish(config, tmp_path / "other")
-
-
-def test_a_checkpoints_own_ends_are_kept_beside_the_tokenizers(
-  pretrained, adapted, tmp_path
-):
-  config = on(pretrained, f"export.folder={tmp_path / 'export'}")
-  own = {"eos_token_id": [7, 9], "temperature": 0.6}
-  (pretrained / "generation_config.json").write_text(json.dumps(own))
-  try:
-    folder = export.publish(config, adapted)
-  finally:
-    (pretrained / "generation_config.json").unlink()
-  got = json.loads((folder / "generation_config.json").read_text())
-  assert got == {"eos_token_id": [7, 9, 256], "temperature": 0.6}
 
 
 def test_an_export_that_is_there_is_skipped_and_another_is_kept(

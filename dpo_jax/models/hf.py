@@ -34,6 +34,7 @@ class Checkpoint(NamedTuple):
     shapes: {name: shape} of its tensors, named as in the table.
     read: () -> iterable of (name, numpy array), each tensor once.
     where: for messages.
+    ends: the tokens that it generates up to, as ids.
   """
 
   raw: dict
@@ -43,6 +44,7 @@ class Checkpoint(NamedTuple):
   shapes: dict
   read: Callable
   where: str
+  ends: tuple[int, ...]
 
 
 # Buffers that old checkpoints carry beside their parameters.
@@ -89,8 +91,29 @@ def open_folder(folder):
         yield names[name], x.pop()
 
   shapes = {names[n]: shapes[n] for n in names}
-  where = str(folder)
-  return Checkpoint(raw, config, vocab_size, family.table, shapes, read, where)
+  where, ends = str(folder), generation(folder, raw).get("eos_token_id")
+  ends = tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)
+  table = family.table
+  return Checkpoint(raw, config, vocab_size, table, shapes, read, where, ends)
+
+
+def generation(folder, raw):
+  """generation_config.json of a checkpoint, or what config.json has of it.
+
+  Raises: ValueError if its "eos_token_id" is no id and no list of ids.
+  """
+  path = epath.Path(folder) / "generation_config.json"
+  names = ("bos_token_id", "eos_token_id", "pad_token_id")
+  found = {n: raw[n] for n in names if raw.get(n) is not None}
+  if path.exists():
+    found = _json(path)
+  ends = found.get("eos_token_id")
+  for end in ends if isinstance(ends, list) else [ends] * (ends is not None):
+    if type(end) is not int:  # True is an int too
+      raise ValueError(
+        f"{path}: eos_token_id = {ends!r} must be an id, or a list of ids"
+      )
+  return found
 
 
 def _check_tied(folder, files, head, family):

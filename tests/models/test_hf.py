@@ -141,6 +141,34 @@ def test_a_file_that_was_cut_short_is_named(size, tmp_path):
     hf.open_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+  ("generation", "want"),
+  [
+    (None, (1,)),  # of config.json, as transformers does
+    ({"eos_token_id": [1, 4]}, (1, 4)),
+    ({"eos_token_id": 7, "do_sample": True}, (7,)),
+    ({"do_sample": True}, ()),
+  ],
+)
+def test_the_ends_of_a_checkpoint_are_those_it_generates_up_to(
+  generation, want, tmp_path
+):
+  parity.write(small(), tmp_path)
+  if generation is not None:
+    text = json.dumps(generation)
+    (tmp_path / "generation_config.json").write_text(text)
+  assert hf.open_folder(tmp_path).ends == want
+
+
+@pytest.mark.parametrize("ends", ["</s>", [1, None], True])
+def test_an_end_that_is_no_id_is_refused(ends, tmp_path):
+  parity.write(small(), tmp_path)
+  text = json.dumps({"eos_token_id": ends})
+  (tmp_path / "generation_config.json").write_text(text)
+  with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id"):
+    hf.open_folder(tmp_path)
+
+
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(small()))
   (tmp_path / "pytorch_model.bin").write_bytes(b"")
