@@ -1,5 +1,6 @@
 """Tokenizers as Hugging Face objects, and those inside GGUF files."""
 
+import io
 import json
 import random
 import sys
@@ -330,3 +331,21 @@ def test_smollm2_begins_a_conversation_with_its_system_turn(smollm2):
   assert text.endswith("<|im_start|>assistant\n")
   (ids,) = smollm2.encode([text])
   assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)
+
+
+def test_code_that_a_tokenizer_brings_is_never_run(tmp_path, monkeypatch):
+  """Nor is there a question on stdin, which `yes |` would answer."""
+  bpe.train(SENTENCES, 280, tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  about = json.loads(path.read_text())
+  about["tokenizer_class"] = "MyTokenizer"
+  about["auto_map"] = {"AutoTokenizer": ["mine.MyTokenizer", None]}
+  path.write_text(json.dumps(about))
+  marker = tmp_path / "ran"
+  (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+  asked = io.StringIO("y\n" * 9)
+  monkeypatch.setattr("sys.stdin", asked)
+  with pytest.raises(ValueError, match="without code of its own"):
+    tokenize.load(str(tmp_path))
+  assert not marker.exists()
+  assert asked.tell() == 0
