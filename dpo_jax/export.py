@@ -8,6 +8,9 @@ What the folder holds:
     generation_config.json             what ends a generation
     README.md                          the model card: what it was trained on
     dpo_jax.json                       the config of the run, and its step
+
+None of them names a folder of this machine, but for the base of an adapter that
+is one, which PEFT reads there: that is not uploaded.
 """
 
 import json
@@ -54,7 +57,13 @@ def publish(config, workdir):
       "export.form = 'adapter' needs a base that PEFT can load: a run with "
       "init_from = 'hf:…' and no init_adapter. Export this one as 'merged'"
     )
-  about = {**checkpoint.identity(workdir), "config": config.to_dict()}
+  if options.form == "adapter" and options.push and not _on_hub(config):
+    raise ValueError(
+      f"export.push: the base of this adapter, {config.init_from!r}, is a "
+      "folder that others have not; export it as 'merged'"
+    )
+  about = checkpoint.identity(workdir)
+  about["config"] = origin.without_folders(config.to_dict())
   if folder.exists():
     if not _same(folder, about):
       raise ValueError(
@@ -64,7 +73,7 @@ def publish(config, workdir):
   else:
     _write(config, workdir, folder, about)
   if options.push is not None:
-    push(folder, options.push)
+    push(folder, options.push, options.public)
   return folder
 
 
@@ -74,7 +83,8 @@ def _same(folder, about):
   if not path.exists():
     return False
   there = json.loads(path.read_text())
-  configs = there["config"], about["config"]
+  # Earlier exports named folders.
+  configs = origin.without_folders(there["config"]), about["config"]
   if saved.differences(*configs, fields.POLICY):
     return False
   forms = [[c["export"][name] for name in ("form", "dtype")] for c in configs]
@@ -165,11 +175,12 @@ def write_adapter(folder, setup, adapter):
 
 def _card(config, step):
   """The model card, with the metadata that the hub reads."""
+  said = origin.without_folders(config.to_dict())
   library = "peft" if config.export.form == "adapter" else "transformers"
   loss = ", ".join(f"{k} {v}" for k, v in config.loss.items() if k != "name")
-  kind, name = origin.parse(config.init_from or "")
-  on_hub = kind == "hf" and not epath.Path(name).exists()
-  base = f"base_model: {name}\n" if on_hub else ""
+  base = ""
+  if _on_hub(config):
+    base = f"base_model: {origin.parse(config.init_from)[1]}\n"
   return f"""\
 ---
 library_name: {library}
@@ -177,23 +188,37 @@ library_name: {library}
 ---
 
 Trained with dpo_jax: {config.loss.name}{f" ({loss})" * bool(loss)}, \
-{step} steps on `{config.data.train}`, from \
-`{config.init_from or "random parameters"}`.
+{step} steps on `{said["data"]["train"]}`, from \
+`{said["init_from"] or "random parameters"}`.
 """
 
 
-def push(folder, name):
+def _on_hub(config):
+  """Whether a run starts from a model of the Hugging Face hub."""
+  kind, name = origin.parse(config.init_from or "")
+  return kind == "hf" and not epath.Path(name).exists()
+
+
+def push(folder, name, public):
   """Uploads a folder to the Hugging Face hub, as a new commit of `name`.
 
   The token is that of `hf auth login`, or HF_TOKEN.
 
-  Raises: ValueError with what the hub said.
+  Args:
+    folder: what `publish` wrote.
+    name: of the repository; a new one is private unless `public`.
+    public: whether everybody may see it.
+  Raises: ValueError with what the hub said, or if the repository is public
+    and may not be.
   """
   import huggingface_hub
 
   try:
     api = huggingface_hub.HfApi()
-    api.create_repo(name, exist_ok=True)
+    api.create_repo(name, exist_ok=True, private=not public)
+    seen = not (public or api.repo_info(name).private)
+    if seen:
+      raise ValueError("it is public; set export.public = True, or a new name")
     api.upload_folder(repo_id=name, folder_path=str(folder))
   except Exception as error:  # no token, no right, no network: anything
     raise ValueError(

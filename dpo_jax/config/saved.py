@@ -44,6 +44,8 @@ def upgraded(config):
   config["train"] = {"max_noise": 0.1, **config["train"]}
   config["data"] = {"token_cache": None, **config["data"]}
   config["log"] = {"tokens": False, "profile": False, **config["log"]}
+  if "export" in config:
+    config["export"] = {"public": False, **config["export"]}
   if config["optim"]["name"] != "sgd":
     config["optim"] = {"moments": "float32", **config["optim"]}
   if "head_chunk" in config:

@@ -21,6 +21,7 @@ def saved_before(lora=False):
   saved = config.to_dict()
   del saved["ref_mix"], saved["ref_every"], saved["train"]["max_noise"]
   saved.pop("sweep", None)
+  del saved["export"]["public"]
   return json.loads(json.dumps(saved))
 
 
@@ -31,6 +32,7 @@ def test_folders_of_before_are_read_with_the_fields_that_came_later(tmp_path):
   assert config.train.max_noise == 0.1
   assert config.ref == "frozen"
   assert config.sweep.together == 1
+  assert config.export.public is False
   saved_lib.check_config(saved_before(), config.to_dict(), "here")
 
 
