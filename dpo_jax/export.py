@@ -13,8 +13,6 @@ None of them names a folder of this machine, but for the base of an adapter that
 is one, which PEFT reads there: that is not uploaded.
 """
 
-import json
-
 import jax
 from etils import epath
 
@@ -82,7 +80,9 @@ def _same(folder, about):
   path = folder / "dpo_jax.json"
   if not path.exists():
     return False
-  there = json.loads(path.read_text())
+  there = hf.read_json(path)
+  if not {"config", "step", "checksums"} <= there.keys():
+    return False
   # Earlier exports named folders.
   configs = origin.without_folders(there["config"]), about["config"]
   if saved.differences(*configs, fields.POLICY):

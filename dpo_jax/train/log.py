@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -243,13 +244,16 @@ class Logger:
     """After a resume, lines beyond the checkpoint are written anew."""
     if not self._path.exists():
       return
-    kept = []
-    for line in self._path.read_text().splitlines():
+    kept, damaged = [], 0
+    for line in self._path.read_bytes().splitlines():
       try:
         if json.loads(line)["step"] <= step:
-          kept.append(line)
-      except (json.JSONDecodeError, KeyError):
-        continue  # cut short by a kill
+          kept.append(line.decode())
+      except (ValueError, KeyError, TypeError):
+        damaged += 1
+    if damaged > 1:  # a kill cuts one short
+      text = f"{self._path}: {damaged} damaged lines were left out"
+      warnings.warn(text, stacklevel=2)
     whole = self._path.parent / "metrics.jsonl.new"
     whole.write_text("".join(f"{line}\n" for line in kept))
     whole.replace(self._path)

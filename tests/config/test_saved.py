@@ -87,3 +87,10 @@ def test_a_run_is_made_longer_only_where_its_updates_stay_the_same(name):
     assert words in str(caught.value)
   with pytest.raises(ValueError, match=r"train.steps = 8, now train.epochs"):
     check(config.to_dict(), *overrides, "train.steps=None")
+
+
+@pytest.mark.parametrize("text", ["", '{"loss": {', "[]", "{}", "null"])
+def test_a_damaged_config_of_a_run_is_named(text, tmp_path):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    saved_lib.saved_config(tmp_path)

@@ -93,6 +93,20 @@ def test_a_resumed_log_drops_what_will_be_written_again(tmp_path, clock):
   assert not (tmp_path / "metrics.jsonl.new").exists()
 
 
+@pytest.mark.parametrize(
+  "damage", [b"\xff\xfe", b"[]", b"3", b'{"step": "a"}', b'{"kind": "train"}']
+)
+def test_damaged_lines_of_a_resumed_log_are_left_out_and_counted(
+  damage, tmp_path, clock
+):
+  path = tmp_path / "metrics.jsonl"
+  row = {"step": 1, "kind": "train", "loss": 1.0}
+  path.write_bytes(b"\n".join([damage, json.dumps(row).encode(), damage]))
+  with pytest.warns(UserWarning, match=r"metrics\.jsonl: 2 damaged lines"):
+    log.Logger(tmp_path, every=1, total=4, start=2)
+  assert rows_of(tmp_path) == [row]
+
+
 def test_what_is_not_finite_is_null_in_json(tmp_path, clock):
   logger = log.Logger(tmp_path, every=1, total=1, start=0)
   logger.step(1, {"loss": float("nan")}, STATS, 1)
