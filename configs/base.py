@@ -99,6 +99,7 @@ def get_config():
   e.form = "merged"  # a whole model, or adapter: in PEFT's files
   e.dtype = "float32"  # of the files of a whole model, or bfloat16
   e.push = optional(str)  # name on the Hugging Face hub, None: no upload
+  e.public = False  # whether everybody sees what is uploaded
 
   c.checkpoint = config_dict.ConfigDict()
   c.checkpoint.every = 500  # steps; the last is always saved

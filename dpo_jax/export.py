@@ -8,9 +8,10 @@ What the folder holds:
     generation_config.json             what ends a generation
     README.md                          the model card: what it was trained on
     dpo_jax.json                       the config of the run, and its step
-"""
 
-import json
+None of them names a folder of this machine, but for the base of an adapter that
+is one, which PEFT reads there: that is not uploaded.
+"""
 
 import jax
 from etils import epath
@@ -18,7 +19,7 @@ from etils import epath
 from dpo_jax import lookup, tree
 from dpo_jax.config import fields, origin, saved
 from dpo_jax.data.tokens import vocabulary
-from dpo_jax.models import families, peft, write
+from dpo_jax.models import families, hf, peft, write
 from dpo_jax.run import build, trained
 from dpo_jax.train import checkpoint
 
@@ -54,7 +55,13 @@ def publish(config, workdir):
       "export.form = 'adapter' needs a base that PEFT can load: a run with "
       "init_from = 'hf:…' and no init_adapter. Export this one as 'merged'"
     )
-  about = {**checkpoint.identity(workdir), "config": config.to_dict()}
+  if options.form == "adapter" and options.push and not _on_hub(config):
+    raise ValueError(
+      f"export.push: the base of this adapter, {config.init_from!r}, is a "
+      "folder that others have not; export it as 'merged'"
+    )
+  about = checkpoint.identity(workdir)
+  about["config"] = origin.without_folders(config.to_dict())
   if folder.exists():
     if not _same(folder, about):
       raise ValueError(
@@ -64,7 +71,7 @@ def publish(config, workdir):
   else:
     _write(config, workdir, folder, about)
   if options.push is not None:
-    push(folder, options.push)
+    push(folder, options.push, options.public)
   return folder
 
 
@@ -73,8 +80,11 @@ def _same(folder, about):
   path = folder / "dpo_jax.json"
   if not path.exists():
     return False
-  there = json.loads(path.read_text())
-  configs = there["config"], about["config"]
+  there = hf.read_json(path)
+  if not {"config", "step", "checksums"} <= there.keys():
+    return False
+  # Earlier exports named folders.
+  configs = origin.without_folders(there["config"]), about["config"]
   if saved.differences(*configs, fields.POLICY):
     return False
   forms = [[c["export"][name] for name in ("form", "dtype")] for c in configs]
@@ -99,7 +109,7 @@ def _write(config, workdir, folder, about):
     write.write(partial, params, model.config, model.vocab_size, raw, dtype)
   tokenizer = vocabulary.load(config.tokenizer)
   tokenizer.save_pretrained(partial)
-  generation = _generation(_origin(setup.source), tokenizer)
+  generation = _generation(setup, tokenizer)
   write.write_json(partial / "generation_config.json", generation)
   write.write_json(partial / "dpo_jax.json", about)
   (partial / "README.md").write_text(_card(config, about["step"]))
@@ -127,19 +137,20 @@ def _origin(source):
   return trained.pretrained(source.spec)
 
 
-def _generation(there, tokenizer):
-  """generation_config.json: the checkpoint's own, or of the tokenizer."""
-  path = epath.Path(there.where if there else "") / "generation_config.json"
-  if there and path.exists():
-    found = json.loads(path.read_text())
-    ends = found.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
-    if tokenizer.eos_token_id not in ends:
-      found["eos_token_id"] = [*ends, tokenizer.eos_token_id]
-    return found
-  names = ("bos_token_id", "eos_token_id", "pad_token_id")
-  ids = {name: getattr(tokenizer, name) for name in names}
-  return {name: i for name, i in ids.items() if i is not None}
+def _generation(setup, tokenizer):
+  """generation_config.json: the checkpoint's own, or of the tokenizer.
+
+  What ended the texts of the training ends a generation.
+  """
+  there, ends = _origin(setup.source), setup.tokenizer.end_ids
+  if there:
+    ends = tuple(dict.fromkeys((*there.ends, *ends)))  # in its own order
+    found = hf.generation(there.where, there.raw)
+  else:
+    names = ("bos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
+    found = {name: i for name, i in ids.items() if i is not None}
+  return {**found, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
 
 
 def write_adapter(folder, setup, adapter):
@@ -164,11 +175,12 @@ def write_adapter(folder, setup, adapter):
 
 def _card(config, step):
   """The model card, with the metadata that the hub reads."""
+  said = origin.without_folders(config.to_dict())
   library = "peft" if config.export.form == "adapter" else "transformers"
   loss = ", ".join(f"{k} {v}" for k, v in config.loss.items() if k != "name")
-  kind, name = origin.parse(config.init_from or "")
-  on_hub = kind == "hf" and not epath.Path(name).exists()
-  base = f"base_model: {name}\n" if on_hub else ""
+  base = ""
+  if _on_hub(config):
+    base = f"base_model: {origin.parse(config.init_from)[1]}\n"
   return f"""\
 ---
 library_name: {library}
@@ -176,23 +188,37 @@ library_name: {library}
 ---
 
 Trained with dpo_jax: {config.loss.name}{f" ({loss})" * bool(loss)}, \
-{step} steps on `{config.data.train}`, from \
-`{config.init_from or "random parameters"}`.
+{step} steps on `{said["data"]["train"]}`, from \
+`{said["init_from"] or "random parameters"}`.
 """
 
 
-def push(folder, name):
+def _on_hub(config):
+  """Whether a run starts from a model of the Hugging Face hub."""
+  kind, name = origin.parse(config.init_from or "")
+  return kind == "hf" and not epath.Path(name).exists()
+
+
+def push(folder, name, public):
   """Uploads a folder to the Hugging Face hub, as a new commit of `name`.
 
   The token is that of `hf auth login`, or HF_TOKEN.
 
-  Raises: ValueError with what the hub said.
+  Args:
+    folder: what `publish` wrote.
+    name: of the repository; a new one is private unless `public`.
+    public: whether everybody may see it.
+  Raises: ValueError with what the hub said, or if the repository is public
+    and may not be.
   """
   import huggingface_hub
 
   try:
     api = huggingface_hub.HfApi()
-    api.create_repo(name, exist_ok=True)
+    api.create_repo(name, exist_ok=True, private=not public)
+    seen = not (public or api.repo_info(name).private)
+    if seen:
+      raise ValueError("it is public; set export.public = True, or a new name")
     api.upload_folder(repo_id=name, folder_path=str(folder))
   except Exception as error:  # no token, no right, no network: anything
     raise ValueError(

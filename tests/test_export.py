@@ -151,6 +151,31 @@ def test_a_model_born_here_is_exported_with_the_bytes_tokenizer(workdir):
   assert "dpo (beta 0.1" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+  ("there", "want"),
+  [
+    (None, [1, 256]),  # of config.json
+    ({"eos_token_id": 256, "top_k": 5}, 256),
+    ({"eos_token_id": [4, 256], "temperature": 0.6}, [4, 256]),
+  ],
+)
+def test_an_export_names_what_ended_its_texts_and_what_its_base_ended_at(
+  there, want, pretrained, tmp_path
+):
+  """As transformers reads it; what else was there stays."""
+  import transformers
+
+  base = shutil.copytree(pretrained, tmp_path / "base")
+  if there is not None:
+    (base / "generation_config.json").write_text(json.dumps(there))
+  folders.untrained(on(base), tmp_path / "run")
+  folder = export.publish(on(base), tmp_path / "run")
+  found = json.loads((folder / "generation_config.json").read_text())
+  assert found == {**(there or {"bos_token_id": 1}), "eos_token_id": want}
+  read = transformers.GenerationConfig.from_pretrained(folder)
+  assert read.eos_token_id == want
+
+
 def test_a_run_starts_from_an_exported_peft_adapter_which_is_its_reference(
   pretrained, adapted, tmp_path
 ):
@@ -214,20 +239,6 @@ def test_another_policy_of_the_same_config_is_not_taken_for_done(
     export.publish(config, tmp_path / "other")
 
 
-def test_a_checkpoints_own_ends_are_kept_beside_the_tokenizers(
-  pretrained, adapted, tmp_path
-):
-  config = on(pretrained, f"export.folder={tmp_path / 'export'}")
-  own = {"eos_token_id": [7, 9], "temperature": 0.6}
-  (pretrained / "generation_config.json").write_text(json.dumps(own))
-  try:
-    folder = export.publish(config, adapted)
-  finally:
-    (pretrained / "generation_config.json").unlink()
-  got = json.loads((folder / "generation_config.json").read_text())
-  assert got == {"eos_token_id": [7, 9, 256], "temperature": 0.6}
-
-
 def test_an_export_that_is_there_is_skipped_and_another_is_kept(
   workdir, capsys
 ):
@@ -267,7 +278,10 @@ def test_a_push_uploads_the_folder_and_a_failed_one_keeps_it(
 
   calls = []
   fake = types.SimpleNamespace(
-    create_repo=lambda name, exist_ok: calls.append(("create", name)),
+    create_repo=lambda name, exist_ok, private: calls.append(
+      ("create", name, private)
+    ),
+    repo_info=lambda name: types.SimpleNamespace(private=True),
     upload_folder=lambda repo_id, folder_path: calls.append(
       (repo_id, folder_path)
     ),
@@ -276,11 +290,21 @@ def test_a_push_uploads_the_folder_and_a_failed_one_keeps_it(
   argv = ["export", "--workdir", str(workdir), "--config.export.push=me/it"]
   assert cli.main(argv) == 0
   folder = str(workdir / "export")
-  assert calls == [("create", "me/it"), ("me/it", folder)]
+  assert calls == [("create", "me/it", True), ("me/it", folder)]
   assert "https://huggingface.co/me/it" in capsys.readouterr().out
+
+  assert cli.main([*argv, "--config.export.public=true"]) == 0
+  assert calls[2:] == [("create", "me/it", False), ("me/it", folder)]
+  fake.repo_info = lambda name: types.SimpleNamespace(private=False)
+  capsys.readouterr()
+  assert cli.main(argv) == 2  # it was made public before
+  assert "set export.public" in capsys.readouterr().err
+  assert len(calls) == 5
 
   def refuse(**_):
     raise RuntimeError("401 Unauthorized")
+
+  fake.repo_info = lambda name: types.SimpleNamespace(private=True)
 
   fake.upload_folder = refuse
   assert cli.main(argv) == 2  # the folder is there already, and is pushed
@@ -322,6 +346,38 @@ def test_a_shape_beside_a_checkpoint_that_has_its_own_is_refused(
   )
   with pytest.raises(ValueError, match=f":model=hf:{pretrained}"):
     loop.fit(config, tmp_path)
+
+
+def test_an_export_names_no_folder_of_this_machine(pretrained, tmp_path):
+  """Neither in its card, nor in the configs; the file names stay."""
+  path = tmp_path / "mine" / "pairs.jsonl"
+  path.parent.mkdir()
+  row = {"prompt": "The plot", "chosen": " is warm.", "rejected": " is dull."}
+  path.write_text(json.dumps(row) + "\n")
+  base = shutil.copytree(pretrained, tmp_path / "mine" / "base")
+  raw = json.loads((base / "config.json").read_text())
+  raw["_name_or_path"] = str(base)
+  (base / "config.json").write_text(json.dumps(raw))
+  config = on(base, f"data.train=toy:8 + 2*{path}", f"workdir={tmp_path}/run")
+  folders.untrained(config, tmp_path / "run")
+  folder = export.publish(config, tmp_path / "run")
+  for file in folder.iterdir():
+    assert str(tmp_path).encode() not in file.read_bytes(), file
+  card = (folder / "README.md").read_text()
+  assert "`toy:8 + 2*pairs.jsonl`, from `hf:base`" in card
+  assert json.loads((folder / "config.json").read_text()) == {
+    **{k: v for k, v in raw.items() if k != "torch_dtype"},
+    "dtype": "float32",
+    "_name_or_path": "base",
+  }
+  assert export.publish(config, tmp_path / "run") == folder  # done before
+
+
+def test_an_adapter_of_a_local_base_is_not_uploaded(pretrained, adapted):
+  config = on(pretrained, "export.form=adapter", "export.push=me/it")
+  with pytest.raises(ValueError, match="folder that others have not"):
+    export.publish(config, adapted)
+  assert not (adapted / "export").exists()
 
 
 def test_an_adapter_alone_needs_a_base_that_peft_can_load(adapter, capsys):

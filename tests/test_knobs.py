@@ -286,6 +286,7 @@ def test_a_plan_is_the_same_when_it_is_made_again(name, before):
     ("dpo.py:smoke", "init_from=runs/sft init_seed=1", "init_seed = 1 has no"),
     ("dpo.py:smoke", "export.form=adapter export.dtype=bfloat16",
      "export.dtype = 'bfloat16' has no effect"),
+    ("dpo.py:smoke", "export.public=true", "export.public = True has no"),
     ("dpo.py:smoke", "sample.temperature=0 sample.top_p=0.9",
      "sample.top_p = 0.9 has no effect"),
     ("dpo.py:smoke", "sample.prompts=toy sample.labelled=a.csv",

@@ -604,10 +604,13 @@ def test_another_title_takes_the_place_of_the_one_before(whole, tmp_path):
   assert (workdir / "report.md").read_text().startswith("# another &amp; ")
 
 
-def test_a_file_that_is_not_json_is_named(tmp_path):
+@pytest.mark.parametrize(
+  ("text", "said"), [("{", "is not JSON"), ("[]", "is damaged")]
+)
+def test_a_file_that_is_not_json_is_named(text, said, tmp_path):
   build(tmp_path)
-  (tmp_path / "b1.0" / "evaluation.json").write_text("{")
-  with pytest.raises(ValueError, match=r"b1\.0/evaluation\.json is not JSON"):
+  (tmp_path / "b1.0" / "evaluation.json").write_text(text)
+  with pytest.raises(ValueError, match=rf"b1\.0/evaluation\.json {said}"):
     report.write(tmp_path)
 
 

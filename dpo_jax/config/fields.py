@@ -122,6 +122,7 @@ FIELDS = {
   "export.form": Field(KEEP),
   "export.dtype": Field(KEEP),
   "export.push": Field(KEEP, optional=True),
+  "export.public": Field(KEEP),
   "checkpoint.every": Field(KEEP),
   "checkpoint.keep": Field(KEEP),
   "eval.every": Field(KEEP),

@@ -7,6 +7,7 @@ gguf:FILE           a GGUF file, also one inside an installed package:
 
 import importlib.util
 import pathlib
+import re
 
 from etils import epath
 
@@ -24,6 +25,25 @@ def parse(spec):
   if colon and kind in KINDS:
     return kind, name
   return None, spec
+
+
+# The folders of an absolute path, or of one in a home; no address as gs://….
+_FOLDERS = re.compile(
+  r"(?<![\w./\\~])(~[^/\\]*|[A-Za-z]:)?[/\\](?![/\\])([^/\\+*]*[/\\])*"
+)
+
+
+def without_folders(value):
+  """Plain values whose texts name local files by their last names only.
+
+  What is published says nothing of the machine that it was made on:
+  "2*hf:/home/me/pairs:test" is "2*hf:pairs:test".
+  """
+  if isinstance(value, dict):
+    return {key: without_folders(part) for key, part in value.items()}
+  if isinstance(value, list | tuple):
+    return [without_folders(part) for part in value]
+  return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def folder(name, field):

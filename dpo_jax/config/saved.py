@@ -44,6 +44,8 @@ def upgraded(config):
   config["train"] = {"max_noise": 0.1, **config["train"]}
   config["data"] = {"token_cache": None, **config["data"]}
   config["log"] = {"tokens": False, "profile": False, **config["log"]}
+  if "export" in config:
+    config["export"] = {"public": False, **config["export"]}
   if config["optim"]["name"] != "sgd":
     config["optim"] = {"moments": "float32", **config["optim"]}
   if "head_chunk" in config:
@@ -102,7 +104,12 @@ def saved_config(workdir):
       k: tuple(v) if isinstance(v, list) else v for k, v in section.items()
     }
 
-  found = json.loads(path.read_text(), object_hook=tuples)
+  try:
+    found = json.loads(path.read_text(), object_hook=tuples)
+  except (ValueError, OSError) as error:
+    raise ValueError(f"{path} is damaged: {error}") from error
+  if not isinstance(found, dict) or not found:
+    raise ValueError(f"{path} is damaged: it holds no config")
   config = config_dict.ConfigDict(upgraded(found))
   if "model" in config and "lora" not in config:
     raise ValueError(

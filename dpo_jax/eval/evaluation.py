@@ -11,6 +11,7 @@ from dpo_jax import store
 from dpo_jax.config import fields
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.eval import frontier
+from dpo_jax.models import hf
 from dpo_jax.run import forward
 from dpo_jax.run import held_out as held_out_lib
 from dpo_jax.train import state as state_lib
@@ -81,9 +82,11 @@ def done(asked, workdir, made):
   path = epath.Path(workdir) / "evaluation.json"
   if not path.exists():
     return False
-  there = json.loads(path.read_text())
+  there = hf.read_json(path)
   if any(there.get(name) != value for name, value in made.items()):
     return False
+  if not isinstance(there.get("config"), dict):
+    raise ValueError(f"{path} is damaged: it has no config; delete it")
   there = saved_lib.upgraded(there["config"])
   saved_lib.check_config(there, asked, workdir)
   matters = fields.LENGTH, fields.MEASURE

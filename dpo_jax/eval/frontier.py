@@ -52,8 +52,8 @@ def measure(setup, params, ref):
     "means": {name: mean(rows, name) for name in names},
     "finished": sum(row["finished"] for row in rows) / len(rows),
   }
-  eos = setup.tokenizer.eos_id
-  texts = [[i for i in d.ids if i != eos] for d in drawn]
+  ends = setup.tokenizer.end_ids
+  texts = [[i for i in d.ids if i not in ends] for d in drawn]
   for n in (1, 2):
     summary[f"distinct_{n}"] = distinct(texts, n)
   return summary, rows

@@ -13,6 +13,7 @@ from dpo_jax import progress, store
 from dpo_jax.data.read import fields, files, pairs, sources
 from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import rewards
+from dpo_jax.models import hf
 from dpo_jax.ops import reduce
 from dpo_jax.parallel import mesh as mesh_lib
 
@@ -25,8 +26,8 @@ class Draw(NamedTuple):
     prompt: text.
     prompt_ids: as training has them.
     completion: text.
-    ids: as drawn, EOS included if it came.
-    finished: whether EOS came within the limit.
+    ids: as drawn, with the end if it came.
+    finished: whether it came within the limit.
   """
 
   id: int
@@ -88,7 +89,7 @@ def draws(setup, params, given, *, skip=0):
   """
   if jax.process_count() > 1:
     raise ValueError("sampling runs in one process; sample the run afterwards")
-  options, eos = setup.sample, setup.tokenizer.eos_id
+  options = setup.sample
   ways = mesh_lib.row_parallelism(setup.mesh)
   size = -(-options.batch_size // ways) * ways
   work = [
@@ -115,7 +116,7 @@ def draws(setup, params, given, *, skip=0):
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
-        eos_id=eos,
+        end_ids=setup.tokenizer.end_ids,
         vocab_size=setup.tokenizer.vocab_size,
       )
     out = jax.device_get(out)
@@ -149,7 +150,8 @@ def write(setup, params, identity, workdir):
   workdir = epath.Path(workdir)
   path, given = workdir / "completions.jsonl", prompts(setup)
   digest = hashlib.blake2b(repr(given).encode(), digest_size=8).hexdigest()
-  identity = {**identity, "prompts": digest}
+  ends = setup.tokenizer.end_ids
+  identity = {**identity, "prompts": digest, "ends": ends}
   total = len(given) * options.draws
   rows = _continue(path, identity, options.batch_size, total)
   if len(rows) < total:
@@ -206,7 +208,7 @@ def _continue(path, identity, batch_size, total):
   """The rows of whole batches that are there; the file is cut to them."""
   about, resumed = path.parent / "completions.json", path.exists()
   if resumed:
-    saved = json.loads(about.read_text()) if about.exists() else None
+    saved = hf.read_json(about) if about.exists() else None
     if saved != json.loads(json.dumps(identity)):
       raise ValueError(
         f"{path} was drawn from another policy, prompts or settings; delete "

@@ -43,7 +43,7 @@ def find(raw):
   kind = raw.get("model_type")
   if kind is None:
     raise ValueError("config.json names no model_type")
-  experts = [name for name in raw if "expert" in name]
+  experts = [name for name in raw if "expert" in name and raw[name]]
   if experts:
     raise ValueError(
       f"model_type {kind!r} with {experts[0]} is a mixture of experts, which "

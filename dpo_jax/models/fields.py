@@ -1,35 +1,51 @@
 """The fields of a checkpoint's config.json, read strictly.
 
-Defaults are those of transformers' own config classes. A field that is not
-read, and not known to change nothing in a forward pass, is an error.
+Defaults are those of transformers' own config classes. A field that nothing
+reads is an error, as what it changes would be missing, unless one of three
+rules says that it changes nothing:
+
+- its name tells where the file came from ("unsloth_…", "…_version", "…_path"),
+  or of training, tokens, types and kernels (_SILENT);
+- its value is null or empty: it says nothing;
+- it is about quantisation, and false.
 """
 
 import copy
 import math
+import re
 
 from dpo_jax import lookup
 from dpo_jax.models import config as config_lib
 
-# What a forward pass does not read: training, generation, tokenizer, origin.
-_HARMLESS = {
-  *("architectures", "auto_map", "model_type", "_name_or_path", "is_decoder"),
-  *("torch_dtype", "dtype", "transformers_version", "tokenizer_class"),
-  *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id"),
-  *("use_cache", "cache_implementation", "task_specific_params", "n_ctx"),
-  *("pretraining_tp", "is_llama_config", "tie_encoder_decoder"),
-  *("initializer_range", "gradient_checkpointing", "transformers.js_config"),
-  *("attention_dropout", "hidden_dropout", "classifier_dropout", "embd_pdrop"),
-  *("attn_pdrop", "resid_pdrop", "summary_activation", "summary_type"),
-  *("summary_first_dropout", "summary_proj_to_labels", "summary_use_proj"),
-  *("reorder_and_upcast_attn", "output_attentions", "output_hidden_states"),
-  *("return_dict", "chunk_size_feed_forward", "problem_type", "layer_types"),
-  *("is_encoder_decoder", "_attn_implementation", "attn_implementation"),
-  # Older spellings of what transformers' own classes resolve into other fields.
-  *("rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base"),
-  *("rope_local_base_freq", "sliding_window_pattern", "hidden_act"),
-  *("_sliding_window_pattern", "no_rope_layer_interval", "max_window_layers"),
-  *("partial_rotary_factor", "original_max_position_embeddings"),
-}
+# Names of what a forward pass does not read, whatever their value.
+_SILENT = re.compile(
+  "|".join(
+    (
+      # Where the file came from, and what wrote it.
+      r"_?unsloth_.*|.*_version|(.*_)?(name_or_path|path|commit|hash|revision)",
+      r"architectures|auto_map|author|license|model_type|transformers\.js_config",
+      # Training.
+      r".*(dropout|pdrop|layerdrop)(_prob|_rate|_p)?|initializer_.*|init_std",
+      r"gradient_checkpointing|(.*_)?loss(_.*)?|problem_type|pretraining_tp",
+      # Tokens and labels; generation.
+      r".*_token_(id|index)|tokenizer_.*|id2label|label2id|task_specific_params",
+      r"use_cache|cache_implementation|max_length|num_labels",
+      # In what type and by which kernel it is held and computed.
+      r"(torch_)?dtype|.*attn_implementation.*|(use_)?_?flash_att.*",
+      r"return_dict|output_.*|chunk_size_feed_forward",
+      # Heads of other tasks; what is no part of a decoder.
+      r"summary_.*|is_decoder|is_encoder_decoder|tie_encoder_decoder",
+      r"is_llama_config|n_ctx|reorder_and_upcast_attn",
+      # Older spellings that transformers' classes resolve into other fields.
+      r"rope_theta|rope_scaling|rope_local_base_freq|rotary_pct",
+      r"rotary_emb_base|partial_rotary_factor|no_rope_layer_interval",
+      r"original_max_position_embeddings|_?sliding_window_pattern|layer_types",
+      r"max_window_layers|hidden_act",
+    )
+  )
+)
+# Names of how weights may be held: off, they say that they are not.
+_OFF = re.compile(r".*(quant|load_in_|bnb_|gptq|awq).*")
 
 
 # What files call the fields of a ModelConfig.
@@ -93,9 +109,15 @@ class Fields:
     """Raises ValueError for a value of a field that the decoder has not."""
     only("config.json", name, self[name], allowed)
 
-  def unread(self, known):
+  def unread(self, known=frozenset()):
     """Names that were given, nothing has read and are not among the known."""
     return sorted(self._unread - known)
+
+  def silent(self, name):
+    """Whether a field that nothing reads changes nothing, by the rules."""
+    value = self._values.get(name)
+    off = value is False and _OFF.fullmatch(name)
+    return value in (None, "", [], {}) or off or _SILENT.fullmatch(name)
 
 
 def only(where, name, value, allowed):
@@ -123,7 +145,7 @@ def read(raw):
 
 def finish(f, kind):
   """Raises ValueError for fields of the file that nothing read."""
-  unknown = f.unread(_HARMLESS)
+  unknown = [name for name in f.unread() if not f.silent(name)]
   if unknown:
     raise ValueError(
       f"config.json: the fields {unknown} of a {kind} are not known here; what "

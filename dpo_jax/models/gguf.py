@@ -77,4 +77,7 @@ def open_file(path):
       yield tensor.name, np.asarray(x, np.float32)
 
   table, where = tables.GGUF_LLAMA, str(path)
-  return hf.Checkpoint(raw, config, vocab_size, table, shapes, read, where)
+  ends = (raw["eos_token_id"],) if "eos_token_id" in raw else ()
+  return hf.Checkpoint(
+    raw, config, vocab_size, table, shapes, read, where, ends
+  )

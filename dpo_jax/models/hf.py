@@ -7,6 +7,7 @@ stacked layers is allocated on the devices and filled in place.
 import functools
 import json
 import re
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Checkpoint(NamedTuple):
     shapes: {name: shape} of its tensors, named as in the table.
     read: () -> iterable of (name, numpy array), each tensor once.
     where: for messages.
+    ends: the tokens that it generates up to, as ids.
   """
 
   raw: dict
@@ -43,6 +45,7 @@ class Checkpoint(NamedTuple):
   shapes: dict
   read: Callable
   where: str
+  ends: tuple[int, ...]
 
 
 # Buffers that old checkpoints carry beside their parameters.
@@ -58,7 +61,7 @@ def open_folder(folder):
   path = folder / "config.json"
   if not path.exists():
     raise ValueError(f"{folder} holds no config.json")
-  raw = _json(path)
+  raw = read_json(path)
   try:
     config, vocab_size = families.read(raw)
     family = families.find(raw)
@@ -89,8 +92,29 @@ def open_folder(folder):
         yield names[name], x.pop()
 
   shapes = {names[n]: shapes[n] for n in names}
-  where = str(folder)
-  return Checkpoint(raw, config, vocab_size, family.table, shapes, read, where)
+  where, ends = str(folder), generation(folder, raw).get("eos_token_id")
+  ends = tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)
+  table = family.table
+  return Checkpoint(raw, config, vocab_size, table, shapes, read, where, ends)
+
+
+def generation(folder, raw):
+  """generation_config.json of a checkpoint, or what config.json has of it.
+
+  Raises: ValueError if its "eos_token_id" is no id and no list of ids.
+  """
+  path = epath.Path(folder) / "generation_config.json"
+  names = ("bos_token_id", "eos_token_id", "pad_token_id")
+  found = {n: raw[n] for n in names if raw.get(n) is not None}
+  if path.exists():
+    found = read_json(path)
+  ends = found.get("eos_token_id")
+  for end in ends if isinstance(ends, list) else [ends] * (ends is not None):
+    if type(end) is not int:  # True is an int too
+      raise ValueError(
+        f"{path}: eos_token_id = {ends!r} must be an id, or a list of ids"
+      )
+  return found
 
 
 def _check_tied(folder, files, head, family):
@@ -109,31 +133,68 @@ def _check_tied(folder, files, head, family):
     )
 
 
-def _json(path):
+def read_json(path):
+  """The object in a JSON file.
+
+  Raises: ValueError naming the file, if it is damaged.
+  """
   try:
-    return json.loads(path.read_text())
-  except ValueError as error:
+    content = json.loads(path.read_text())
+  except (ValueError, OSError) as error:
     raise ValueError(f"{path} is damaged: {error}") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is damaged: it holds no JSON object")
+  return content
 
 
 def _files(folder):
-  """The safetensors files of a checkpoint, as local paths."""
+  """The safetensors files of a checkpoint, as local paths.
+
+  One file goes before an index of several, as with transformers.
+  """
   index = folder / "model.safetensors.index.json"
-  names = ["model.safetensors"]
+  single = folder / "model.safetensors"
+  if single.exists():
+    if index.exists():
+      warnings.warn(
+        f"{folder}: model.safetensors is read, as transformers does; the files "
+        f"of {index.name} beside it are left alone. Delete one or the other",
+        stacklevel=3,
+      )
+    return [single]
   if index.exists():
-    names = sorted(set(_json(index)["weight_map"].values()))
-  missing = [name for name in names if not (folder / name).exists()]
-  if not missing:
-    return [folder / name for name in names]
-  if index.exists():
-    raise ValueError(
-      f"{folder}: files of model.safetensors.index.json are missing: {missing}"
-    )
+    return [folder / name for name in _indexed(folder, index)]
   if list(folder.glob("*.bin")):
     raise ValueError(origin.CONVERT.format(folder))
   raise ValueError(
     f"{folder} holds no model.safetensors and no index of several"
   )
+
+
+def _indexed(folder, index):
+  """The names in an index; each is a file of the folder itself."""
+  names = read_json(index).get("weight_map")
+  if not isinstance(names, dict) or not names:
+    raise ValueError(f"{index} is damaged: it has no weight_map")
+  # A set would not hold what JSON may have in place of a name.
+  outside = [
+    name
+    for name in names.values()
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\:]+", name)
+  ]
+  if outside or {".", ".."} & set(names.values()):
+    raise ValueError(
+      f"{index}: weight_map names {(outside or ['..'])[0]!r}, which is no file "
+      "of this folder; names with folders are refused, as they may lead "
+      "anywhere"
+    )
+  names = sorted(set(names.values()))
+  missing = [name for name in names if not (folder / name).is_file()]
+  if missing:
+    raise ValueError(
+      f"{folder}: files of model.safetensors.index.json are missing: {missing}"
+    )
+  return names
 
 
 def _header(file):

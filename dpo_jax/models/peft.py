@@ -7,7 +7,6 @@ adapter for the three and this project three: on the way in they share A, on the
 way out their A lie one under the other and B is block-diagonal. Both are exact.
 """
 
-import json
 import re
 
 import jax
@@ -16,7 +15,7 @@ import safetensors.numpy
 from etils import epath
 
 from dpo_jax import tree
-from dpo_jax.models import axes, fields, keys, lora
+from dpo_jax.models import axes, fields, hf, keys, lora
 from dpo_jax.models import write as write_lib
 
 _PREFIX = "base_model.model."
@@ -34,6 +33,16 @@ _ONLY = {
   "alora_invocation_tokens": (None,),
   # Of the others A·B belongs to a base that PEFT changes on loading.
   "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+# And what is read here, or tells how the adapter was made. All else is refused
+# unless it is null, false or empty.
+_READ = {
+  *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+  *("target_modules", "exclude_modules", "layers_to_transform"),
+  *("layers_pattern", "fan_in_fan_out", "task_type", "auto_mapping"),
+  *("peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+  *("lora_dropout", "megatron_core", "qalora_group_size", "eva_config"),
+  *("runtime_config", "ensure_weight_tying"),
 }
 
 
@@ -130,30 +139,28 @@ def read(folder, table, config, shapes, vocab_size):
     their rank and have the ratio of their scale in B.
   Raises: ValueError naming what is not supported, missing or unknown.
   """
-  folder = epath.Path(folder)
-  path = folder / "adapter_config.json"
-  if not path.exists():
-    raise ValueError(f"{folder} holds no adapter_config.json of PEFT")
-  about = json.loads(path.read_text())
-  for field, allowed in _ONLY.items():
-    if field in about:
-      fields.only(path, field, about[field], allowed)
-  file = folder / "adapter_model.safetensors"
-  if not file.exists():
-    raise ValueError(f"{folder} holds no adapter_model.safetensors")
-  tensors = safetensors.numpy.load_file(file)
+  about, tensors, file = _opened(epath.Path(folder))
   stabilised = about.get("use_rslora")
   scale = lora.scale_of(about["r"], about["lora_alpha"], stabilised)
   wanted = _kernels(table, config, shapes, vocab_size)
+  _check_targets(about, file, tensors, wanted)
   stacks = {}
   for name, tensor in wanted.items():
     module = name.removesuffix(".weight")
-    a = tensors.pop(f"{_PREFIX}{module}.lora_A.weight", None)
-    b = tensors.pop(f"{_PREFIX}{module}.lora_B.weight", None)
-    if a is None or b is None:
+    names = [f"{_PREFIX}{module}.lora_{x}.weight" for x in "AB"]
+    if not any(n in tensors for n in names):
       continue
     rank = _pattern(about.get("rank_pattern"), module, about["r"])
     alpha = _pattern(about.get("alpha_pattern"), module, about["lora_alpha"])
+    a, b = (tensors.pop(n, None) for n in names)
+    first = tensor.key.inputs_first
+    outputs, inputs = tensor.shape[::-1] if first else tensor.shape
+    for n, x, shape in zip(
+      names, (a, b), ((rank, inputs), (outputs, rank)), strict=True
+    ):
+      if x is None or x.shape != shape:
+        there = "missing" if x is None else list(x.shape)
+        raise ValueError(f"{file}: {n} is {there}, it must be {list(shape)}")
     b = b.astype(np.float32) * (lora.scale_of(rank, alpha, stabilised) / scale)
     parts = keys.split_rows(b, tensor, config.rotary_dim)
     for place, rows in zip(tensor.places, parts, strict=True):
@@ -167,6 +174,75 @@ def read(folder, table, config, shapes, vocab_size):
       f"{file}: {sorted(tensors)[:4]} belong to no layer of the base model"
     )
   return tree.nest(_stacked(stacks, shapes, file)), about["r"], scale
+
+
+def _opened(folder):
+  """(adapter_config.json, {name: tensor}, the file of the tensors)."""
+  path = folder / "adapter_config.json"
+  if not path.exists():
+    raise ValueError(f"{folder} holds no adapter_config.json of PEFT")
+  about = hf.read_json(path)
+  for field, allowed in _ONLY.items():
+    if field in about:
+      fields.only(path, field, about[field], allowed)
+  for field in sorted(about.keys() - _ONLY.keys() - _READ):
+    fields.only(path, field, about[field] or None, (None,))
+  for field in ("r", "lora_alpha"):
+    if not isinstance(about.get(field), int | float) or about[field] <= 0:
+      raise ValueError(
+        f"{path}: {field} = {about.get(field)!r} must be a number above 0"
+      )
+  file = folder / "adapter_model.safetensors"
+  if not file.exists():
+    raise ValueError(f"{folder} holds no adapter_model.safetensors")
+  try:
+    tensors = safetensors.numpy.load_file(file)
+  except Exception as error:  # the library raises its own kinds
+    raise ValueError(f"{file} is damaged or cut short: {error}") from error
+  if not tensors:
+    raise ValueError(f"{file} holds no tensor: there is nothing to merge")
+  return about, tensors, file
+
+
+def _check_targets(about, file, tensors, wanted):
+  """Raises ValueError for a target of the config that the file lacks."""
+  targets, left_out = about.get("target_modules"), about.get("exclude_modules")
+  modules = [name.removesuffix(".weight") for name in wanted]
+  # "all-linear" is all of the layers, and nothing outside of them.
+  names = targets if isinstance(targets, list) else [targets]
+  for target in names:
+    pattern = None if target is None else [target]
+    pattern = targets if isinstance(targets, str) else pattern
+    aimed = [m for m in modules if target == "all-linear" or _named(m, pattern)]
+    lacks = [
+      m
+      for m in aimed
+      if not _named(m, left_out)
+      and not any(f"{_PREFIX}{m}.lora_{x}.weight" in tensors for x in "AB")
+    ]
+    if lacks and about.get("layers_to_transform") is None:
+      raise ValueError(
+        f"{file}: {_PREFIX}{lacks[0]}.lora_A.weight is missing, though "
+        f"adapter_config.json names {target!r} in target_modules"
+      )
+    outside = pattern and any(_named(_module(n), pattern) for n in tensors)
+    if target is not None and not aimed and not outside:
+      raise ValueError(
+        f"{file}: no tensor is of {target!r}, which adapter_config.json names "
+        "in target_modules"
+      )
+
+
+def _module(name):
+  """The module of an adapter's tensor."""
+  return re.sub(r"\.lora_\w+(\.weight)?$", "", name.removeprefix(_PREFIX))
+
+
+def _named(module, names):
+  """Whether PEFT's list of module names, or its pattern, means a module."""
+  if isinstance(names, str):
+    return re.fullmatch(names, module) is not None
+  return any(module == n or module.endswith(f".{n}") for n in names or ())
 
 
 def _stacked(stacks, shapes, file):

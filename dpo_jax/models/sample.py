@@ -1,4 +1,4 @@
-"""Sampling with a key-value cache: temperature, top-p, stop at EOS.
+"""Sampling with a key-value cache: temperature, top-p, stop at an end.
 
 `sample` is pure and may be traced: inside another jit, on the rows of a mesh.
 """
@@ -16,9 +16,9 @@ class Samples(NamedTuple):
   """Continuations.
 
   Attributes:
-    tokens: i32[B, N]; after the end, `eos_id`.
-    lengths: i32[B], tokens drawn including the EOS.
-    finished: bool[B], whether EOS was drawn.
+    tokens: i32[B, N]; after the end, the first of `end_ids`.
+    lengths: i32[B], tokens drawn including that which ended it.
+    finished: bool[B], whether one of `end_ids` was drawn.
     logps: f32[B, N] nats of each token under the model at temperature 1; 0
       after the end.
   """
@@ -32,12 +32,12 @@ class Samples(NamedTuple):
 def compiled(model):
   """`sample` of a model, jitted once per shape.
 
-  A compilation each for (batch size, prompt length, max_new_tokens, eos_id,
+  A compilation each for (batch size, prompt length, max_new_tokens, end_ids,
   vocab_size); parameters, temperature and top_p are traced.
   """
   return jax.jit(
     functools.partial(sample, model),
-    static_argnames=("max_new_tokens", "eos_id", "vocab_size"),
+    static_argnames=("max_new_tokens", "end_ids", "vocab_size"),
   )
 
 
@@ -96,10 +96,10 @@ def _prefill(model, params, prompts, prompt_lengths, max_new_tokens):
   return model.decode(params, tokens, positions, cache, prompt_lengths - 1)
 
 
-def _append(samples, step, token, logp, eos_id):
+def _append(samples, step, token, logp, end_ids):
   """Samples with one more token each, where they have not ended."""
   live = ~samples.finished
-  ended = jnp.zeros_like(live) if eos_id is None else token == eos_id
+  ended = jnp.isin(token, jnp.int32(end_ids))
   return Samples(
     samples.tokens.at[:, step].set(token),
     samples.lengths + live,
@@ -119,7 +119,7 @@ def sample(
   max_new_tokens,
   temperature,
   top_p,
-  eos_id,
+  end_ids,
   vocab_size=None,
 ):
   """Draws one continuation per prompt.
@@ -137,7 +137,7 @@ def sample(
     max_new_tokens: N, static.
     temperature: ≥ 0; 0 takes the most likely token.
     top_p: in (0, 1].
-    eos_id: i32, or None to never stop; static.
+    end_ids: tuple of ids, each of which ends a text; () to never stop; static.
     vocab_size: ids from here on are never drawn, as the tokenizer has none of
       them (published tables have spare rows); None is all of the model's.
   Returns: Samples.
@@ -145,7 +145,7 @@ def sample(
   """
   spare = vocab_size is not None and vocab_size < model.vocab_size
   known = vocab_size if spare else None
-  fill = 0 if eos_id is None else eos_id
+  fill = end_ids[0] if end_ids else 0
   rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, example_ids)
   logits, cache = _prefill(
     model, params, prompts, prompt_lengths, max_new_tokens
@@ -159,7 +159,7 @@ def sample(
     step, logits, cache, samples = carry
     token, logp = _draw(logits, rngs, step, temperature, top_p, known)
     token = jnp.where(samples.finished, fill, token)
-    samples = _append(samples, step, token, logp, eos_id)
+    samples = _append(samples, step, token, logp, end_ids)
     positions = (prompt_lengths + step)[:, None]
     logits, cache = model.decode(
       params, token[:, None], positions, cache, jnp.zeros_like(prompt_lengths)

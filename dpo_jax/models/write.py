@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from dpo_jax import tree
+from dpo_jax.config import origin
 from dpo_jax.models import config as config_lib
 from dpo_jax.models import families, fields, keys
 
@@ -56,6 +57,7 @@ def write(folder, params, config, vocab_size, raw, dtype):
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     write_json(folder / "model.safetensors.index.json", index)
   named = {k: v for k, v in raw.items() if k != "torch_dtype"}
+  named = origin.without_folders(named)  # "_name_or_path", and the like
   write_json(folder / "config.json", {**named, "dtype": dtype})
 
 

@@ -116,9 +116,12 @@ def _run(folder, name):
 
 def _json(path):
   try:
-    return json.loads(path.read_bytes())
+    content = json.loads(path.read_bytes())
   except ValueError as error:
     raise ValueError(f"{path} is not JSON: {error}") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is damaged: it holds no JSON object")
+  return content
 
 
 def _lines(path):

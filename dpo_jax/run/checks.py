@@ -77,6 +77,11 @@ def _rules(c):
     f"export.dtype = {c.export.dtype!r} has no effect with export.form = "
     "'adapter', whose files are in float32",
   )
+  yield (
+    c.export.push is not None or not c.export.public,
+    "export.public = True has no effect without export.push; name the "
+    "repository there",
+  )
   yield from _rules_of_samples(c.sample)
   if "norm" in c.model:  # else the shape is that of init_from
     yield from _rules_of_model(c.model)

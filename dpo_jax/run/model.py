@@ -42,6 +42,16 @@ def shape(fields, init_from):
   return dataclasses.replace(own, **runtime), vocab_size
 
 
+def _ends(init_from):
+  """What the model of init_from, or of the run it names, generates up to."""
+  if init_from is None:
+    return ()
+  pretrained = trained.pretrained(init_from)
+  if pretrained is not None:
+    return pretrained.ends
+  return _ends(saved.saved_config(init_from).init_from)
+
+
 def build(fields, init_from, tokenizer_name, longest):
   """(decoder.Model, tokenize.Tokenizer).
 
@@ -53,6 +63,8 @@ def build(fields, init_from, tokenizer_name, longest):
     data may be longer than its positions.
   """
   tokenizer = tokenize.load(tokenizer_name)
+  ends = (*tokenizer.other_ends, *_ends(init_from))
+  tokenizer = tokenizer._replace(other_ends=ends)
   own, vocab_size = shape(fields, init_from)
   if vocab_size is None:
     vocab_size = tokenizer.vocab_size

@@ -1,6 +1,7 @@
 """Checkpoints with exact resume: Orbax, checksums and the run's config."""
 
 import contextlib
+import re
 import warnings
 
 import jax
@@ -27,7 +28,7 @@ class Checkpointer:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, enable_async_checkpointing=True
     )
-    self._manager = ocp.CheckpointManager(self._path, options=options)
+    self._manager = _manager(self._path, options)
     self._frozen = None  # fingerprint of what is never trained, taken once
 
   def steps(self):
@@ -139,6 +140,14 @@ class Checkpointer:
     self._manager.close()
 
 
+def _manager(path, options=None):
+  """Orbax's manager of a folder of checkpoints."""
+  try:
+    return ocp.CheckpointManager(path, options=options)
+  except (ValueError, TypeError) as error:  # of files beside the checkpoints
+    raise ValueError(f"{path} is damaged: {error}") from error
+
+
 class _Damaged(Exception):
   """A checkpoint that must be passed over."""
 
@@ -152,14 +161,22 @@ def _read_item(manager, step, name, restore):
   args = ocp.args.Composite(**{name: restore})
   try:
     return manager.restore(step, args=args)[name]
-  except _UNREADABLE as error:
-    raise _Damaged(f"unreadable ({error})") from error
+  except Exception as error:
+    # Of an array that lacks a file Orbax raises an Exception of no other kind.
+    if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+      raise
+    # TensorStore tells all that it knows of an array behind what happened.
+    reason = re.split(r" \[|: \{|\. See", str(error).partition("\n")[0])[0]
+    raise _Damaged(f"unreadable ({reason[:200]})") from error
 
 
 def _read_meta(manager, step):
   meta = _read_item(manager, step, "meta", ocp.args.JsonRestore())
-  if not isinstance(meta, dict) or "checksums" not in meta:
-    raise _Damaged("unreadable (no checksums)")
+  wanted = ("config", "checksums", "frozen", "leaves")
+  parts = meta if isinstance(meta, dict) else {}
+  lost = [name for name in wanted if not isinstance(parts.get(name), dict)]
+  if lost:
+    raise _Damaged(f"unreadable (its metadata has no {lost[0]})")
   return meta
 
 
@@ -216,7 +233,7 @@ def _newest(workdir, where=None):
     where: what names it, for messages; None is its path.
   """
   where = where or _path(workdir)
-  with ocp.CheckpointManager(_path(workdir)) as manager:
+  with _manager(_path(workdir)) as manager:
     step = manager.latest_step()
     if step is None:
       raise ValueError(f"{where} holds no finished checkpoint")
@@ -242,7 +259,7 @@ def latest_step(workdir):
   path = _path(workdir)
   if not path.exists():
     return None
-  with ocp.CheckpointManager(path) as manager:
+  with _manager(path) as manager:
     return manager.latest_step()
 
 

@@ -49,7 +49,10 @@ def main():
   torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
   policy, ref = (
     transformers.AutoModelForCausalLM.from_pretrained(
-      job["model"], dtype=torch.float32
+      job["model"],
+      dtype=torch.float32,
+      trust_remote_code=False,
+      use_safetensors=True,
     ).eval()  # no dropout
     for _ in range(2)
   )

@@ -89,7 +89,9 @@ def models(job):
   """{model, ref_model} of the trainer, if it is not to read weights."""
   if not job.get("device"):
     return {"model": job["model"]}
-  config = transformers.AutoConfig.from_pretrained(job["model"])
+  config = transformers.AutoConfig.from_pretrained(
+    job["model"], trust_remote_code=False
+  )
   dtype = torch.bfloat16 if job["lora"] else torch.float32
   with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -155,7 +155,7 @@ def draw(setup, state, iteration):
       max_new_tokens=1,
       temperature=1.0,
       top_p=1.0,
-      eos_id=None,
+      end_ids=(),
       vocab_size=setup.tokenizer.vocab_size,
     )
   return [

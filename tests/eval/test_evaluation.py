@@ -145,6 +145,14 @@ def test_nothing_is_done_in_a_folder_without_an_evaluation(tmp_path):
   assert not done(load(), tmp_path / "new", MADE)
 
 
+@pytest.mark.parametrize("text", ["", '{"step": 2', "[]", "\x00", "made"])
+def test_a_damaged_evaluation_is_named(text, tmp_path):
+  text = json.dumps(MADE) if text == "made" else text  # and no config
+  (tmp_path / "evaluation.json").write_text(text)
+  with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
+    done(load(), tmp_path, MADE)
+
+
 @pytest.mark.parametrize(
   "override",
   [

@@ -1,6 +1,7 @@
 """Prompts and draws by seed alone, resumed files, comparisons of what came."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from dpo_jax.data.tokens import tokenize
 from dpo_jax.eval import generate, rewards
 from dpo_jax.run import build, trained
 from tests import conftest, folders, worlds
+from tests.models import parity
 
 IDENTITY = {"policy": "mine", "sample": {"prefix": (2, 8)}}
 
@@ -356,3 +358,126 @@ def test_labels_do_not_change_the_draws_and_are_seeded(
   # Rewards of 0 and 1 leave the labels to chance, σ(0) and σ(1).
   pairs = [p for record in records_of(tmp_path / "one") for p in record.pairs]
   assert 0.2 < np.mean([winner < loser for winner, loser in pairs]) < 0.8
+
+
+CHAT = (
+  "{% for m in messages %}<s>{{ m.content }}<end>\n{% endfor %}"
+  "{% if add_generation_prompt %}<s>{% endif %}"
+)
+WORDS = ("<s>", "</s>", "a", "film", "<end>", "of", "warm", "dull", "the", "is")
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+  """(torch model, its folder): it generates up to </s> or the end of a turn."""
+  import tokenizers
+  import transformers
+
+  folder = tmp_path_factory.mktemp("chatty")
+  raw = parity.small(
+    "meta-llama/Llama-3.2-1B",
+    vocab_size=len(WORDS),
+    num_hidden_layers=2,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+  )
+  model = parity.save(raw, folder)
+  model.generation_config = transformers.GenerationConfig(eos_token_id=[1, 4])
+  model.generation_config.save_pretrained(folder)
+  words = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "a")
+  )
+  words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=words,
+    eos_token="</s>",
+    additional_special_tokens=["<s>", "<end>"],
+    chat_template=CHAT,
+  ).save_pretrained(folder)
+  return model, folder
+
+
+def chats(folder, *overrides, model=None):
+  """A config that samples greedily for questions of a file."""
+  words = [w for w in WORDS if w[0] != "<"]
+  texts = [f"{a} {b}" for a in words for b in words[:3]]
+  rows = [{"prompt": [{"role": "user", "content": t}]} for t in texts]
+  path = folder / "chats.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return load_lib.load_config(
+    str(conftest.ROOT / f"configs/dpo.py:model=hf:{model or folder}"),
+    [
+      *(f"tokenizer=hf:{folder}", f"sample.prompts={path}"),
+      *("sample.temperature=0.0", "sample.max_new_tokens=20"),
+      *("data.max_prompt_length=32", "data.max_completion_length=20"),
+      *("sample.batch_size=24", *overrides),
+    ],
+  )
+
+
+def test_greedy_samples_end_where_transformers_generate_does(chatty):
+  """At the EOS, and at the end of turn that generation_config.json names."""
+  import torch
+
+  model, folder = chatty
+  setup = build.prepare_model(chats(folder))
+  assert setup.tokenizer.end_ids == (1, 4)
+  got = drawn(setup, trained.initial(setup))
+  assert len(got) == 21
+  last = set()
+  for d in got:
+    ids = torch.tensor([d.prompt_ids])
+    want = model.generate(
+      ids,
+      attention_mask=torch.ones_like(ids),
+      max_new_tokens=20,
+      do_sample=False,
+      pad_token_id=1,
+    )[0, len(d.prompt_ids) :].tolist()
+    assert d.ids == want
+    assert d.finished == (want[-1] in (1, 4))
+    last.add(want[-1])
+  assert {1, 4} <= last
+
+
+@pytest.mark.parametrize("generation", [{"eos_token_id": 1}, None])
+def test_the_end_of_a_turn_ends_a_sample_though_no_file_of_the_model_names_it(
+  generation, chatty, tmp_path
+):
+  """A base model that is tuned on chats."""
+  _, folder = chatty
+  there = shutil.copytree(folder, tmp_path / "base")
+  (there / "generation_config.json").unlink()
+  if generation is not None:
+    text = json.dumps(generation)
+    (there / "generation_config.json").write_text(text)
+  setup = build.prepare_model(chats(folder, model=there))
+  assert setup.tokenizer.end_ids == (1, 4)
+  whole = build.prepare_model(chats(folder))
+  base = trained.initial(setup)
+  assert drawn(setup, base) == drawn(whole, base)
+
+
+def test_what_an_end_of_turn_ended_is_ended_when_it_comes_back(
+  chatty, tmp_path
+):
+  """As training data: nothing is added behind it, nothing refused."""
+  _, folder = chatty
+  setup = build.prepare_model(chats(folder))
+  rows = generate.write(setup, trained.initial(setup), IDENTITY, tmp_path)
+  ended = [row["tokens"][-1] == 4 for row in rows]
+  assert True in ended
+  assert False in ended
+  records = [
+    sources.Record(
+      *(row["prompt"], (row["completion"],), (), "drawn"),
+      tokens=(row["tokens"],),
+    )
+    for row in rows
+  ]
+  examples, _ = tokenize.encode(
+    records, setup.tokenizer, setup.data, sources.Policy("error")
+  )
+  for example, row in zip(examples, rows, strict=True):
+    assert example.completions == (row["tokens"],)
+    assert example.ended == (row["finished"],)

@@ -1,5 +1,6 @@
 """Scorers: what each computes, how well on unseen films, what is refused."""
 
+import io
 import json
 import sys
 
@@ -281,6 +282,174 @@ def logits_of(model, ids):
   with torch.no_grad():
     rows = [model(input_ids=torch.tensor(row)[None]).logits for row in ids]
   return torch.cat(rows).double().numpy()
+
+
+def reward_model(folder, *, kind="llama", pad=None, adds_bos=True, longest=64):
+  """A random causal reward model, saved with a tokenizer that adds a BOS."""
+  import tokenizers
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  words = ("<s>", "</s>", *WORDS[2:])
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "</s>")
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  if adds_bos:
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    bos_token="<s>",
+    eos_token="</s>",
+    pad_token=pad,
+    padding_side="left",  # positions of GPT-2 would count the padding
+  ).save_pretrained(folder)
+  config = transformers.AutoConfig.for_model(
+    kind,
+    vocab_size=len(words),
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=longest,
+    num_labels=1,
+    initializer_range=0.3,
+    pad_token_id=None if pad is None else 1,
+    bos_token_id=0,
+    eos_token_id=1,
+    **({"intermediate_size": 16} if kind == "llama" else {}),
+  )
+  model = transformers.AutoModelForSequenceClassification.from_config(config)
+  model.save_pretrained(folder)
+  return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("pad", [None, "</s>"])
+def test_a_reward_model_scores_a_text_alone_as_among_others(
+  kind, pad, tmp_path
+):
+  """By its last token, with or without a token to pad with."""
+  model = reward_model(tmp_path, kind=kind, pad=pad)
+  prompts, completions, ids = texts_of(40)
+  scorer = rewards.load(f"model:{tmp_path}")
+  got = scorer.score(prompts, completions)
+  want = logits_of(model, [[0, *row] for row in ids])[:, 0]
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  alone = [
+    scorer.score([p], [c])[0] for p, c in zip(prompts, completions, strict=True)
+  ]
+  np.testing.assert_allclose(got, alone, atol=1e-5)
+  assert len(np.unique(got.round(3))) > 30
+
+
+def test_a_classifier_scores_a_text_alone_as_among_others(tmp_path):
+  classifier(tmp_path, 2)
+  prompts, completions, _ = texts_of(40)
+  scorer = rewards.load(f"classifier:{tmp_path}")
+  got = scorer.score(prompts, completions)
+  alone = [
+    scorer.score([p], [c])[0] for p, c in zip(prompts, completions, strict=True)
+  ]
+  np.testing.assert_allclose(got, alone, atol=1e-5)
+  assert len(np.unique(got.round(3))) > 20
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_text_that_brings_its_bos_is_scored_with_one(adds_bos, tmp_path):
+  """As that of a prompt which a chat template wrote."""
+  model = reward_model(tmp_path, adds_bos=adds_bos)
+  scorer = rewards.load(f"model:{tmp_path}")
+  got = scorer.score(["<s> a film"], [" of warm"])
+  np.testing.assert_allclose(
+    got, logits_of(model, [[0, 2, 3, 4, 5]])[:, 0], atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("tokenizer_says", [None, 40])
+def test_a_text_is_scored_whole_up_to_what_the_model_can_read(
+  tokenizer_says, tmp_path
+):
+  """Else refused, and counted: cut, the end of it would have no reward."""
+  model = reward_model(tmp_path, longest=700)
+  limit = 700
+  if tokenizer_says is not None:
+    path = tmp_path / "tokenizer_config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "model_max_length": tokenizer_says}))
+    limit = tokenizer_says
+  score = rewards.load(f"model:{tmp_path}").score
+  prompt = "a" + " a" * (limit - 4)  # and the BOS, and two words
+  got = score([prompt] * 2, [" dull film", " film dull"])
+  ids = [[0, *[2] * (limit - 3), *end] for end in ((6, 3), (3, 6))]
+  np.testing.assert_allclose(got, logits_of(model, ids)[:, 0], atol=1e-5)
+  assert abs(got[0] - got[1]) > 1e-3
+  with pytest.raises(ValueError, match=f"1 texts are longer .*: {limit} tok"):
+    score([prompt, f"a {prompt}"], [" dull film"] * 2)
+
+
+def test_positions_that_begin_behind_the_padding_are_not_read_past(tmp_path):
+  """RoBERTa's table of 40 has 38 of them."""
+  import transformers
+
+  reward_model(tmp_path)
+  config = transformers.RobertaConfig(
+    vocab_size=len(WORDS),
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    max_position_embeddings=40,
+    num_labels=1,
+    pad_token_id=1,
+  )
+  transformers.RobertaForSequenceClassification(config).save_pretrained(
+    tmp_path
+  )
+  score = rewards.load(f"model:{tmp_path}").score
+  assert np.isfinite(score(["a"], [" film" * 36])).all()
+  with pytest.raises(ValueError, match=r"1 texts are longer .*: 38 tokens"):
+    score(["a"], [" film" * 37])
+
+
+def test_a_scorer_that_cannot_score_is_refused_when_it_is_loaded(tmp_path):
+  """Not once completions have been drawn for it."""
+  reward_model(tmp_path, longest=2)
+  with pytest.raises(ValueError, match=r"cannot score .*longer than"):
+    rewards.load(f"model:{tmp_path}")
+
+
+def test_code_that_a_scorer_brings_is_never_run(tmp_path, monkeypatch):
+  """Nor is there a question on stdin, which a pipe might answer."""
+  reward_model(tmp_path)
+  path = tmp_path / "config.json"
+  about = {
+    **json.loads(path.read_text()),
+    "model_type": "mine",
+    "auto_map": {
+      "AutoConfig": "mine.Config",
+      "AutoModelForSequenceClassification": "mine.Model",
+    },
+  }
+  path.write_text(json.dumps(about))
+  marker = tmp_path / "ran"
+  (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+  monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+  with pytest.raises(ValueError, match="without code of its own"):
+    rewards.load(f"model:{tmp_path}")
+  assert not marker.exists()
+
+
+def test_pickled_weights_of_a_scorer_are_not_read(tmp_path):
+  import torch
+
+  model = reward_model(tmp_path)
+  (tmp_path / "model.safetensors").unlink()
+  torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+  with pytest.raises(ValueError, match="with safetensors"):
+    rewards.load(f"model:{tmp_path}")
 
 
 @pytest.mark.slow

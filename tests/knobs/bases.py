@@ -201,7 +201,9 @@ def _simpo(w):
 
 def _kto(w):
   limit = 256
-  return _dpo(w, ",loss=kto", mesh__mode="pmap", data__max_row_length=limit)
+  c = _dpo(w, ",loss=kto", mesh__mode="pmap", data__max_row_length=limit)
+  c.export.push = "me/it"
+  return c
 
 
 def _published(w):

@@ -242,7 +242,7 @@ def exporting(plan):
       (trained_lib, "initial", zeros),
       (trained_lib, "merged", zeros),
       (trained_lib, "restored", trained),
-      (export, "push", lambda folder, name: pushed.append(name)),
+      (export, "push", lambda folder, *to: pushed.append(to)),
     )
     verbs.export(plan.config, folder, None)
     return pushed, _files(folder, ("dpo_jax.json",))

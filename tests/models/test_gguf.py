@@ -343,7 +343,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
     max_new_tokens=24,
     temperature=0.0,
     top_p=1.0,
-    eos_id=tokenizer.eos_id,
+    end_ids=tokenizer.end_ids,
   )
   answer = tokenizer.decode(np.asarray(out.tokens)[0].tolist())
   assert "Paris" in answer

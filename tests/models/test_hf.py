@@ -86,6 +86,7 @@ def test_a_head_saved_beside_a_tied_embedding_must_be_that(tmp_path):
   assert "head" not in want
   assert_same(load(tmp_path), want)
   other = {"lm_head.weight": np.ones((parity.VOCAB, 48), np.float32)}
+  (tmp_path / "model.safetensors").unlink()
   parity.write(small(), tmp_path, extra=other, files=3)
   with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix"):
     load(tmp_path)
@@ -132,12 +133,134 @@ def test_a_file_of_the_index_that_is_missing_is_named(tmp_path):
     hf.open_folder(tmp_path)
 
 
+def test_one_file_goes_before_an_index_that_lies_beside_it(tmp_path):
+  """As transformers has it; a line says so."""
+  import torch
+  import transformers
+
+  parity.write(small(), tmp_path, files=3)
+  old = load(tmp_path)
+  fresh = tmp_path / "fresh"
+  fresh.mkdir()
+  want = parity.write(small(), fresh, dtype="bfloat16")
+  (fresh / "model.safetensors").rename(tmp_path / "model.safetensors")
+  with pytest.warns(UserWarning, match="model.safetensors is read") as told:
+    got = load(tmp_path)
+  assert len({str(w.message) for w in told}) == 1
+  assert_same(got, want)
+  assert np.any(got["embed"]["tokens"] != old["embed"]["tokens"])
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path, dtype=torch.float32
+  )
+  table = theirs.get_input_embeddings().weight.detach().numpy()
+  np.testing.assert_array_equal(table, got["embed"]["tokens"][: parity.VOCAB])
+
+
+@pytest.mark.parametrize(
+  "name", ["../model.safetensors", "/etc/model", "a/b", "..", "C:\\a", 3, None]
+)
+def test_an_index_that_leads_out_of_its_folder_is_refused(name, tmp_path):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  parity.write(small(), folder, files=3)
+  # What it names would be read, were it looked for.
+  parity.write(small(), tmp_path)
+  index = folder / "model.safetensors.index.json"
+  content = json.loads(index.read_text())
+  content["weight_map"]["model.norm.weight"] = name
+  index.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="no file of this folder") as caught:
+    hf.open_folder(folder)
+  assert f"weight_map names {name!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}'])
+def test_a_damaged_index_is_named(text, tmp_path):
+  parity.write(small(), tmp_path, files=3)
+  (tmp_path / "model.safetensors.index.json").write_text(text)
+  with pytest.raises(ValueError, match=r"index\.json is damaged"):
+    hf.open_folder(tmp_path)
+
+
+PROVENANCE = {
+  "unsloth_fixed": True,
+  "unsloth_version": "2025.3.19",
+  "_attn_implementation_autoset": True,
+  "mergekit_version": "0.1",
+  "_name_or_path": "/home/me/base",
+  "dataset_path": "mine",
+  "_commit_hash": "00ff",
+  "training_loss": 0.3,
+  "residual_dropout": 0.1,
+  "vision_token_id": 5,
+  "use_flash_attention_2": True,
+  "quantization_config": None,
+  "_load_in_4bit": False,
+  "quantization": False,
+  "something_newer": None,
+  "something_else": {},
+}
+CHANGES = {
+  "attention_scaling": 2.0,
+  "final_logit_softcapping": 30.0,
+  "query_pre_attn_scalar": 4,
+  "residual_multiplier": 0.5,
+  "_remove_final_layer_norm": True,
+  "no_bias": False,
+  "num_experts_per_token": 2,
+  "quantization": "int8",
+  "something_newer": 0,
+}
+
+
+@pytest.mark.parametrize("name", PROVENANCE)
+def test_a_field_that_only_tells_of_a_models_past_is_let_through(name):
+  raw = small()
+  want = families.read(raw)
+  assert name not in raw or name == "_name_or_path"
+  assert families.read({**raw, name: PROVENANCE[name]}) == want
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_field_that_may_change_what_a_model_computes_is_refused(name):
+  with pytest.raises(ValueError, match=name):
+    families.read({**small(), name: CHANGES[name]})
+
+
 @pytest.mark.parametrize("size", [0, 5, 200, -1])
 def test_a_file_that_was_cut_short_is_named(size, tmp_path):
   parity.write(small(), tmp_path, files=2)
   file = tmp_path / "model-00002-of-00002.safetensors"
   file.write_bytes(file.read_bytes()[:size])
   with pytest.raises(ValueError, match=rf"{file.name} is damaged or cut short"):
+    hf.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("generation", "want"),
+  [
+    (None, (1,)),  # of config.json, as transformers does
+    ({"eos_token_id": [1, 4]}, (1, 4)),
+    ({"eos_token_id": 7, "do_sample": True}, (7,)),
+    ({"do_sample": True}, ()),
+  ],
+)
+def test_the_ends_of_a_checkpoint_are_those_it_generates_up_to(
+  generation, want, tmp_path
+):
+  parity.write(small(), tmp_path)
+  if generation is not None:
+    text = json.dumps(generation)
+    (tmp_path / "generation_config.json").write_text(text)
+  assert hf.open_folder(tmp_path).ends == want
+
+
+@pytest.mark.parametrize("ends", ["</s>", [1, None], True])
+def test_an_end_that_is_no_id_is_refused(ends, tmp_path):
+  parity.write(small(), tmp_path)
+  text = json.dumps({"eos_token_id": ends})
+  (tmp_path / "generation_config.json").write_text(text)
+  with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id"):
     hf.open_folder(tmp_path)
 
 

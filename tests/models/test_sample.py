@@ -44,7 +44,7 @@ def draw(
   new=N,
   temperature=1.0,
   top_p=1.0,
-  eos_id=EOS,
+  end_ids=(EOS,),
 ):
   _, params, compiled = world()
   return compiled(
@@ -56,7 +56,7 @@ def draw(
     max_new_tokens=new,
     temperature=temperature,
     top_p=top_p,
-    eos_id=eos_id,
+    end_ids=end_ids,
   )
 
 
@@ -85,7 +85,7 @@ def first_tokens(temperature, top_p):
     new=1,
     temperature=temperature,
     top_p=top_p,
-    eos_id=None,
+    end_ids=(),
   )
 
 
@@ -166,11 +166,26 @@ def test_successive_tokens_are_drawn_by_noise_of_their_own():
     max_new_tokens=N,
     temperature=1.0,
     top_p=1.0,
-    eos_id=None,
+    end_ids=(),
   )
   equal = out.tokens[:, 1:] == out.tokens[:, :-1]
   error = (1 / VOCAB * (1 - 1 / VOCAB) / equal.size) ** 0.5
   assert abs(float(equal.mean()) - 1 / VOCAB) < 4 * error
+
+
+def test_any_of_several_ends_stops_a_sample_and_the_first_fills_up():
+  """As one of them does, cut at whichever came first."""
+  endless = np.asarray(draw(end_ids=()).tokens)
+  out = draw(end_ids=(EOS, 2))
+  seen = set()
+  for i, tokens in enumerate(endless.tolist()):
+    ends = [k for k, token in enumerate(tokens) if token in (EOS, 2)]
+    n = ends[0] + 1 if ends else N
+    assert int(out.lengths[i]) == n
+    assert bool(out.finished[i]) == bool(ends)
+    assert out.tokens[i].tolist() == tokens[:n] + [EOS] * (N - n)
+    seen |= {tokens[n - 1]} if ends else set()
+  assert seen == {EOS, 2}
 
 
 def test_temperature_zero_takes_the_most_likely_token():
@@ -180,8 +195,9 @@ def test_temperature_zero_takes_the_most_likely_token():
 
 
 def test_sampling_compiles_once_per_shape():
-  """All tests here draw in two shapes, at every temperature and top-p."""
+  """One each for the draws of two shapes, at every temperature and top-p."""
   _, _, compiled = world()
+  compiled.clear_cache()
   for temperature, top_p in ((1.0, 1.0), (0.5, 0.9)):
     draw(temperature=temperature, top_p=top_p)
   first_tokens(0.5, 0.9)
@@ -226,7 +242,7 @@ def test_inside_a_jit_on_a_mesh_the_samples_are_those_of_one_device():
       max_new_tokens=N,
       temperature=1.0,
       top_p=1.0,
-      eos_id=EOS,
+      end_ids=(EOS,),
     )
     return samples, jnp.sum(samples.logps, axis=1)
 
@@ -258,5 +274,5 @@ def test_sampling_past_a_learned_position_table_is_refused():
       max_new_tokens=20,
       temperature=1.0,
       top_p=1.0,
-      eos_id=None,
+      end_ids=(),
     )

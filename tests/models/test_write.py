@@ -224,7 +224,88 @@ def test_tensors_of_an_adapter_that_fit_nowhere_are_named(world, tmp_path):
     k: v for k, v in tensors.items() if "layers.0.self_attn.q_proj" not in k
   }
   safetensors.numpy.save_file(without, file)
+  some = r"layers\.0\.self_attn\.q_proj\.lora_A\.weight is missing"
+  with pytest.raises(ValueError, match=some):
+    peft.read(tmp_path, *where)
+  path = tmp_path / "adapter_config.json"
+  about = json.loads(path.read_text()) | {"layers_to_transform": [1]}
+  path.write_text(json.dumps(about))
   with pytest.raises(ValueError, match=r"layers \[0\] of .*attn/q"):
+    peft.read(tmp_path, *where)
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+
+
+@pytest.mark.parametrize(
+  ("tensors", "about", "message"),
+  [
+    ("all", {}, r"holds no tensor"),
+    ([f"{Q}B.weight"], {}, r"lora_B\.weight is missing"),
+    ([f"{Q}A.weight"], {}, r"q_proj\.lora_A\.weight is missing"),
+    ([f"{Q}A.weight", f"{Q}B.weight"], {}, "is missing, though .*q_proj"),
+    # As people's own configs name them: endings, and patterns.
+    ([f"{Q}A.weight", f"{Q}B.weight"], ["q_proj"], "is missing, .* 'q_proj'"),
+    ([f"{Q}A.weight", f"{Q}B.weight"], r".*\.q_proj", "is missing, though"),
+    ([f"{Q}A.weight", f"{Q}B.weight"], "all-linear", "is missing, though"),
+    ([], ["q_proj", "w_pack"], "no tensor is of 'w_pack'"),
+    ([], ["q_proj", "lm_head"], "no tensor is of 'lm_head'"),
+    ([], {"r": 5}, r"lora_A\.weight is \[3, 48\], it must be \[5, 48\]"),
+    ([], {"r": None}, "r = None must be a number"),
+    ([], {"arrow_config": {"top_k": 3}}, "arrow_config = .* not supported"),
+    ([], {"use_newer_lora": True}, "use_newer_lora = True is not supported"),
+  ],
+)
+def test_an_adapter_that_lacks_something_never_merges_as_nothing(
+  tensors, about, message, world, tmp_path
+):
+  """The file and what it lacks are named."""
+  _, checkpoint, _, params = world("meta-llama/Llama-3.2-1B")
+  where = about_of(checkpoint, params)
+  peft.write(tmp_path, adapter_of(params), *where, options())
+  path, file = (
+    tmp_path / f"adapter_{name}"
+    for name in ("config.json", "model.safetensors")
+  )
+  about = about if isinstance(about, dict) else {"target_modules": about}
+  path.write_text(json.dumps(json.loads(path.read_text()) | about))
+  there = safetensors.numpy.load_file(file)
+  gone = there if tensors == "all" else tensors
+  assert set(gone) <= there.keys()
+  kept = {name: x for name, x in there.items() if name not in gone}
+  safetensors.numpy.save_file(kept, file)
+  with pytest.raises(ValueError, match=message) as caught:
+    peft.read(tmp_path, *where)
+  assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_a_whole_adapter_is_read_whatever_way_its_targets_are_named(
+  targets, world, tmp_path
+):
+  _, checkpoint, _, params = world("meta-llama/Llama-3.2-1B")
+  where = about_of(checkpoint, params)
+  peft.write(tmp_path, adapter_of(params), *where, options())
+  want, _, _ = peft.read(tmp_path, *where)
+  path = tmp_path / "adapter_config.json"
+  about = json.loads(path.read_text()) | {"target_modules": targets}
+  path.write_text(json.dumps({**about, "newer_field": None}))
+  jax.tree.map(
+    np.testing.assert_array_equal, peft.read(tmp_path, *where)[0], want
+  )
+
+
+@pytest.mark.parametrize(
+  "name", ["adapter_config.json", "adapter_model.safetensors"]
+)
+@pytest.mark.parametrize("size", [0, 9, 150])
+def test_an_adapter_that_was_cut_short_is_named(name, size, world, tmp_path):
+  _, checkpoint, _, params = world("meta-llama/Llama-3.2-1B")
+  where = about_of(checkpoint, params)
+  peft.write(tmp_path, adapter_of(params), *where, options())
+  path = tmp_path / name
+  path.write_bytes(path.read_bytes()[:size])
+  with pytest.raises(ValueError, match=f"{name} is damaged"):
     peft.read(tmp_path, *where)
 
 

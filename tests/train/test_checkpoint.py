@@ -1,5 +1,7 @@
 """Checkpoints: exact, verified, and refusing what does not belong."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,6 +201,31 @@ def test_policy_of_another_run_is_loaded_and_misfits_are_named(tmp_path):
     checkpoint.load_params(tmp_path, wrong)
   with pytest.raises(ValueError, match="holds no checkpoints"):
     checkpoint.load_params(tmp_path / "nowhere", state.params)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_policy_with_a_damaged_file_is_refused_in_one_short_line(
+  cut, tmp_path
+):
+  """Whichever file of it is gone or cut, unless it is not needed."""
+  state = make_state(step=5, seed=3)
+  save(tmp_path / "whole", state)
+  refused = []
+  for number, file in enumerate(data_files(tmp_path / "whole", 5)):
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+    lost = folder / file.relative_to(tmp_path / "whole")
+    lost.write_bytes(file.read_bytes()[:7]) if cut else lost.unlink()
+    try:
+      got = checkpoint.load_params(folder, make_state().params)
+    except ValueError as error:
+      refused.append((str(folder), str(error)))
+    else:
+      jax.tree.map(np.testing.assert_array_equal, got, state.params)
+  assert len(refused) >= 3  # metadata, the manifest, values
+  for folder, line in refused:
+    assert folder in line
+    assert "\n" not in line
+    assert len(line) < 300 + len(folder)
 
 
 def test_one_folder_takes_one_writer(tmp_path):

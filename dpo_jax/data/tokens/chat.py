@@ -262,6 +262,22 @@ def end_of_turn(apply_template):
   return text.rpartition(probe)[2]
 
 
+def end_ids(apply_template, encode, specials):
+  """The token that ends a turn of a template, in a tuple; () if none does.
+
+  It is the only one, or a special one that others follow, as in Phi-3's
+  "<|end|>\n<|endoftext|>": no text goes on behind it.
+  """
+  if apply_template is None:
+    return ()
+  try:
+    end = end_of_turn(apply_template).strip()
+  except (fields.BadRecord, ValueError):  # it refuses the probe
+    return ()
+  ids = encode([end])[0] if end else []
+  return tuple(ids[:1]) if len(ids) == 1 or {*ids[:1]} & set(specials) else ()
+
+
 def marks_turns(bos, apply_template):
   """Whether a chat template begins every turn with the "BOS".
 

@@ -85,6 +85,7 @@ def load(spec, field, kind, with_scores, tokenizer, options, policy, *, loud):
   task = encoding.Task(
     tokenizer=tokenizer.name,
     vocab_size=tokenizer.vocab_size,
+    other_ends=tokenizer.other_ends,
     max_prompt_length=options.max_prompt_length,
     max_completion_length=options.max_completion_length,
     long_prompt=options.long_prompt,
@@ -135,6 +136,8 @@ def _entry(job):
     return None
   task = job.task._asdict()
   task["scored"] = task.pop("with_scores")  # as addresses have it
+  if not task["other_ends"]:
+    del task["other_ends"]  # as addresses had it before
   made_of = {
     **task,
     "tokenizer": identity,

@@ -16,6 +16,7 @@ class Task(NamedTuple):
     vocab_size: tokens that it may give; the model may have fewer rows.
     max_prompt_length, max_completion_length, long_prompt: as in config.data.
     kind, with_scores: see comparisons.arrange.
+    other_ends: as in tokenize.Tokenizer; the model may name more.
   """
 
   tokenizer: str | None
@@ -25,6 +26,7 @@ class Task(NamedTuple):
   long_prompt: str
   kind: str
   with_scores: bool
+  other_ends: tuple[int, ...] = ()
 
 
 class Made(NamedTuple):

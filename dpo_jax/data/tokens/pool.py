@@ -104,4 +104,6 @@ def _make(task, first, records):
 
 @functools.cache
 def _tokenizer(task):
-  return tokenize.load(task.tokenizer)._replace(vocab_size=task.vocab_size)
+  return tokenize.load(task.tokenizer)._replace(
+    vocab_size=task.vocab_size, other_ends=task.other_ends
+  )

@@ -31,6 +31,8 @@ class Tokenizer(NamedTuple):
     bos_id: put at position 0 of text, or None.
     eos_id: ends every completion that was not cut, but for messages whose
       template ends them otherwise.
+    other_ends: what else ends a text: the end of turn of the template, and what
+      the model says that it generates up to.
     apply_template: (messages, add_generation_prompt=…, tools=…) -> str, the
       tokenizer's chat template; None if it has none.
     specials: {id: how it is written} of the tokens that `decode` leaves out.
@@ -44,10 +46,16 @@ class Tokenizer(NamedTuple):
   vocab_size: int
   bos_id: int | None
   eos_id: int
+  other_ends: tuple[int, ...] = ()
   apply_template: Callable | None = None
   specials: Mapping[int, str] = types.MappingProxyType({})
   name: str | None = None
   identity: Callable | None = None
+
+  @property
+  def end_ids(self):
+    """All that ends a text, the EOS first; each once."""
+    return tuple(dict.fromkeys((self.eos_id, *self.other_ends)))
 
 
 def load(name):
@@ -76,22 +84,26 @@ def load(name):
     )
   template = None if hf.chat_template is None else chat.template(hf)
   marks_turns = chat.marks_turns(hf.bos_token, template)
+  specials = {
+    i: token.content
+    for i, token in hf.added_tokens_decoder.items()
+    if token.special
+  }
+
+  def encode(texts):
+    return hf(texts, add_special_tokens=False)["input_ids"] if texts else []
+
   return Tokenizer(
-    encode=lambda texts: (
-      hf(texts, add_special_tokens=False)["input_ids"] if texts else []
-    ),
+    encode=encode,
     decode=lambda ids: hf.decode(
       ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     ),
     vocab_size=len(hf),
     bos_id=None if marks_turns else hf.bos_token_id,
     eos_id=hf.eos_token_id,
+    other_ends=chat.end_ids(template, encode, specials),
     apply_template=template,
-    specials={
-      i: token.content
-      for i, token in hf.added_tokens_decoder.items()
-      if token.special
-    },
+    specials=specials,
     name=name,
     identity=functools.partial(vocabulary.identity, hf),
   )
@@ -207,7 +219,7 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   changed.update("completion cut" for ids in completions if len(ids) > limit)
   # What a policy drew up to a limit of its own has no end either.
   whole = [
-    len(ids) <= limit and (ended or ids[-1] == tokenizer.eos_id)
+    len(ids) <= limit and (ended or ids[-1] in tokenizer.end_ids)
     for ids, ended in zip(completions, text.ended, strict=True)
   ]
   completions = [ids[:limit] for ids in completions]

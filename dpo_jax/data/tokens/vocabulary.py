@@ -32,7 +32,7 @@ def load(name):
   import transformers
 
   try:
-    # Unless told so it asks on stdin whether to run the code of a folder.
+    # Code that a folder brings is never run, nor asked about on stdin.
     return transformers.AutoTokenizer.from_pretrained(
       name, trust_remote_code=False
     )
@@ -41,7 +41,7 @@ def load(name):
     raise ValueError(
       f"tokenizer = {name!r} cannot be loaded as a {where}: {error}. Use "
       "'bytes', a Hugging Face name, 'gguf:FILE', or a folder with "
-      "tokenizer.json and tokenizer_config.json"
+      "tokenizer.json and tokenizer_config.json, without code of its own"
     ) from error
 
 
@@ -70,11 +70,13 @@ def _bytes():
   """The tokenizer whose ids are bytes, and 256 the end."""
   import tokenizers
   import transformers
+
+  # Not "from": there is a function of that name too, in some versions.
+  import transformers.convert_slow_tokenizer as slow
   from tokenizers import decoders, models, pre_tokenizers
-  from transformers import convert_slow_tokenizer
 
   # Byte-level tokenizers write each byte as a printable character.
-  written = convert_slow_tokenizer.bytes_to_unicode()
+  written = slow.bytes_to_unicode()
   vocab = {written[byte]: byte for byte in range(256)}
   model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
   model.pre_tokenizer = pre_tokenizers.ByteLevel(

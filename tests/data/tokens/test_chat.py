@@ -131,6 +131,34 @@ def test_another_end_of_turn_is_scored_and_no_eos_follows(loaded, name):
   assert changed == {"end of turn that is not the EOS": 2}
 
 
+@pytest.mark.parametrize(
+  ("end", "want"),
+  [
+    ("", []),
+    ("\n", []),
+    ("<|im_end|>\n", ["<|im_end|>"]),
+    ("<|im_end|>\n<|eos|>", ["<|im_end|>"]),  # as Phi-3's last turn
+    ("[END]\n", []),  # several tokens, which any text may hold
+  ],
+)
+def test_the_end_of_a_turn_ends_a_text_if_it_is_a_token(end, want, loaded):
+  def template(messages, *, add_generation_prompt):
+    head = "assistant: " if add_generation_prompt else ""
+    return "".join(f"{m['role']}: {m['content']}{end}" for m in messages) + head
+
+  some = loaded["chatml"]
+  ids = chat.end_ids(template, some.encode, some.specials)
+  assert [some.specials[i] for i in ids] == want
+
+
+def test_an_end_of_turn_that_is_the_eos_is_the_only_end(loaded):
+  for name in (None, "eos", "open"):
+    assert loaded[name].end_ids == (loaded[name].eos_id,)
+  tokenizer = loaded["chatml"]
+  eos, end = tokenizer.end_ids
+  assert (eos, tokenizer.specials[end]) == (tokenizer.eos_id, "<|im_end|>")
+
+
 def test_without_an_end_of_turn_one_eos_is_added(loaded):
   tokenizer, last, changed = ends(loaded, "open")
   assert last == [tokenizer.eos_id] * 2

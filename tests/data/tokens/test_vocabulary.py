@@ -1,6 +1,6 @@
 """Tokenizers as Hugging Face objects, and those inside GGUF files."""
 
-import contextlib
+import io
 import json
 import random
 import sys
@@ -333,20 +333,19 @@ def test_smollm2_begins_a_conversation_with_its_system_turn(smollm2):
   assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)
 
 
-def test_code_of_a_tokenizers_folder_is_not_run_whatever_stdin_says(
-  tmp_path, monkeypatch
-):
-  bpe.train(["the plot is warm and clever."] * 3, 280, tmp_path)
-  path, trace = tmp_path / "tokenizer_config.json", tmp_path / "trace"
-  mapped = {"AutoTokenizer": [None, "mine.Mine"]}
-  config = {**json.loads(path.read_text()), "auto_map": mapped}
-  path.write_text(json.dumps({**config, "tokenizer_class": "Mine"}))
-  (tmp_path / "mine.py").write_text(
-    "import pathlib, transformers\n"
-    f"pathlib.Path({str(trace)!r}).touch()\n"
-    "class Mine(transformers.PreTrainedTokenizerFast): pass\n"
-  )
-  monkeypatch.setattr("builtins.input", lambda *asked: "y")
-  with contextlib.suppress(ValueError):  # or it is read without that code
+def test_code_that_a_tokenizer_brings_is_never_run(tmp_path, monkeypatch):
+  """Nor is there a question on stdin, which `yes |` would answer."""
+  bpe.train(SENTENCES, 280, tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  about = json.loads(path.read_text())
+  about["tokenizer_class"] = "MyTokenizer"
+  about["auto_map"] = {"AutoTokenizer": ["mine.MyTokenizer", None]}
+  path.write_text(json.dumps(about))
+  marker = tmp_path / "ran"
+  (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+  asked = io.StringIO("y\n" * 9)
+  monkeypatch.setattr("sys.stdin", asked)
+  with pytest.raises(ValueError, match="without code of its own"):
     tokenize.load(str(tmp_path))
-  assert not trace.exists()
+  assert not marker.exists()
+  assert asked.tell() == 0
