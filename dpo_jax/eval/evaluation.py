@@ -44,7 +44,8 @@ def evaluate(run, params, base, workdir, made):
   result = dict(made)
   if run.held_out is not None:
     result["comparisons"] = _held_out(run, params, base, workdir)
-    result["count"] = run.held_out.loader()[0].comparisons
+    loader, _ = run.held_out.loader()
+    result["count"], result["examples"] = loader.comparisons, loader.size
   if run.setup.sample.prompts is not None:
     policy = run.setup.trained.model(base, params)
     summary, rows = frontier.measure(run.setup, policy, base)

@@ -18,11 +18,12 @@ def html(sweep, grid, pictures):
     finalize=lambda x: folder.clean(x) if type(x) is str else x,
   )
   heads, body = grid
+  rows = [(e, c) for e, (_, *c) in zip(sweep.entries, body, strict=True)]
   return environment.get_template("page.html").render(
     sweep=sweep,
-    palette=figures.palette(len(sweep.runs)),
+    palette=figures.palette(len(sweep.groups)),
     content=content,
     pictures=pictures,
     heads=heads,
-    rows=[(r, c) for r, (_, *c) in zip(sweep.everyone, body, strict=True)],
+    rows=rows,
   )
