@@ -1,4 +1,5 @@
-"""A sweep's folder as one page: reward over KL, a table, curves, samples.
+"""A sweep's folder as one page: reward over KL, a table, curves, samples, and
+where all that comes from.
 
 `write` makes report.html (nothing in it is loaded from elsewhere), report.md,
 frontier.png and curves.png; `rows` and `table` give the table alone.

@@ -21,6 +21,7 @@ TITLES = {
   "table": "All numbers",
   "curves": "Training",
   "samples": "Samples",
+  "provenance": "Provenance",
 }
 
 
@@ -242,6 +243,7 @@ def captions(sweep):
     f"{figures.SMOOTHING:.0%} of the run's logged steps. Gaps: values that "
     "were not finite. Losses of different β, or of different kinds, are "
     f"different functions: compare each with itself.{alike}",
+    "provenance": "Versions, commit and device are of the evaluation.",
   }
 
 

@@ -3,7 +3,7 @@
 import html
 import re
 
-from dpo_jax.report import content, folder
+from dpo_jax.report import content, folder, provenance
 
 
 def plain(text):
@@ -36,6 +36,7 @@ def markdown(sweep, grid, pictures):
   notes = content.captions(sweep)
   bodies = {
     "table": table(*grid),
+    "provenance": _provenance(sweep),
     "samples": _samples(sweep),
   }
   for name, picture in pictures.items():
@@ -49,6 +50,13 @@ def markdown(sweep, grid, pictures):
     if name == "frontier":
       parts.append("\n".join(f"- {plain(r)}" for r in content.remarks(sweep)))
   return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _provenance(sweep):
+  alike, heads, body = provenance.facts(sweep)
+  lines = [f"- {plain(what)}: {plain(value)}" for what, value in alike]
+  body = [(name, *((plain(cell),) for cell in cells)) for name, *cells in body]
+  return "\n".join(lines) + (f"\n\n{table(heads, body)}" if body else "")
 
 
 def _samples(sweep):

@@ -2,7 +2,7 @@
 
 import jinja2
 
-from dpo_jax.report import content, figures, folder
+from dpo_jax.report import content, figures, folder, provenance
 
 
 def html(sweep, grid, pictures):
@@ -23,6 +23,7 @@ def html(sweep, grid, pictures):
     sweep=sweep,
     palette=figures.palette(len(sweep.groups)),
     content=content,
+    provenance=provenance.facts(sweep),
     pictures=pictures,
     heads=heads,
     rows=rows,
