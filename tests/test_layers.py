@@ -150,7 +150,4 @@ def test_tests_mirror_the_package():
   """A room of the package has its tests under the same name."""
   here = pathlib.Path(__file__).parent
   rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-  assert {room for room in rooms if not (here / room).is_dir()} == {
-    "configs",
-    "report",
-  }
+  assert [r for r in rooms if not (here / r).is_dir()] == ["configs"]

@@ -1,7 +1,12 @@
 """The evaluation of a policy, as files of its run folder."""
 
+import importlib.metadata
 import json
 import math
+import os
+import pathlib
+import platform
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +50,8 @@ def evaluate(run, params, base, workdir, made):
   result = dict(made)
   if run.held_out is not None:
     result["comparisons"] = _held_out(run, params, base, workdir)
-    result["count"] = run.held_out.loader()[0].comparisons
+    loader, _ = run.held_out.loader()
+    result["count"], result["examples"] = loader.comparisons, loader.size
   if run.setup.sample.prompts is not None:
     policy = run.setup.trained.model(base, params)
     summary, rows = frontier.measure(run.setup, policy, base)
@@ -53,6 +59,8 @@ def evaluate(run, params, base, workdir, made):
     if jax.process_index() == 0:
       lines = "".join(json.dumps(row) + "\n" for row in rows)
       store.write(workdir / "samples.jsonl", lines.encode())
+  # No times: the same evaluation again leaves the same file.
+  result["made_with"] = made_with()
   # Written last: it says that the point is done, and with which config.
   result["config"] = run.setup.asked
   if jax.process_index() == 0:
@@ -68,6 +76,45 @@ def made_of(step, data, ref):
   """
   sums = state_lib.fingerprint(ref)
   return {"step": step, "data": data, "reference": sums}
+
+
+def made_with():
+  """{"dpo_jax", "commit", "python", "jax", "device"}; None is not known."""
+  device = jax.devices()[0]
+  cores = f" ({platform.machine()}, {os.cpu_count()} cores)"
+  return {
+    "dpo_jax": _version("dpo_jax"),
+    "commit": _commit(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "device": f"{jax.device_count()} × {device.device_kind}"
+    + (cores if device.platform == "cpu" else ""),
+  }
+
+
+def _version(package):
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:  # on the path, not installed
+    return None
+
+
+def _commit():
+  """The commit of this package's checkout, "-dirty" if files changed."""
+  folder = pathlib.Path(__file__).parent
+  # That it is tracked: an installed copy may lie inside another project's.
+  tracked = ("ls-files", "--error-unmatch", "evaluation.py")
+  describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+  try:
+    outputs = [
+      subprocess.run(
+        ["git", *command], cwd=folder, capture_output=True, check=True
+      ).stdout
+      for command in (tracked, describe)
+    ]
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return outputs[-1].decode().strip()
 
 
 def done(asked, workdir, made):

@@ -1,4 +1,5 @@
-"""A sweep's folder as one page: reward over KL, a table, curves, samples.
+"""A sweep's folder as one page: reward over KL, a table, curves, samples, and
+where all that comes from.
 
 `write` makes report.html (nothing in it is loaded from elsewhere), report.md,
 frontier.png and curves.png; `rows` and `table` give the table alone.
@@ -9,21 +10,26 @@ import math
 from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.report import content, folder, markdown, page
+from dpo_jax.report import content, folder, markdown, measures, page
 
 TRUTH, MISSING = "r*", "–"
-# (key of a row, head on a console, head on a page, decimals without an SE)
+# (key of a row, head on a console, head on a page, decimals without an SE);
+# without a head it is not there.
 COLUMNS = (
+  (measures.AT_LENGTH, None, f"{TRUTH} at equal length", 2),
   ("kl", "KL", "KL, nats", 2),
   ("log_ratio", "log-ratio", "log-ratio, nats", 2),
+  ("loss", "loss", "held-out loss", 3),
   ("rewards/accuracies", "acc", "accuracy", 3),
   ("logps/chosen", "chosen", "log p chosen", 1),
   ("logps/rejected", "rejected", "log p rejected", 1),
+  ("drift/chosen", None, "Δ log p, chosen", 1),
+  ("drift/rejected", None, "Δ log p, rejected", 1),
+  ("ended", "ended", "share ended", 2),
   ("length", "length", "length, tokens", 1),
   ("distinct_1", "dist-1", "distinct-1", 3),
   ("distinct_2", "dist-2", "distinct-2", 3),
 )
-MEANS = ("kl", "log_ratio", "length")
 
 
 def write(workdir):
@@ -46,7 +52,7 @@ def write(workdir):
     elif path.exists():
       path.unlink()
   found = _rows(sweep)
-  text = markdown.markdown(sweep, table(found, "markdown"), pictures)
+  text = markdown.markdown(sweep, grid(found, "page"), pictures)
   (workdir / "report.md").write_bytes(text.encode())
   text = page.html(sweep, grid(found, "page"), pictures)
   (workdir / "report.html").write_bytes(text.encode())
@@ -60,10 +66,16 @@ def rows(workdir):
     workdir: folder of `dpo-jax sweep`.
   Returns: a dict a run, the reference first, the others in the order of the
     swept value; all have the same keys. "run" is the name; "reward/NAME" (the
-    ground truth first), "kl", "log_ratio" in nats and "length" in tokens are
-    {"mean", "se"}; "rewards/accuracies", "logps/chosen", "logps/rejected"
-    (held-out pairs, nats), "distinct_1" and "distinct_2" are numbers. None is
-    what is not there or not finite.
+    ground truth first), "reward_at_length" (measures.at_length), "kl",
+    "log_ratio" in nats and "length" in tokens are {"mean", "se"}, of errors
+    over prompts. Numbers are "loss", "rewards/accuracies", "logps/chosen",
+    "logps/rejected" (held-out pairs, nats), "drift/chosen", "drift/rejected"
+    (those less the reference's), "ended" (the share of samples that did before
+    the limit), "distinct_1" and "distinct_2".
+    "rewards/accuracies/interval" is (low, high), of 95 %. Above runs that
+    differ in init_seed or data.seed alone stands a row of their means, in which
+    all is {"mean", "se"}, of errors over "seeds" runs; of one run that is 1.
+    None is what is not there or not finite.
   Raises: ValueError if the folder holds no sweep, or nothing of its runs.
   """
   return _rows(folder.read(workdir))
@@ -79,14 +91,9 @@ def table(rows, style):
   Raises: ValueError for another style.
   """
   lookup.lookup(("text", "markdown"), style, "style")
-  heads, body = grid(rows, style)
+  heads, body = grid(rows, "text" if style == "text" else "page")
   if style == "markdown":
-    lines = [
-      [markdown.plain(head) for head in heads],
-      ["---", *["---:"] * (len(heads) - 1)],
-      *([markdown.plain(n), *map(" ± ".join, cells)] for n, *cells in body),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.table(heads, body)
   names, *columns = zip(*body, strict=True)
   columns = [_left(heads[0], names), *map(_right, heads[1:], columns)]
   return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
@@ -97,10 +104,24 @@ def grid(rows, style):
 
   Args:
     rows: what `rows` returned.
-    style: "text" for short heads, else long ones.
+    style: "text" for short heads, else long ones, more columns, and none that
+      is empty.
   Returns: (heads, body): lists of strings, and a list a run of its name and
-    its cells: (mean, se), or (value,) where there is no error.
+    its cells: (mean, se), (value, low, high), or (value,) where there is no
+    error.
   """
+  columns = _columns(rows, style)
+  cells = []
+  for key, _, decimals in columns:
+    ranges = [style == "page" and row.get(f"{key}/interval") for row in rows]
+    cells.append(_cells([row[key] for row in rows], ranges, decimals))
+  heads = ["run", *(head for _, head, _ in columns)]
+  names = [row["run"] for row in rows]
+  return heads, list(zip(names, *cells, strict=True))
+
+
+def _columns(rows, style):
+  """(key, head, decimals) of each column that a style shows."""
   names = [
     key.removeprefix("reward/") for key in rows[0] if key.startswith("reward/")
   ]
@@ -108,22 +129,27 @@ def grid(rows, style):
   if columns:
     key, name, *_ = columns[0]
     columns[0] = key, f"{TRUTH} {name}", f"{TRUTH} ({name})", 2
-  columns += COLUMNS
-  heads = [short if style == "text" else head for _, short, head, _ in columns]
-  cells = [_cells([row[key] for row in rows], at) for key, _, _, at in columns]
-  names = [row["run"] for row in rows]
-  return ["run", *heads], list(zip(names, *cells, strict=True))
+  # At equal length the first reward stands beside itself.
+  columns = [*columns[:1], COLUMNS[0], *columns[1:], *COLUMNS[1:]]
+  if style == "text":
+    return [(key, short, at) for key, short, _, at in columns if short]
+  there = {key for key in rows[0] if any(r[key] is not None for r in rows)}
+  # Log-probs as they are say less than how far they moved.
+  there -= {plain for key, plain in measures.DRIFT.items() if key in there}
+  return [(key, head, at) for key, _, head, at in columns if key in there]
 
 
-def _cells(values, decimals):
+def _cells(values, ranges, decimals):
   """Cells of a column; the smallest error gets a digit, three at the most."""
-  pairs = [
-    (v["mean"], v["se"]) if isinstance(v, dict) else (v, None) for v in values
+  cells = [
+    (v["mean"], v["se"]) if isinstance(v, dict) else (v, *(ends or ()))
+    for v, ends in zip(values, ranges, strict=True)
   ]
-  errors = [se for _, se in pairs if se]
+  errors = [cell[1] for cell in cells if len(cell) == 2 and cell[1]]
   if errors:
-    # An error of rounding alone, such as the reference's, asks for no digits.
-    least = min(se for se in errors if se >= max(errors) / 100)
+    # An error that is small beside the others, such as one of rounding alone
+    # or of three seeds that happen to agree, asks for no digits.
+    least = min(se for se in errors if se >= max(errors) / 20)
     decimals = min(3, max(0, math.ceil(-math.log10(least))))
 
   def text(value):
@@ -131,8 +157,8 @@ def _cells(values, decimals):
     return f"{round(value, decimals) + 0.0:.{decimals}f}"
 
   return [
-    tuple(text(part) for part in pair if part is not None) or (MISSING,)
-    for pair in pairs
+    tuple(text(part) for part in cell if part is not None) or (MISSING,)
+    for cell in cells
   ]
 
 
@@ -156,14 +182,11 @@ def _right(head, cells):
 
 
 def _rows(sweep):
-  rows = []
-  for run in sweep.everyone:
-    row = {"run": run.name}
-    for key in (*sweep.rewards, *MEANS):
-      mean, se = run.mean(key)
-      row[key] = None if mean is None else {"mean": mean, "se": se}
-    others = run.evaluation | run.evaluation.get("comparisons", {})
-    for key, *_ in COLUMNS:
-      row.setdefault(key, folder.number(others.get(key)))
-    rows.append(row)
-  return rows
+  return [
+    {
+      "run": entry.name,
+      "seeds": len(entry.runs),
+      **measures.of(sweep, entry.runs),
+    }
+    for entry in sweep.entries
+  ]

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.report import figures, folder
+from dpo_jax.report import figures, folder, measures
 
 PROMPTS = 3
+# Shares of samples that ended may differ by this much without a remark.
+ENDED = 0.1
 NOTHING = {
   "frontier": "No run has both a reward and a KL.",
   "curves": "No run has logged a training step.",
@@ -19,6 +21,7 @@ TITLES = {
   "table": "All numbers",
   "curves": "Training",
   "samples": "Samples",
+  "provenance": "Provenance",
 }
 
 
@@ -35,11 +38,12 @@ def draw(sweep):
   Returns: {"frontier": Picture, "curves": Picture}, None where there is
     nothing to draw.
   """
-  light = [on_white for on_white, _ in figures.palette(len(sweep.runs))]
-  runs = list(zip(sweep.runs, light, strict=True))
+  light = [on_white for on_white, _ in figures.palette(len(sweep.groups))]
+  groups = list(zip(sweep.groups, light, strict=True))
   truth = sweep.rewards[0] if sweep.rewards else ""
-  marks = [_mark(run, truth, color) for run, color in runs]
-  start = sweep.reference and _mark(sweep.reference, truth, figures.INK)
+  marks = [_mark(group, truth, color) for group, color in groups]
+  start = sweep.reference and folder.Group("reference", [sweep.reference])
+  start = start and _mark(start, truth, figures.INK)
   frontier = functools.partial(
     figures.frontier,
     [mark for mark in marks if mark],
@@ -49,7 +53,11 @@ def draw(sweep):
   )
   curves = functools.partial(
     figures.curves,
-    [figures.Line(run.name, color, run.metrics) for run, color in runs],
+    [
+      figures.Line(group.name, color, run.metrics)
+      for group, color in groups
+      for run in group.runs
+    ],
   )
   named = curves(wide=True, legend=True)  # the page has a legend of its own
   drawings = {
@@ -59,13 +67,24 @@ def draw(sweep):
   return {name: _picture(*each, light) for name, each in drawings.items()}
 
 
-def _mark(run, truth, color):
-  """A run's place between reward and KL, or None if it is not known."""
-  (kl, kl_se), (reward, reward_se) = run.mean("kl"), run.mean(truth)
-  if kl is None or reward is None:
+def _mark(group, truth, color):
+  """Where a group is between reward and KL, or None if it is not known."""
+  spots = [(run.mean("kl"), run.mean(truth)) for run in group.runs]
+  spots = [spot for spot in spots if None not in (spot[0][0], spot[1][0])]
+  if not spots:
     return None
+  ((kl, kl_se), (reward, reward_se)), *more = spots
+  name, seeds = group.name, ()
+  if more:
+    seeds = tuple((x, y) for (x, _), (y, _) in spots)
+    kl, kl_se, reward, reward_se = (
+      value
+      for axis in zip(*seeds, strict=True)
+      for value in measures.over_seeds(axis).values()
+    )
+    name = f"{name} ({len(seeds)} seeds)"
   errors = np.array([kl_se, reward_se], float)  # None as NaN
-  return figures.Mark(run.name, kl, reward, *errors, color)
+  return figures.Mark(name, kl, reward, *errors, color, seeds)
 
 
 def _picture(in_file, make, prefix, label, light):
@@ -124,13 +143,64 @@ def missing(sweep):
   return lines
 
 
+def cell(texts):
+  """A cell of the report.grid as one text."""
+  if len(texts) == 3:
+    return "{} ({}–{})".format(*texts)
+  return " ± ".join(texts)
+
+
+def remarks(sweep):
+  """Lines about rewards of samples that ended unlike the reference's."""
+  start = sweep.reference
+  share = start and measures.ended(start)
+  if share is None:
+    return []
+  lines = []
+  for entry in sweep.entries:
+    row = measures.of(sweep, entry.runs)
+    ours = _mean(row["ended"])
+    if entry.nested or ours is None or abs(ours - share) <= ENDED + 1e-9:
+      continue
+    limit = entry.runs[0].config.get("sample", {}).get("max_new_tokens")
+    lines.append(
+      f"{entry.name}: {ours:.0%} of the samples ended before the limit"
+      f"{f' of {limit} tokens' if limit else ''}, of the reference's "
+      f"{share:.0%}.{_at_equal_length(sweep, row)}"
+    )
+  return lines
+
+
+def _at_equal_length(sweep, row):
+  """What is left of a reward that texts of another length earned."""
+  reward = _mean(row[sweep.rewards[0]]) if sweep.rewards else None
+  there = row[measures.AT_LENGTH]
+  if reward is None:
+    return ""
+  ours = f" So its r* of {reward:.2f} is partly a matter of length"
+  if there is None:
+    return f"{ours}."
+  length, _ = sweep.reference.mean("length")
+  se = "" if there["se"] is None else f" ± {there['se']:.2f}"
+  return (
+    f"{ours}: at the reference's mean length, {length:.1f} tokens, it is "
+    f"{there['mean']:.2f}{se}."
+  )
+
+
+def _mean(value):
+  return value["mean"] if isinstance(value, dict) else value
+
+
 def prompts(sweep):
   """Samples side by side: the first prompts that all runs with samples share.
 
+  Of runs that differ in seeds alone, the first stands for all.
+
   Returns: list of (prompt, [(run, its first sample)]).
   """
-  drawn = []
-  for run in sweep.everyone:
+  drawn, firsts = [], [group.runs[0] for group in sweep.groups]
+  for run in [sweep.reference, *firsts] if sweep.reference else firsts:
     first = {}
     for sample in run.samples:
       first.setdefault(sample["id"], sample)
@@ -151,18 +221,54 @@ def captions(sweep):
   joined = f", joined in the order of {sweep.axis}" if sweep.axis else ""
   others = f"; not optimised: {', '.join(rewards[1:])}" if rewards[1:] else ""
   truth = f"r* ({rewards[0]}): the ground truth{others}. " if rewards else ""
+  over = (
+    "± 1 standard error over prompts, whose draws count as one: of this "
+    "trained policy, not of training it again with another seed."
+  )
+  one = over
+  if sweep.seeded:
+    over = (
+      "± 1 standard error over seeds where a number of seeds stands behind the "
+      "name, else over prompts, whose draws count as one."
+    )
+    one = f"{over} Small dots: each seed's run."
+  diamond = " The diamond is the reference." if sweep.reference else ""
+  alike = " Seeds share a colour." if sweep.seeded else ""
   return {
     "frontier": "Each run's own samples: their mean reward r* over their "
-    f"sequence KL(π‖π_ref){joined}. Bars are ± 1 standard error, the diamond "
-    "is the reference. Up is more reward, left is closer to the reference.",
-    "table": f"{truth}± 1 standard error. log-ratio: mean of log π − log π_ref "
-    "over the samples, the plain estimate of the KL. accuracy, log p: of the "
-    "held-out comparisons, the share whose chosen completion has the higher "
-    "implicit reward, and the mean log-probs in nats.",
+    f"sequence KL(π‖π_ref){joined}. Bars: {one}{diamond} "
+    "Up is more reward, left is closer to the reference.",
+    "table": f"{truth}{over} {_columns(sweep)}",
     "curves": "Thin: what was logged. Thick: its mean over a centred window of "
     f"{figures.SMOOTHING:.0%} of the run's logged steps. Gaps: values that "
-    "were not finite.",
+    "were not finite. Losses of different β, or of different kinds, are "
+    f"different functions: compare each with itself.{alike}",
+    "provenance": "Versions, commit and device are of the evaluation.",
   }
+
+
+def _columns(sweep):
+  """What the columns of the table are, of those that need a word."""
+  length, _ = sweep.reference.mean("length") if sweep.reference else (None, 0)
+  equal = (
+    ""
+    if length is None or not sweep.rewards
+    else (
+      "r* at equal length: by a least-squares line through a policy's own "
+      "samples, r = a + b (n − L), what it earns at the reference's mean "
+      f"length L = {length:.1f} tokens: a, the mean of r less b times that of "
+      "n − L, with its error clustered by prompt and L taken as given. "
+    )
+  )
+  return (
+    f"{equal}log-ratio: mean of log π − log π_ref over the samples, the plain "
+    "estimate of the KL. Of the held-out comparisons: the loss; the accuracy, "
+    "the share whose chosen completion has the higher implicit reward (in "
+    "brackets Wilson's 95% interval, over prompts where a prompt has several "
+    "comparisons); and Δ log p, the mean of log π − log π_ref, or log p where "
+    "there is no reference, in nats. share ended: of the samples, those that "
+    "ended before the limit."
+  )
 
 
 def score(sweep, sample):

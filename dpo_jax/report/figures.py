@@ -12,27 +12,40 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib import colors, figure, lines, text
+from matplotlib import colors, figure, lines
 from matplotlib.backends import backend_agg
 
-INK, MUTED, GRID, PAPER = "#1b1f24", "#5c6571", "#dde1e6", "#fefefe"
+from dpo_jax.report import labels
+
+INK, MUTED = labels.INK, labels.MUTED
+GRID, PAPER = "#dde1e6", "#fefefe"
 # Share of a run's logged steps that one smoothed value averages.
 SMOOTHING = 0.05
 # More points than a figure has pixels only make its file bigger.
 MOST_POINTS = 600
 PANELS = (
-  ("reward margin on training pairs", ("rewards/margins",)),
+  ("training loss", ("loss",)),
+  ("held-out loss", ("held_out/loss",)),
   ("reward accuracy on training pairs", ("rewards/accuracies",)),
+  ("reward accuracy on held-out pairs", ("held_out/rewards/accuracies",)),
+  ("reward margin on training pairs", ("rewards/margins",)),
   (
-    "log-prob, nats: chosen solid, rejected dashed",
-    ("logps/chosen", "logps/rejected"),
+    "log π/π_ref, nats: chosen solid, rejected dashed",
+    ("drift/chosen", "drift/rejected"),
   ),
-  ("loss", ("loss",)),
+)
+# Of losses that read no reference.
+RAW = (
+  "log-prob, nats: chosen solid, rejected dashed",
+  ("logps/chosen", "logps/rejected"),
 )
 
 
 class Mark(NamedTuple):
-  """A policy between reward and KL; standard errors are NaN if unknown."""
+  """A policy between reward and KL; standard errors are NaN if unknown.
+
+  seeds: (kl, reward) of each run that it is the mean of.
+  """
 
   name: str
   kl: float
@@ -40,6 +53,7 @@ class Mark(NamedTuple):
   kl_se: float
   reward_se: float
   color: str
+  seeds: tuple = ()
 
 
 class Line(NamedTuple):
@@ -101,6 +115,8 @@ def frontier(marks, reference, title, *, joined, wide):
     ax.axhline(reference.reward, color=MUTED, lw=0.8, ls=(0, (1, 3)), zorder=1)
   marks = [*marks, reference] if reference else marks
   for mark in marks:
+    for spot in mark.seeds:
+      ax.plot(*spot, "o", color=mark.color, ms=4, alpha=0.8, mew=0, zorder=2)
     shape, width = ("D", 6) if mark is reference else ("o", 6.5)
     ax.errorbar(
       [mark.kl],
@@ -118,7 +134,7 @@ def frontier(marks, reference, title, *, joined, wide):
     )
   ax.margins(0.09, 0.16)
   fig.draw_without_rendering()
-  _label(fig, ax, marks, path, reference, size)
+  labels.write(fig, ax, marks, path, reference, size)
   return fig
 
 
@@ -132,7 +148,8 @@ def curves(runs, *, wide, legend=False):
   Returns: matplotlib Figure, or None if no run has any of PANELS.
   """
   there = {name for line in runs for name in line.metrics}
-  panels = [(t, names) for t, names in PANELS if there & set(names)]
+  panels = (*PANELS[:-1], RAW) if not there & set(PANELS[-1][1]) else PANELS
+  panels = [(t, names) for t, names in panels if there & set(names)]
   if not panels:
     return None
   size = 10.5 if wide else 9.5
@@ -149,14 +166,21 @@ def curves(runs, *, wide, legend=False):
     ):
       if name in line.metrics:
         _curve(ax, *line.metrics[name], line.color, style)
+  # Few evaluations must not look like a whole run: the axes are the same.
+  steps = [s for line in runs for s, _ in line.metrics.values() if len(s)]
+  edges = min(s[0] for s in steps), max(s[-1] for s in steps)
+  for ax in axes[: len(panels)]:
+    ax.update_datalim([(edge, 0) for edge in edges], updatey=False)
+    ax.autoscale_view(scaley=False)
   for ax in axes[max(0, len(panels) - columns) : len(panels)]:
     ax.set_xlabel("training step", fontsize=size)
   if legend:
+    colors_of = {line.name: line.color for line in runs}
     fig.legend(
-      [lines.Line2D([], [], color=line.color, lw=2) for line in runs],
-      [_plain(line.name) for line in runs],
+      [lines.Line2D([], [], color=c, lw=2) for c in colors_of.values()],
+      [labels.plain(name) for name in colors_of],
       loc="outside upper left",
-      ncols=min(6, len(runs)),
+      ncols=min(6, len(colors_of)),
       frameon=False,
       fontsize=size,
       labelcolor=INK,
@@ -228,102 +252,5 @@ def _curve(ax, steps, values, color, style):
   # A value between two gaps is no line: it shows as a dot.
   gap = np.pad(np.isnan(thick), 1, constant_values=True)
   alone = ~gap[1:-1] & gap[:-2] & gap[2:]
-  ax.plot(steps[alone], thick[alone], ".", color=color, ms=3)
+  ax.plot(steps[alone], thick[alone], ".", color=color, ms=6)
   ax.plot(steps, thick, color=color, lw=1.8, ls=style, solid_capstyle="round")
-
-
-def _label(fig, ax, marks, path, reference, size):
-  """Names the marks where they hide no mark, line, error bar or other name."""
-  renderer = fig.canvas.get_renderer()
-  point = fig.dpi / 72
-  frame = ax.get_window_extent(renderer)
-  taken = _drawn(ax, marks, path, point)
-  spots = ax.transData.transform([(m.kl, m.reward) for m in marks])
-  if reference:
-    y = spots[-1][1]
-    taken = np.vstack([taken, [frame.x0, y - 1, frame.x1, y + 1, 2]])
-  sides = [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 17)[:-1]]
-  apart = np.hypot(*(spots[:, None] - spots).T) + np.diag([np.inf] * len(marks))
-  # Those with the least room choose first.
-  for i in np.argsort(apart.min(axis=0)):
-    mark, best = marks[i], None
-    for far, (right, up) in itertools.product((9, 18, 32, 50), sides):
-      leader = {"arrowstyle": "-", "color": MUTED, "lw": 0.7, "shrinkB": 5}
-      name = ax.annotate(
-        _plain(mark.name),
-        (mark.kl, mark.reward),
-        (right * far, up * far),
-        textcoords="offset points",
-        ha=("right", "center", "left")[round(1.2 * right) + 1],
-        va=("top", "center", "bottom")[round(1.2 * up) + 1],
-        fontsize=size,
-        color=INK,
-        zorder=4,
-        arrowprops=leader if far > 9 else None,
-      )
-      name.set_in_layout(False)
-      # Of the text alone: an Annotation's own extent has the leader in it.
-      name.update_positions(renderer)
-      box = text.Text.get_window_extent(name, renderer)
-      cost = _cost(box, taken, frame, point) + far / 8 + 0.1 * (up < 0.3)
-      # A name nearer to another mark reads as that mark's.
-      cost += 4 * (np.argmin(_distances(box, spots)) != i)
-      end = spots[i] + np.asarray([right, up]) * far * point
-      leads = (
-        np.linspace(spots[i], end, 20)[6:] if far > 9 else np.empty((0, 2))
-      )
-      cost += _crossed(leads, taken)
-      if best is None or cost < best[0]:
-        if best:
-          best[1].remove()
-        best = cost, name, box, leads
-      else:
-        name.remove()
-    _, _, box, leads = best
-    leads = [(x - 1, y - 1, x + 1, y + 1, 2) for x, y in leads]
-    taken = np.vstack([taken, [*box.extents, 30], *leads])
-
-
-def _drawn(ax, marks, path, point):
-  """Boxes f64[n, 5] in pixels of all that is drawn: x0, y0, x1, y1, cost."""
-  at = ax.transData.transform
-  boxes = []
-  for mark in marks:
-    x, y = at((mark.kl, mark.reward))
-    half = 5 * point
-    boxes.append((x - half, y - half, x + half, y + half, 10))
-    dx, dy = np.nan_to_num([mark.kl_se, mark.reward_se])
-    left, low = at((mark.kl - dx, mark.reward - dy))
-    right, high = at((mark.kl + dx, mark.reward + dy))
-    boxes += [(left, y - 2, right, y + 2, 3), (x - 2, low, x + 2, high, 3)]
-  for a, b in itertools.pairwise(at((m.kl, m.reward)) for m in path):
-    dots = np.linspace(a, b, 60)
-    boxes += [(x - 1, y - 1, x + 1, y + 1, 1) for x, y in dots]
-  return np.asarray(boxes)
-
-
-def _distances(box, spots):
-  """Pixels from each spot to a box."""
-  outside = np.maximum(box.min - spots, spots - box.max)
-  return np.hypot(*np.maximum(0, outside).T)
-
-
-def _crossed(dots, taken):
-  """What a leader, as points f64[n, 2], would cross: marks, bars and names."""
-  dots = dots[:, None]
-  inside = (dots > taken[:, :2]) & (dots < taken[:, 2:4])
-  return np.sum(taken[:, 4], where=inside.all(axis=2).any(axis=0))
-
-
-def _cost(box, taken, frame, point):
-  """How badly a name's box sits: what it covers, and what leaves the frame."""
-  low, high = box.min - point, box.max + point
-  meets = (low < taken[:, 2:4]) & (high > taken[:, :2])
-  covered = np.sum(taken[:, 4], where=meets.all(axis=1))
-  outside = max(0, *(frame.min - low), *(high - frame.max))
-  return covered + 4 * outside / point
-
-
-def _plain(name):
-  """A name in which matplotlib sees no formula."""
-  return name.replace("$", r"\$")

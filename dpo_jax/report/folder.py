@@ -8,14 +8,19 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from dpo_jax.config import load
 from dpo_jax.data.read import files
+
+# Points that differ in these alone are the same experiment, made again.
+SEEDS = ("init_seed", "data.seed")
 
 
 class Run(NamedTuple):
   """A point of the sweep, or the reference; what it lacks is empty.
 
-  metrics: {name: (steps, values)} of the logged training steps, NaN where a
-  value was not finite; lacks: names of the files that are not there.
+  metrics: {name: (steps, values)} of the logged training steps, and
+  "held_out/NAME" of the evaluations between them, NaN where a value was not
+  finite; lacks: names of the files that are not there.
   """
 
   name: str
@@ -23,6 +28,7 @@ class Run(NamedTuple):
   samples: list
   metrics: dict
   lacks: list
+  config: dict
 
   def mean(self, key):
     """(mean of the samples, its standard error); None where it is unknown."""
@@ -30,25 +36,77 @@ class Run(NamedTuple):
     return number(value.get("mean")), number(value.get("se"))
 
 
+class Group(NamedTuple):
+  """Runs that differ in their seeds alone; most often one."""
+
+  name: str
+  runs: list
+
+
+class Entry(NamedTuple):
+  """A line of the table: a run, or the mean over the seeds of a group.
+
+  group: number of its group, None for the reference; nested: whether a mean
+  over seeds that it is part of stands above it.
+  """
+
+  name: str
+  runs: list
+  group: int | None
+  nested: bool
+
+
 class Sweep(NamedTuple):
   """All that a report shows.
 
-  runs: list of Run in the order of the swept value, without the reference;
-  axis: the swept field if its values are numbers, else None; sampled: whether
-  the sweep draws samples at all.
+  groups: list of Group in the order of the swept value, without the reference;
+  axis: the swept field if its values are numbers, else None, seeds aside;
+  sampled: whether the sweep draws samples at all.
   """
 
   title: str
   notes: list
-  runs: list
+  groups: list
   reference: Run | None
   axis: str | None
   sampled: bool
 
   @property
+  def runs(self):
+    """All runs but the reference."""
+    return [run for group in self.groups for run in group.runs]
+
+  @property
   def everyone(self):
     """The reference, if there is one, and the runs."""
     return [self.reference, *self.runs] if self.reference else self.runs
+
+  def group_of(self, run):
+    """The number of a run's group; None for the reference."""
+    for number, group in enumerate(self.groups):
+      if any(run is other for other in group.runs):
+        return number
+    return None
+
+  @property
+  def seeded(self):
+    """Whether a group has several seeds that are evaluated."""
+    return any(len(evaluated(group)) > 1 for group in self.groups)
+
+  @property
+  def entries(self):
+    """The Entries of the table: the reference, then group by group."""
+    start = self.reference
+    entries = [Entry(start.name, [start], None, False)] if start else []
+    for number, group in enumerate(self.groups):
+      runs = evaluated(group)
+      if len(runs) > 1:
+        name = f"{group.name} ({len(runs)} seeds)"
+        entries.append(Entry(name, runs, number, False))
+      entries += [
+        Entry(run.name, [run], number, len(runs) > 1) for run in group.runs
+      ]
+    return entries
 
   @property
   def rewards(self):
@@ -72,21 +130,48 @@ def read(workdir):
     )
   about = _json(workdir / "sweep.json")
   points = about["points"]
-  axis = _axis([point["overrides"] for point in points])
+  axis = _axis([_without_seeds(point) for point in points])
   if axis:
     points = sorted(points, key=lambda point: point["overrides"][axis])
-  runs = [_run(workdir / p["folder"], p["name"]) for p in points]
+  groups = _groups(points, workdir)
+  runs = [run for group in groups for run in group.runs]
   start = about.get("reference")
   start = _run(workdir / start, "reference") if start else None
   sampled = start is not None or any(run.samples for run in runs)
   notes = [clean(note) for note in about.get("notes", [])]
-  sweep = Sweep(clean(about["title"]), notes, runs, start, axis, sampled)
+  sweep = Sweep(clean(about["title"]), notes, groups, start, axis, sampled)
   if not any(r.evaluation or r.samples or r.metrics for r in sweep.everyone):
     raise ValueError(
       f"{workdir} holds a sweep, but nothing of its runs yet; {command} makes "
       "them"
     )
   return sweep
+
+
+def evaluated(group):
+  """The runs of a group that are evaluated."""
+  return [run for run in group.runs if run.evaluation]
+
+
+def _without_seeds(point):
+  """What a point sets, but for the seeds."""
+  return {k: v for k, v in point["overrides"].items() if k not in SEEDS}
+
+
+def _groups(points, workdir):
+  """Points as Groups, each where its first one is."""
+  alike = {}
+  for point in points:
+    key = json.dumps(_without_seeds(point), sort_keys=True)
+    alike.setdefault(key, []).append(point)
+  groups = []
+  for same in alike.values():
+    runs = [_run(workdir / p["folder"], p["name"]) for p in same]
+    name = runs[0].name
+    if len(runs) > 1:
+      name = clean(load.point_name(_without_seeds(same[0]))) or "all"
+    groups.append(Group(name, runs))
+  return groups
 
 
 def _axis(points):
@@ -105,12 +190,17 @@ def _run(folder, name):
     for file, read in _READERS.items()
     if (folder / file).exists()
   }
+  evaluation = found.get("evaluation.json", {})
+  config = evaluation.get("config")
+  if config is None and (folder / "config.json").exists():
+    config = _json(folder / "config.json")
   return Run(
     clean(name),
-    found.get("evaluation.json", {}),
+    evaluation,
     found.get("samples.jsonl", []),
     found.get("metrics.jsonl", {}),
     [file for file in _READERS if file not in found],
+    config or {},
   )
 
 
@@ -130,17 +220,16 @@ def _lines(path):
 
 
 def _curves(path):
-  """{metric: (steps, values)} of the lines of kind "train"."""
-  logged = [
-    row
-    for row in _lines(path)
-    if row.get("kind") == "train" and number(row.get("step")) is not None
-  ]
-  steps = [row["step"] for row in logged]
+  """{metric: (steps, values)} of the lines of kind "train", then "eval"."""
   curves = {}
-  for name in dict.fromkeys(name for row in logged for name in row):
-    values = [number(row.get(name)) for row in logged]
-    curves[name] = steps, np.array(values, float).tolist()  # None as NaN
+  rows = [row for row in _lines(path) if number(row.get("step")) is not None]
+  for kind, prefix in (("train", ""), ("eval", "held_out/")):
+    logged = [row for row in rows if row.get("kind") == kind]
+    steps = [row["step"] for row in logged]
+    for name in dict.fromkeys(name for row in logged for name in row):
+      values = [number(row.get(name)) for row in logged]
+      # None as NaN
+      curves[prefix + name] = steps, np.array(values, float).tolist()
   return curves
 
 

@@ -3,7 +3,7 @@
 import html
 import re
 
-from dpo_jax.report import content, folder
+from dpo_jax.report import content, folder, provenance
 
 
 def plain(text):
@@ -15,16 +15,30 @@ def plain(text):
   return re.sub(r"\s*\n\s*", "<br>", text)
 
 
-def markdown(sweep, table, pictures):
+def table(heads, body):
+  """Strings as a Markdown table: heads, and a list a row of name and cells."""
+  lines = [
+    [plain(head) for head in heads],
+    ["---", *["---:"] * (len(heads) - 1)],
+    *([plain(name), *map(content.cell, cells)] for name, *cells in body),
+  ]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(sweep, grid, pictures):
   """The report as Markdown.
 
   Args:
-    sweep: report.Sweep.
-    table: the table, Markdown already.
+    sweep: folder.Sweep.
+    grid: the report.grid of its rows, for a page.
     pictures: what `draw` returned; linked as frontier.png and curves.png.
   """
   notes = content.captions(sweep)
-  bodies = {"table": table, "samples": _samples(sweep)}
+  bodies = {
+    "table": table(*grid),
+    "provenance": _provenance(sweep),
+    "samples": _samples(sweep),
+  }
   for name, picture in pictures.items():
     bodies[name] = picture and f"![{content.TITLES[name]}]({name}.png)"
   parts = [f"# {plain(sweep.title)}", content.facts(sweep)]
@@ -33,7 +47,16 @@ def markdown(sweep, table, pictures):
   for name, title in content.TITLES.items():
     caption = plain(notes.get(name, "")) if bodies[name] else ""
     parts += [f"## {title}", bodies[name] or content.NOTHING[name], caption]
+    if name == "frontier":
+      parts.append("\n".join(f"- {plain(r)}" for r in content.remarks(sweep)))
   return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _provenance(sweep):
+  alike, heads, body = provenance.facts(sweep)
+  lines = [f"- {plain(what)}: {plain(value)}" for what, value in alike]
+  body = [(name, *((plain(cell),) for cell in cells)) for name, *cells in body]
+  return "\n".join(lines) + (f"\n\n{table(heads, body)}" if body else "")
 
 
 def _samples(sweep):

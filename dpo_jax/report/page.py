@@ -2,7 +2,7 @@
 
 import jinja2
 
-from dpo_jax.report import content, figures, folder
+from dpo_jax.report import content, figures, folder, provenance
 
 
 def html(sweep, grid, pictures):
@@ -18,11 +18,13 @@ def html(sweep, grid, pictures):
     finalize=lambda x: folder.clean(x) if type(x) is str else x,
   )
   heads, body = grid
+  rows = [(e, c) for e, (_, *c) in zip(sweep.entries, body, strict=True)]
   return environment.get_template("page.html").render(
     sweep=sweep,
-    palette=figures.palette(len(sweep.runs)),
+    palette=figures.palette(len(sweep.groups)),
     content=content,
+    provenance=provenance.facts(sweep),
     pictures=pictures,
     heads=heads,
-    rows=[(r, c) for r, (_, *c) in zip(sweep.everyone, body, strict=True)],
+    rows=rows,
   )
