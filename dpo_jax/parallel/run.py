@@ -128,7 +128,7 @@ def _compiled(fn, mesh, mode, in_axes, out_shardings, donate=()):
 def place(values, shardings):
   """Puts a tree on the mesh as copies that may be donated."""
   values = jax.device_put(values, shardings)  # from whatever devices
-  return jitted(lambda x: jax.tree.map(jnp.copy, x), shardings)(values)
+  return jitted(lambda x: jax.tree.map(jnp.copy, x), values)(values)
 
 
 def jitted(fn, like):
