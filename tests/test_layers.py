@@ -16,8 +16,8 @@ LAYERS = (
   ("algos", "train"),
   ("run",),
   ("eval",),
-  ("loop", "notebook"),
-  ("sweeps", "plan", "report", "launch", "export"),
+  ("loop",),
+  ("sweeps", "plan", "report", "launch", "export", "notebook"),
   ("verbs",),
   ("cli",),
 )

@@ -5,6 +5,8 @@ frontier.png and curves.png; `rows` and `table` give the table alone.
 """
 
 import math
+import sys
+import types
 
 from etils import epath
 
@@ -167,3 +169,55 @@ def _rows(sweep):
       row.setdefault(key, folder.number(others.get(key)))
     rows.append(row)
   return rows
+
+
+class Picture(bytes):
+  """A PNG, which a notebook shows."""
+
+  def _repr_png_(self):
+    return bytes(self)
+
+  def __repr__(self):
+    return f"<PNG of {len(self):,} bytes>"
+
+
+class Table(list):
+  """What `rows` returned, which a notebook shows as the table.
+
+  Attributes:
+    page: path of report.html.
+    figures: {"frontier": Picture, "curves": Picture}, as far as they are there.
+  """
+
+  def __init__(self, rows, page):
+    super().__init__(rows)
+    self.page = page
+    paths = [page.parent / f"{name}.png" for name in ("frontier", "curves")]
+    self.figures = {
+      path.stem: Picture(path.read_bytes()) for path in paths if path.exists()
+    }
+
+  def __repr__(self):
+    return table(self, "text")
+
+  def _repr_markdown_(self):
+    return table(self, "markdown")
+
+
+def made(workdir):
+  """Writes the report of a sweep's folder and returns its Table.
+
+  Args, Raises: as `write`.
+  """
+  page = write(workdir)
+  return Table(rows(workdir), page)
+
+
+class _Callable(types.ModuleType):
+  """This package: `dj.report(folder)` and `dj.report.rows` are one name."""
+
+  def __call__(self, workdir):
+    return made(workdir)
+
+
+sys.modules[__name__].__class__ = _Callable
