@@ -97,6 +97,7 @@ class Logger:
     self._every, self._total, self._start = every, total, start
     self._loud, self._name, self._trackers = loud, name, trackers
     self._live = loud and sys.stdout.isatty()
+    self._bar = progress.bar(total, start, name) if loud else None
     self._peak, self._peak_is = peak_flops() if loud else (1.0, "")
     self._paused = 0.0  # seconds that training did not run
     self._pending = None  # (number, metrics, stats) of a step to be logged
@@ -118,7 +119,9 @@ class Logger:
 
   def say(self, text):
     """A line on the console."""
-    if self._loud:
+    if self._bar is not None:
+      self._bar.write(text)
+    elif self._loud:
       self._print(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
 
   def status(self, text):
@@ -150,9 +153,13 @@ class Logger:
       jax.block_until_ready(metrics)
       self._begin = self._now(), number
       self._clock = self._begin[0], 0, 0
+      if self._bar is not None:
+        self._bar.unpause()
     else:
       self._tokens += stats.tokens
       self._flops += flops
+    if self._bar is not None:
+      self._bar.update(number - self._bar.n)
     self.status(self._line(number))
     if number % self._every == 0 or number in (self._start + 1, self._total):
       counts = self._tokens, self._flops
@@ -185,7 +192,10 @@ class Logger:
     if "tokens_per_second" in values:
       parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
       parts.append(f"mfu {100 * values['mfu']:.0f}%")
-    self.say(f"{self._name}{self._line(number, *parts)}")
+    if self._bar is not None:
+      self._bar.set_postfix_str("  ".join(parts))
+    else:
+      self.say(f"{self._name}{self._line(number, *parts)}")
     return values
 
   def evaluation(self, number, values):
@@ -212,6 +222,8 @@ class Logger:
 
   def close(self):
     """Waits until the trackers have written all."""
+    if self._bar is not None:
+      self._bar.close()
     for tracker in self._trackers:
       tracker.close()
 
