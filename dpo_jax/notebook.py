@@ -305,7 +305,9 @@ def evaluate(run, overrides=None, *, params=None):
   if workdir is not None and params is None:
     params = trained.restored(setup, base, workdir)
     meta = checkpoint.check_run(workdir, config.to_dict(), base)
-    made = evaluation.made_of(meta["step"], meta["data_fingerprint"], base)
+    made = evaluation.made_of(
+      *(meta["step"], meta["data_fingerprint"], base, meta["identity"])
+    )
     return evaluation.evaluate(measured, params, base, workdir, made)
   if params is None:
     params = setup.trained.init(base, jax.random.key(setup.source.seed))
