@@ -1,14 +1,18 @@
 """dpo_jax: Direct Preference Optimization in JAX/Flax."""
 
+import runpy
+
 import setuptools
 
 setuptools.setup(
   name="dpo_jax",
-  version="0.1.0",
+  version=runpy.run_path("dpo_jax/__init__.py")["__version__"],
   description="Direct Preference Optimization in JAX/Flax",
   license="MIT",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
+  # No other package has to fear for a name as common as `configs`.
+  package_dir={"dpo_jax.configs": "configs"},
   package_data={"dpo_jax.report": ["page.html"]},
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},
   install_requires=[

@@ -6,7 +6,7 @@ selected and no others; `configs/common.py` has their tables.
 
 from ml_collections import config_dict
 
-from configs import common
+from dpo_jax.configs import common
 
 optional = config_dict.placeholder  # a field that may be None
 

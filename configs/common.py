@@ -5,8 +5,8 @@ import typing
 
 from ml_collections import config_dict
 
-from configs import losses
 from dpo_jax import lookup
+from dpo_jax.configs import losses
 from dpo_jax.models import config as model_config
 from dpo_jax.train import optimizers
 

@@ -1,9 +1,9 @@
 """DPO and its family on pairs of text.
 
-    python -m dpo_jax.cli train --config configs/dpo.py \\
+    dpo-jax train --config dpo \\
       --config.data.train=my.jsonl --workdir runs/mine
 
-`configs/dpo.py:loss=ipo` selects another loss with its own defaults (see
+`dpo:loss=ipo` selects another loss with its own defaults (see
 `dpo-jax losses`; `loss=dpo+0.1*nll` is a mixture), `:divergence=js` another
 f-divergence, `:ref=ema` a reference that follows the policy,
 `:model=pythia-70m` another shape, `:model=hf:NAME` a pre-trained model, `:lora`
@@ -16,7 +16,7 @@ paper's 1e-6 would not move it. For a pre-trained model set
 `--config.optim.learning_rate=1e-6`.
 """
 
-from configs import base, common, losses
+from dpo_jax.configs import base, common, losses
 
 
 def sweep():

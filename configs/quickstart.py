@@ -15,7 +15,7 @@ samples 0.69 before, then 2.28, 2.09, 1.37, 1.06 (± 0.08) at β = 0.05, 0.1, 1,
 
 from ml_collections import config_dict
 
-from configs import base, common
+from dpo_jax.configs import base, common
 
 
 def sweep():

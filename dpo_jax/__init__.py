@@ -5,6 +5,8 @@ The names a notebook needs, imported when first used.
 
 import importlib
 
+__version__ = "0.1.0"
+
 _NAMES = {
   "ALGOS": "dpo_jax.algos",
   "ATTENTION": "dpo_jax.ops.attention",

@@ -1,9 +1,9 @@
-"""The command line: `dpo-jax VERB --config FILE.py[:ARG] --workdir DIR …`.
+"""The command line: `dpo-jax VERB --config NAME[:ARG] --workdir DIR …`.
 
-train    --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
+train    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains; resumes what DIR holds
          --profile traces a few steps for TensorBoard or Perfetto
-sweep    --config configs/dpo.py --config.data.train=my.jsonl --workdir DIR
+sweep    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains and evaluates each point of the file's sweep(), skips finished
          ones, prints a table and writes a report
          --config.sweep.together=4 trains up to four at a time, in one program
@@ -15,21 +15,28 @@ report   --workdir DIR
          writes the report of a sweep again
 export   --workdir DIR
          writes the policy as a folder that transformers or PEFT loads
-audit    --config configs/dpo.py --config.data.train=my.jsonl
+audit    --config dpo --config.data.train=my.jsonl
          shows what would be trained on, token by token, and counts what is
          wrong with it; exit code 1 above the limits of config.audit
 
 losses   prints every loss: formula, source, needs, dialects, defaults
 
-`--config.FIELD=VALUE` sets a field of configs/base.py. eval, sample, export and
-audit take the config of the run folder unless --config names another. --workdir
-may be left out where the config has one, and for audit.
+--config names a file, configs/mine.py, or a config that comes with dpo_jax:
+{names}. What follows a colon is its argument,
+dpo:loss=ipo. --config.FIELD=VALUE sets a field: `dpo-jax train --help` lists
+them all, with --config those of that config. eval, sample, export and audit
+take the config of the run folder unless --config names another. --workdir may
+be left out where the config has one, and for audit. --version says which
+dpo_jax this is.
 """
 
 import os
+import re
 import sys
 
+import dpo_jax
 from dpo_jax import lookup, verbs
+from dpo_jax.config import load
 
 
 def _parse(argv):
@@ -55,14 +62,32 @@ def _parse(argv):
   return options, overrides
 
 
+def _help(words):
+  """What is said of all verbs, or of the one that is asked about."""
+  usage = __doc__.format(names=", ".join(load.shipped()))
+  words = [word for word in words if word not in ("-h", "--help", "help")]
+  if not words:
+    return usage
+  lookup.lookup(verbs.VERBS, words[0], "verb")
+  *_, closing = usage.strip().split("\n\n")
+  own = re.search(rf"^{words[0]} .*(?:\n .*)*", usage, re.MULTILINE)[0]
+  fields = verbs.fields(words[0], *_parse(words[1:]))
+  return "\n\n".join(["", own, closing, *fields])[2:]
+
+
 def main(argv=None):
   """Runs a verb; user mistakes end in one line on stderr and exit code 2."""
   argv = sys.argv[1:] if argv is None else argv
-  if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
-    print(__doc__)
-    return 0
+  code = 0
   try:
-    return verbs.run(argv[0], *_parse(argv[1:]))
+    if argv[:1] == ["--version"]:
+      print(f"dpo_jax {dpo_jax.__version__}")
+    elif not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
+      print(_help(argv))
+    else:
+      code = verbs.run(argv[0], *_parse(argv[1:]))
+    sys.stdout.flush()
+    return code
   except (ValueError, FloatingPointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1

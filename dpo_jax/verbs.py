@@ -3,6 +3,7 @@
 Imports are inside: `dpo-jax help` and mistakes in a command need no jax.
 """
 
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import NamedTuple
 from etils import epath
 
 from dpo_jax import host, lookup
-from dpo_jax.config import load
+from dpo_jax.config import help, load
+from dpo_jax.train import optimizers
 
 
 class Verb(NamedTuple):
@@ -205,6 +207,19 @@ VERBS = {
   "export": Verb(export, saved=True),
   "losses": Verb(losses, saved=False, folder=False, config=False),
 }
+
+
+def fields(name, options, overrides):
+  """What a verb reads of a config: [] or [a page of all fields].
+
+  Args: as of `run`; without a config they are those of configs/base.py.
+  """
+  if not VERBS[name].config:
+    return []
+  config = load.load_config(options.get("config", "base"), overrides)
+  notes = help.comments(load.shipped()["base"].read_text())
+  notes |= help.entries(inspect.getsource(optimizers), "optim")
+  return [help.page(config, notes)]
 
 
 def run(name, options, overrides):

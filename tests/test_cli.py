@@ -3,13 +3,15 @@
 import json
 import pathlib
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
 import dpo_jax
 from dpo_jax import cli
 from dpo_jax.config import load
-from tests import folders
+from tests import conftest, folders
 
 GOOD = [
   {"prompt": f"The plot {i}", "chosen": " is fine.", "rejected": " is bad."}
@@ -165,10 +167,23 @@ def test_help_and_unknown_verbs(capsys):
   for words in ([], ["--help"], ["help"], ["train", "--help"]):
     assert cli.main(words) == 0
     assert "--config.FIELD=VALUE" in capsys.readouterr().out
+  assert cli.main(["train", "--help", "--config", "dpo:loss=simpo"]) == 0
+  assert "loss.gamma=1.0" in capsys.readouterr().out
+  assert cli.main(["losses", "--help"]) == 0
+  assert "loss.beta" not in capsys.readouterr().out
   assert cli.main(["trian"]) == 2
   assert "did you mean 'train'?" in capsys.readouterr().err
   assert cli.main(["train"]) == 2
   assert "train needs --config" in capsys.readouterr().err
+
+
+def test_a_reader_of_the_help_may_go_away():
+  command = f"{sys.executable} -m dpo_jax train --help | head -1"
+  done = subprocess.run(
+    command, shell=True, cwd=conftest.ROOT, capture_output=True, text=True
+  )
+  assert done.stderr == ""
+  assert done.stdout.startswith("train ")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import collections
 import copy
 import functools
 import importlib.util
+import inspect
 import operator
 import pathlib
 import sys
@@ -19,8 +20,9 @@ def load_config(spec, overrides=()):
   """A locked config.
 
   Args:
-    spec: "file.py" or "file.py:argument" of its `get_config`, or the
-      config.json of a run.
+    spec: "file.py" or "file.py:argument" of its `get_config`; in the place of
+      a file, the name of a config that comes with the package, "dpo:loss=ipo";
+      or the config.json of a run.
     overrides: "loss.beta=0.2" and the like.
   Raises: ValueError for an unknown file, argument or key, nearest spelling
     shown.
@@ -35,8 +37,8 @@ def load(spec, overrides):
     config = saved.saved_config(epath.Path(spec).parent)
   else:
     path, _, arg = spec.partition(":")
-    module = import_file(path)
-    config = module.get_config(arg) if arg else module.get_config()
+    module = import_file(file_of(path))
+    config = _made(module, path, arg)
   config.lock()
   known = saved.flatten(config.to_dict())
   for override in overrides:
@@ -87,24 +89,64 @@ def _guess(text):
     return text
 
 
+def _made(module, path, arg):
+  """What the `get_config` of a module makes of an argument."""
+  make = getattr(module, "get_config", None)
+  if make is None:
+    raise ValueError(f"--config {path}: it has no get_config()")
+  if arg and not inspect.signature(make).parameters:
+    raise ValueError(
+      f"--config {path}:{arg}: its get_config() takes no argument"
+    )
+  return make(arg) if arg else make()
+
+
+def shipped():
+  """{name: file} of the configs that come with the package."""
+  (folder,) = importlib.import_module("dpo_jax.configs").__path__
+  files = sorted(pathlib.Path(folder).glob("*.py"))
+  return {p.stem: p for p in files if "\ndef get_config(" in p.read_text()}
+
+
+def file_of(name):
+  """The file of a config: a path that ends in .py, or the name of one shipped.
+
+  Raises: ValueError if there is no such file, nearest spelling shown.
+  """
+  path, own = pathlib.Path(name), shipped()
+  if path.suffix == ".py" and path.is_file():
+    return path
+  if name in own:
+    return own[name]
+  here = [str(p) for p in pathlib.Path().glob("*.py")]
+  here += map(str, pathlib.Path("configs").glob("*.py"))
+  hint = lookup.nearest(name, here) or lookup.nearest(path.stem, own)
+  raise ValueError(
+    f"--config {name}: no such file{hint} (a FILE.py, or by its name one that "
+    f"comes with dpo_jax: {', '.join(own)})"
+  )
+
+
 def import_file(path):
   """The module of a config file, with its checkout in reach.
 
-  Raises: ValueError if there is no such file.
+  Raises: ValueError for what it imports under a name that is not there.
   """
   path = pathlib.Path(path)
-  if not path.is_file():
-    there = [str(p) for p in pathlib.Path("configs").glob("*.py")]
-    raise ValueError(
-      f"--config {path}: no such file{lookup.nearest(path, there)}"
-    )
-  # `from configs import base` works from the file's own checkout, or from here.
+  # What lies beside the file's folder may be imported, or what lies here.
   roots = [str(path.resolve().parent.parent), str(pathlib.Path.cwd())]
   sys.path[:0] = roots
   try:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+  except ModuleNotFoundError as error:
+    if error.name != "configs":
+      raise
+    raise ValueError(
+      f"--config {path}: {error}; the configs that come with dpo_jax are "
+      "dpo_jax.configs: write `from dpo_jax.configs import base`"
+    ) from error
   finally:
     del sys.path[: len(roots)]
   return module
