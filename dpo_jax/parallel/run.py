@@ -5,6 +5,7 @@ arrays without a device axis, so both share one checkpoint layout.
 """
 
 import collections
+import functools
 import time
 
 import jax
@@ -128,7 +129,8 @@ def _compiled(fn, mesh, mode, in_axes, out_shardings, donate=()):
 def place(values, shardings):
   """Puts a tree on the mesh as copies that may be donated."""
   values = jax.device_put(values, shardings)  # from whatever devices
-  return jitted(lambda x: jax.tree.map(jnp.copy, x), values)(values)
+  copy = functools.partial(jax.tree.map, jnp.copy)
+  return jax.jit(copy, out_shardings=shardings)(values)
 
 
 def jitted(fn, like):
