@@ -23,6 +23,19 @@ def optim(name):
   return o
 
 
+def select_optim(c, name, learning_rate):
+  """Gives a config an optimiser, by name.
+
+  The rate is of those that divide a gradient by its size, to which their `eps`
+  is added; another keeps its own.
+  """
+  c.optim = optim(name)
+  if "eps" in c.optim:
+    c.optim.learning_rate = learning_rate
+  c.optim.warmup = 10
+  return c
+
+
 def model(name):
   """config.model for a preset of models/config.py."""
   fields = dataclasses.fields(model_config.ModelConfig)

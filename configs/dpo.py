@@ -6,9 +6,10 @@
 `dpo:loss=ipo` selects another loss with its own defaults (see
 `dpo-jax losses`; `loss=dpo+0.1*nll` is a mixture), `:divergence=js` another
 f-divergence, `:ref=ema` a reference that follows the policy,
-`:model=pythia-70m` another shape, `:model=hf:NAME` a pre-trained model, `:lora`
-an adapter, `:smoke` two steps of a micro model on generated pairs; `dpo-jax
-sweep` in the place of `train` runs the paper's β.
+`:model=pythia-70m` another shape, `:model=hf:NAME` a pre-trained model,
+`:optim=adamw` another optimiser, `:lora` an adapter, `:smoke` two steps of a
+micro model on generated pairs; `dpo-jax sweep` in the place of `train` runs the
+paper's β, `dpo-jax sweep --sweep :loss=dpo,ipo` two losses.
 The optimiser's constants are the paper's (arXiv:2305.18290
 appendix B) but for the learning rate: the model here is small and starts from
 random parameters unless `--config.init_from` names a run folder, so the
@@ -31,6 +32,7 @@ def get_config(arg=None):
     divergence="reverse_kl",
     ref="",
     model="tiny",
+    optim="rmsprop",
     lora=False,
     smoke=False,
   )
@@ -41,10 +43,9 @@ def get_config(arg=None):
     own = "none"
   common.select_ref(c, arg.ref or own)
   common.select_model(c, arg.model)
-  c.optim.learning_rate = 3e-4
+  common.select_optim(c, arg.optim, learning_rate=3e-4)
   if arg.lora:
     c.lora = common.lora()
-  c.optim.warmup = 10
   if arg.smoke:
     c = common.smoke(c)
   return c

@@ -6,6 +6,8 @@ train    --config dpo --config.data.train=my.jsonl --workdir DIR
 sweep    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains and evaluates each point of the file's sweep(), skips finished
          ones, prints a table and writes a report
+         --sweep loss.beta=0.05,0.1 --sweep init_seed=0,1 names the points: all
+         combinations; --sweep :loss=dpo,simpo, values of the config's argument
          --config.sweep.together=4 trains up to four at a time, in one program
 eval     --workdir DIR --config.data.eval=held_out.jsonl
          evaluates a trained policy: held-out comparisons, reward, KL
@@ -56,8 +58,10 @@ def _parse(argv):
         raise ValueError(f"--{name} needs a value")
     if name.startswith("config."):
       overrides.append(f"{name.removeprefix('config.')}={value}")
+    elif name == "sweep":
+      options.setdefault(name, []).append(value)
     else:
-      lookup.lookup(("config", "workdir"), name, "option")
+      lookup.lookup(("config", "sweep", "workdir"), name, "option")
       options[name] = value
   return options, overrides
 

@@ -1,6 +1,7 @@
 """Runs at many points of a config, one folder each, in one process."""
 
 import contextlib
+import functools
 import json
 
 import jax
@@ -14,7 +15,7 @@ from dpo_jax.run import build, recorder, together, trained
 from dpo_jax.train import checkpoint
 
 
-def sweep(config, overrides, workdir):
+def sweep(config, overrides, workdir, *, at=None):
   """Trains and evaluates every point; what is finished is skipped.
 
   Data, compiled functions and the reference's log-probs are shared by points
@@ -24,9 +25,11 @@ def sweep(config, overrides, workdir):
 
   Args:
     config: locked ConfigDict.
-    overrides: list of the points, {"loss.beta": 0.1}.
+    overrides: list of the points, {"loss.beta": 0.1}; or where `at` is that of
+      a load.Source, {"arg": "loss=simpo", "loss.beta": 2.0}.
     workdir: gets a folder a point, `reference` (the policy all start from,
       where there are prompts to sample) and sweep.json.
+    at: point -> its config; None sets fields of `config`.
   Returns: exit code: 0; that of the signal that stopped it; or 1 if a point's
     training failed because nothing was finite (the others are still made).
   Raises: ValueError if a folder holds a point of another config.
@@ -34,7 +37,8 @@ def sweep(config, overrides, workdir):
   workdir, overrides = epath.Path(workdir), list(overrides)
   if not overrides:
     raise ValueError("the sweep has no points")
-  configs = [_sharing(load.at(config, point), workdir) for point in overrides]
+  at = at or functools.partial(load.at, config)
+  configs = [_sharing(at(point), workdir) for point in overrides]
   for here in configs:
     build.check(here)
   grouped = groups(configs, config.sweep.together)
@@ -42,7 +46,7 @@ def sweep(config, overrides, workdir):
   if len(set(names)) < len(names):
     raise ValueError(f"the sweep names a point twice: {sorted(names)}")
   samples = config.sample.prompts is not None
-  _describe(config, overrides, names, workdir, "reference" if samples else None)
+  _describe(config, configs, overrides, names, workdir)
   before = run = None
   failed = []
   if samples:
@@ -244,21 +248,22 @@ def _sharing(config, workdir):
   return load.at(config, {"ref_store": str(workdir / "ref_logps")})
 
 
-def _describe(config, overrides, names, workdir, reference):
+def _describe(config, configs, overrides, names, workdir):
   workdir.mkdir(parents=True, exist_ok=True)
-  notes = []
-  if reference is not None and config.sample.labelled is not None:
+  notes, sampled = [], config.sample.prompts is not None
+  if sampled and config.sample.labelled is not None:
     scorers = rewards.load_all(config.sample.scorers)
     notes = rewards.check(scorers, config.sample.labelled)
     print("\n".join(notes))
+  swept = [key for point in overrides for key in load.swept(point)]
   about = {
-    "title": f"{config.loss.name} over "
-    + ", ".join(dict.fromkeys(key for point in overrides for key in point)),
+    "title": f"{' and '.join(dict.fromkeys(c.loss.name for c in configs))} "
+    f"over {', '.join(dict.fromkeys(swept))}",
     "points": [
       {"name": name, "overrides": point, "folder": name}
       for name, point in zip(names, overrides, strict=True)
     ],
-    "reference": reference,
+    "reference": "reference" if sampled else None,
     "notes": notes,
   }
   (workdir / "sweep.json").write_text(json.dumps(about, indent=2) + "\n")

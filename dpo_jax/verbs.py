@@ -12,7 +12,7 @@ from typing import NamedTuple
 from etils import epath
 
 from dpo_jax import host, lookup
-from dpo_jax.config import help, load
+from dpo_jax.config import help, load, points
 from dpo_jax.train import optimizers
 
 
@@ -20,7 +20,7 @@ class Verb(NamedTuple):
   """A verb of the command line.
 
   Attributes:
-    run: (config, workdir, module of the config or None) -> exit code.
+    run: (config, workdir, load.Source of the config or None) -> exit code.
     saved: without --config it takes that of the run folder.
     folder: it needs a run folder.
     config: it needs a config.
@@ -32,10 +32,10 @@ class Verb(NamedTuple):
   config: bool = True
 
 
-def train(config, workdir, module):
+def train(config, workdir, source):
   """Trains a policy (loop.fit), or what algo = "tokenizer" or "stages" says."""
   if config.get("algo") == "stages":
-    return _stages(config, workdir, module)
+    return _stages(config, workdir, source)
   if config.get("algo") == "tokenizer":
     return _tokenizer(config, workdir)
   from dpo_jax import loop
@@ -43,7 +43,7 @@ def train(config, workdir, module):
   return loop.fit(config, workdir).exit_code
 
 
-def _stages(config, workdir, module):
+def _stages(config, workdir, source):
   """Runs verbs on other configs of the same file; the first failure ends it."""
   if workdir != config.workdir:
     raise ValueError(
@@ -52,7 +52,7 @@ def _stages(config, workdir, module):
     )
   for verb, arg in config.stages:
     print(f"━━ {verb} {arg}", flush=True)
-    code = run(verb, {"config": f"{module.__file__}:{arg}"}, [])
+    code = run(verb, {"config": f"{source.module.__file__}:{arg}"}, [])
     if code:
       return code
   return 0
@@ -77,7 +77,7 @@ def _tokenizer(config, workdir):
   return 0
 
 
-def evaluate(config, workdir, _module):
+def evaluate(config, workdir, _source):
   """Evaluates the policy of a run folder; writes evaluation.json there."""
   from dpo_jax.eval import evaluation
   from dpo_jax.run import build, trained
@@ -100,7 +100,7 @@ def evaluate(config, workdir, _module):
   return 0
 
 
-def sample(config, workdir, _module):
+def sample(config, workdir, _source):
   """Draws completions of a run's policy, or of init_from's, into its folder."""
   from dpo_jax.eval import generate
   from dpo_jax.run import build, trained
@@ -134,21 +134,24 @@ def sample(config, workdir, _module):
   return 0
 
 
-def sweep(config, workdir, module):
-  """Trains and evaluates the points of the config file's `sweep()`."""
+def sweep(config, workdir, source):
+  """Trains and evaluates the points of --sweep, or of the file's `sweep()`."""
   from dpo_jax import sweeps
 
-  if not hasattr(module, "sweep"):
-    where = "a run's config.json" if module is None else module.__file__
+  if source.axes:
+    chosen = points.product(source, source.axes)
+  elif hasattr(source.module, "sweep"):
+    chosen = source.module.sweep()
+  else:
     raise ValueError(
-      f"{where} has no sweep(): name a config file that has one, which yields "
-      'the points, for example {"loss.beta": 0.1}'
+      f"{source.path} has no sweep(), which yields the points: name them, "
+      "--sweep loss.beta=0.05,0.1"
     )
-  code = sweeps.sweep(config, module.sweep(), workdir)
-  return code or write_report(config, workdir, module)
+  code = sweeps.sweep(config, chosen, workdir, at=source.at)
+  return code or write_report(config, workdir, source)
 
 
-def write_report(_config, workdir, _module):
+def write_report(_config, workdir, _source):
   """Writes report.html, report.md and the figures of a sweep's folder."""
   from dpo_jax import report
 
@@ -158,7 +161,7 @@ def write_report(_config, workdir, _module):
   return 0
 
 
-def audit(config, _workdir, _module):
+def audit(config, _workdir, _source):
   """Prints what data.train and data.eval hold; 1 if a limit is exceeded."""
   from dpo_jax import algos
   from dpo_jax.data.audit import audit, text
@@ -178,7 +181,7 @@ def audit(config, _workdir, _module):
   return int(any(check["failed"] for r in reports for check in r["checks"]))
 
 
-def export(config, workdir, _module):
+def export(config, workdir, _source):
   """Writes the policy of a run folder as transformers or PEFT load it."""
   from dpo_jax import export as export_lib
 
@@ -189,7 +192,7 @@ def export(config, workdir, _module):
   return 0
 
 
-def losses(_config, _workdir, _module):
+def losses(_config, _workdir, _source):
   """Prints the table of losses."""
   from dpo_jax.ops.losses import catalogue
 
@@ -227,20 +230,23 @@ def run(name, options, overrides):
 
   Args:
     name: of the verb.
-    options: {"config", "workdir"}, as far as given.
+    options: {"config", "workdir"} and {"sweep": axes}, as far as given.
     overrides: "loss.beta=0.2" and the like.
   Returns: exit code.
   """
   verb = lookup.lookup(VERBS, name, "verb")
   workdir, spec = options.get("workdir"), options.get("config")
+  if "sweep" in options and name != "sweep":
+    raise ValueError(f"--sweep is of `dpo-jax sweep`, not of {name}")
   if spec is None and verb.saved and workdir is not None:
     spec = str(epath.Path(workdir) / "config.json")
   if not verb.config and "config" not in options:
-    config = module = None
+    config = source = None
   elif spec is None:
     raise ValueError(f"{name} needs --config")
   else:
-    config, module = load.load(spec, overrides)
+    source = load.load(spec, overrides, options.get("sweep", ()))
+    config = source.config
     workdir = config.get("workdir") if workdir is None else workdir
   if workdir is None and verb.folder:
     raise ValueError(f"{name} needs --workdir")
@@ -249,7 +255,7 @@ def run(name, options, overrides):
   host.leave_triton_out()
   host.keep()
   begin = time.perf_counter()
-  code = verb.run(config, workdir, module)
+  code = verb.run(config, workdir, source)
   minutes, seconds = divmod(round(time.perf_counter() - begin), 60)
   what = name if workdir is None else f"{name} {workdir}"
   print(f"{what}: {minutes}:{seconds:02}", flush=True)

@@ -216,6 +216,23 @@ def test_a_sweep_ends_with_its_table_and_where_the_report_is(swept, capsys):
   assert out.count("done before, skipped") == 5
 
 
+def test_methods_and_seeds_are_points_of_a_command(tmp_path, capsys):
+  words = ["sweep", "--config=dpo:smoke", f"--workdir={tmp_path}"]
+  words += ["--config.train.steps=1", "--config.data.eval=None"]
+  words += ["--sweep", ":loss=dpo,simpo", "--sweep=loss.beta=0.5,1"]
+  assert cli.main(words) == 0
+  names = [f"loss={x},beta={b}" for x in ("dpo", "simpo") for b in (0.5, 1.0)]
+  for name in names:
+    saved = json.loads((tmp_path / name / "config.json").read_text())
+    assert saved["loss"]["name"] == name.partition(",")[0][5:]
+    assert f"beta={saved['loss']['beta']}" in name
+  assert "gamma" in saved["loss"]
+  about = json.loads((tmp_path / "sweep.json").read_text())
+  assert about["title"] == "dpo and simpo over loss, loss.beta"
+  assert [p["name"] for p in about["points"]] == names
+  assert (tmp_path / "report.html").exists()
+
+
 def test_the_report_is_written_again_from_the_folder(swept, capsys):
   _, workdir = swept
   before = (workdir / "report.html").read_bytes()
@@ -292,6 +309,12 @@ def test_eval_refuses_a_reference_that_was_trained_on(tmp_path, capsys):
     ("sample --workdir=nowhere", "nowhere/config.json: no such file"),
     ("report --workdir=nowhere", "nowhere holds no sweep"),
     ("report", "report needs --workdir"),
+    ("train --config=dpo:smoke --workdir=x --sweep loss.beta=1",
+     "--sweep is of `dpo-jax sweep`, not of train"),
+    ("sweep --config=dpo:smoke --workdir=x --sweep loss.betta=1",
+     "--sweep loss.betta is not a field of dpo; did you mean 'loss.beta'?"),
+    ("sweep --config=dpo:smoke --workdir=x --sweep loss.beta=1,-1",
+     "loss.beta = -1.0 must be above 0"),
     ("sweep --config=configs/dpo.py:smoke", "sweep needs --workdir"),
     ("sweep --config=configs/sft.py:smoke --workdir=x", "has no sweep()"),
     ("sweep --config=configs/dpo.py:smoke,loss=sft --workdir=x",

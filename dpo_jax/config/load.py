@@ -9,8 +9,11 @@ import inspect
 import operator
 import pathlib
 import sys
+import types
+from typing import NamedTuple
 
 from etils import epath
+from ml_collections import config_dict
 
 from dpo_jax import lookup
 from dpo_jax.config import saved
@@ -27,29 +30,89 @@ def load_config(spec, overrides=()):
   Raises: ValueError for an unknown file, argument or key, nearest spelling
     shown.
   """
-  return load(spec, overrides)[0]
+  return load(spec, overrides).config
 
 
-def load(spec, overrides):
-  """(locked config, its module or None), see `load_config`."""
+class Source(NamedTuple):
+  """A config, and what makes it anew with another argument.
+
+  Attributes:
+    config: locked ConfigDict.
+    module: of its file; None for the config.json of a run.
+    path, arg: of the spec.
+    overrides, axes: of the command line, --config.FIELD=… and --sweep ….
+  """
+
+  config: config_dict.ConfigDict
+  module: types.ModuleType | None
+  path: str
+  arg: str
+  overrides: tuple
+  axes: tuple
+
+  def at(self, point):
+    """The config of a point of a sweep.
+
+    Args:
+      point: {"loss.beta": 0.1, …}; with {"arg": "loss=simpo", …} the argument
+        of the config is read first, over that of the command line.
+    """
+    if "arg" not in point:
+      return at(self.config, point)
+    arg, rest = point["arg"], {k: v for k, v in point.items() if k != "arg"}
+    if self.module is None:
+      raise ValueError(
+        f"the sweep sets the argument {arg}, and {self.path} takes no "
+        "argument: name a config file, or one that comes with dpo_jax"
+      )
+    whole = ",".join(filter(None, (self.arg, arg)))
+    spec = f"{self.path}:{arg}"
+    made = _made(self.module, self.path, whole)
+    return at(_with(made, spec, self.overrides), rest)
+
+
+def load(spec, overrides, axes=()):
+  """The Source of a config, see `load_config`."""
   if spec.endswith(".json"):
-    path, module = spec, None
-    config = saved.saved_config(epath.Path(spec).parent)
+    path, arg, module = spec, "", None
+    config = saved.saved_config(epath.Path(path).parent)
   else:
     path, _, arg = spec.partition(":")
     module = import_file(file_of(path))
     config = _made(module, path, arg)
+  config = _with(config, path, overrides)
+  return Source(config, module, path, arg, tuple(overrides), tuple(axes))
+
+
+def _with(config, spec, overrides):
+  """The config, locked, with what a command sets."""
   config.lock()
-  known = saved.flatten(config.to_dict())
   for override in overrides:
     key, _, text = override.partition("=")
-    if key not in known:
-      raise ValueError(
-        f"--config.{key} is not a field of {path}{lookup.nearest(key, known)}"
-      )
+    value = parsed(config, spec, key, text, f"--config.{key}")
     node, name = _place(config, key)
-    node[name] = _parse_value(key, text, node.get_type(name))
-  return config, module
+    node[name] = value
+  return config
+
+
+def parsed(config, spec, key, text, flag):
+  """The value of a field that a command gives as text.
+
+  Args:
+    config: ConfigDict that has the field.
+    spec: of the config, for messages.
+    key: "loss.beta".
+    text: "0.2".
+    flag: how the command names the field, for messages.
+  Raises: ValueError if it is no field, or the text no value of its type.
+  """
+  known = saved.flatten(config.to_dict())
+  if key not in known:
+    raise ValueError(
+      f"{flag} is not a field of {spec}{lookup.nearest(key, known)}"
+    )
+  node, name = _place(config, key)
+  return _parse_value(flag, text, node.get_type(name))
 
 
 def _place(config, path):
@@ -58,7 +121,7 @@ def _place(config, path):
   return functools.reduce(operator.getitem, parents, config), name
 
 
-def _parse_value(key, text, kind):
+def _parse_value(flag, text, kind):
   """The text of an override as a value of the field's type."""
   if text == "None":
     return None
@@ -78,7 +141,7 @@ def _parse_value(key, text, kind):
       return value
   except (ValueError, SyntaxError):
     pass
-  raise ValueError(f"--config.{key}={text} must be of type {kind.__name__}")
+  raise ValueError(f"{flag}={text} must be of type {kind.__name__}")
 
 
 def _guess(text):
@@ -153,11 +216,19 @@ def import_file(path):
 
 
 def point_name(overrides):
-  """`beta=0.1,seed=1` of {"loss.beta": 0.1, "data.seed": 1}."""
+  """`beta=0.1,seed=1` of {"loss.beta": 0.1, "data.seed": 1}, a folder."""
   short = [key.rsplit(".", 1)[-1] for key in overrides]
   keys = short if len(set(short)) == len(short) else list(overrides)
-  values = overrides.values()
-  return ",".join(f"{k}={v}" for k, v in zip(keys, values, strict=True))
+  pairs = zip(keys, overrides.values(), strict=True)
+  parts = [v if k == "arg" else f"{k}={v}" for k, v in pairs]
+  return ",".join(parts).replace("/", "_")
+
+
+def swept(overrides):
+  """What a point sets, in words: fields, and arguments of the config."""
+  for key, value in overrides.items():
+    args = value.split(",") if key == "arg" else [key]
+    yield from (arg.partition("=")[0] for arg in args)
 
 
 def at(config, overrides):
@@ -166,6 +237,11 @@ def at(config, overrides):
   Raises: ValueError for a field that is not there, or of another type.
   """
   config, fields = copy.deepcopy(config), saved.flatten(config.to_dict())
+  if "arg" in overrides:
+    raise ValueError(
+      f"the sweep sets the argument {overrides['arg']}, which is of a file and "
+      "not of a config: give sweeps.sweep the `at` of its load.Source"
+    )
   for key, value in overrides.items():
     if key not in fields:
       raise ValueError(
