@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import tempfile
 
 import jax
@@ -20,7 +19,6 @@ from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import evaluation, generate, rewards
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.report import figures as figures_lib
 from dpo_jax.run import build as build_lib
 from dpo_jax.run import recorder, trained
 from dpo_jax.train import checkpoint, health
@@ -111,13 +109,18 @@ def parallelize(config, step, state):
 def sweep(config, overrides, workdir):
   """Trains and evaluates every point of a sweep, and writes its report.
 
-  Args: as `sweeps.sweep`.
+  Args: as `sweeps.sweep`; config may be the spec of one too, "dpo:smoke", and
+    a point may then set its argument: {"arg": "loss=simpo", "loss.beta": 2.0}.
   Returns: report.Table, a list of dicts that shows itself as the table; with
     page, the path of report.html, and figures.
   Raises: ValueError as `sweeps.sweep`; KeyboardInterrupt if a signal stopped
     it: the same call goes on.
   """
-  code = sweeps.sweep(config, overrides, workdir)
+  at = None
+  if isinstance(config, str):
+    source = load.load(config, ())
+    config, at = source.config, source.at
+  code = sweeps.sweep(config, overrides, workdir, at=at)
   if code > 1:  # 1 is of points that failed, which the table shows as they are
     raise health.Stopped(code)
   return report.made(workdir)
@@ -173,22 +176,7 @@ class Folder:
   @property
   def figures(self):
     """{"curves": report.Picture}: the training; {} if nothing was logged."""
-    line = figures_lib.Line(self.workdir.name, figures_lib.INK, self._curves())
-    drawn = figures_lib.curves([line], wide=True)
-    if drawn is None:
-      return {}
-    return {"curves": report.Picture(figures_lib.png(drawn))}
-
-  def _curves(self):
-    """{metric: (steps, values)}; those of data.eval are "held_out/…"."""
-    curves = {}
-    for row in self.metrics:
-      prefix = "" if row["kind"] == "train" else "held_out/"
-      for name in row.keys() - {"step", "kind"}:
-        steps, values = curves.setdefault(prefix + name, ([], []))
-        steps.append(row["step"])
-        values.append(math.nan if row[name] is None else row[name])
-    return curves
+    return report.training(self.workdir.name, self.metrics)
 
   def __repr__(self):
     step = checkpoint.latest_step(self.workdir)

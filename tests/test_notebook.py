@@ -256,7 +256,7 @@ def test_a_config_is_evaluated_at_its_start_and_leaves_nothing(
     dj.evaluate(load(), {"data.eval": None})
 
 
-def test_a_sweep_returns_its_table_and_writes_its_report(tmp_path, monkeypatch):
+def test_a_sweep_returns_its_table_and_writes_its_report(tmp_path):
   points = [{"loss.beta": beta} for beta in (0.1, 1.0)]
   table = dj.sweep(load("train.steps=2", *SAMPLED), points, tmp_path)
   assert [row["run"] for row in table] == ["reference", "beta=0.1", "beta=1.0"]
@@ -277,8 +277,20 @@ def test_a_sweep_returns_its_table_and_writes_its_report(tmp_path, monkeypatch):
   assert len(run.samples) == 4
 
 
+def test_a_point_of_a_spec_may_be_another_loss(tmp_path):
+  spec = str(conftest.ROOT / "configs/dpo.py:smoke")
+  points = [
+    {"arg": f"loss={name}", "train.steps": 1} for name in ("dpo", "ipo")
+  ]
+  table = dj.sweep(spec, points, tmp_path)
+  assert [row["run"].split(",")[0] for row in table] == ["loss=dpo", "loss=ipo"]
+  names = [f"loss={name},steps=1" for name in ("dpo", "ipo")]
+  found = [dj.load_run(tmp_path / name).config.loss.name for name in names]
+  assert found == ["dpo", "ipo"]
+
+
 def test_a_sweep_that_is_stopped_stops_the_cells_below(tmp_path, monkeypatch):
-  monkeypatch.setattr(sweeps, "sweep", lambda *args: 130)
+  monkeypatch.setattr(sweeps, "sweep", lambda *args, **options: 130)
   with pytest.raises(KeyboardInterrupt):
     dj.sweep(load(), [{"loss.beta": 0.1}], tmp_path)
 

@@ -11,7 +11,7 @@ import types
 from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.report import content, folder, markdown, page
+from dpo_jax.report import content, figures, folder, markdown, page
 
 TRUTH, MISSING = "r*", "–"
 # (key of a row, head on a console, head on a page, decimals without an SE)
@@ -202,6 +202,25 @@ class Table(list):
 
   def _repr_markdown_(self):
     return table(self, "markdown")
+
+
+def training(name, history):
+  """{"curves": Picture} of one run; {} if it has logged nothing.
+
+  Args:
+    name: of the run.
+    history: rows of its metrics.jsonl, see run.recorder.history.
+  """
+  curves = {}
+  for row in history:
+    prefix = "" if row["kind"] == "train" else "held_out/"
+    for key in row.keys() - {"step", "kind"}:
+      steps, values = curves.setdefault(prefix + key, ([], []))
+      steps.append(row["step"])
+      values.append(math.nan if row[key] is None else row[key])
+  line = figures.Line(name, figures.INK, curves)
+  drawn = figures.curves([line], wide=True)
+  return {"curves": Picture(figures.png(drawn))} if drawn else {}
 
 
 def made(workdir):
