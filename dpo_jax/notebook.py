@@ -247,13 +247,14 @@ def sample(
   }
   point = {f"sample.{k}": v for k, v in asked.items() if v is not None}
   config, workdir = _named(run)
-  config = load.at(config, point)
+  setup = build_lib.prepare_model(load.at(config, point))
   if not prompts:
     return []
   # A completion does not depend on the batch it is drawn in.
-  count = min(config.sample.batch_size, len(prompts) * config.sample.draws)
-  setup = build_lib.prepare_model(load.at(config, {"sample.batch_size": count}))
-  scorers = rewards.load_all(setup.sample.scorers)
+  options = setup.sample
+  size = min(options.batch_size, len(prompts) * options.draws)
+  setup = setup._replace(sample=options._replace(batch_size=size))
+  scorers = rewards.load_all(options.scorers)
   template, policy = setup.tokenizer.apply_template, sources.Policy("error")
   texts = [
     prompt
@@ -269,7 +270,7 @@ def sample(
   return [
     row
     for batch in drawn
-    for row in generate.describe(batch, scorers, setup.sample.draws)
+    for row in generate.describe(batch, scorers, options.draws)
   ]
 
 

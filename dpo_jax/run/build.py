@@ -294,16 +294,9 @@ def sharing(config, run):
 
 
 def identity(config, source, algorithm):
-  """What a run that resumes must share, as plain values.
-
-  Of a function of the user's own its code too: its name says nothing.
-  """
+  """What a run that resumes must share, the user's own code included."""
   code = {f"{code_lib.OF}{name}": x for name, x in algorithm.code.items()}
-  return {
-    **config.to_dict(),
-    "data_fingerprint": source.fingerprint,
-    **code,
-  }
+  return {**config.to_dict(), "data_fingerprint": source.fingerprint, **code}
 
 
 def _about_loss(config):
