@@ -97,7 +97,7 @@ class Logger:
     self._every, self._total, self._start = every, total, start
     self._loud, self._name, self._trackers = loud, name, trackers
     self._live = loud and sys.stdout.isatty()
-    self._bar = progress.bar(total, start, name) if loud else None
+    self._bar = None  # in the cell of a notebook, from the first step on
     self._peak, self._peak_is = peak_flops() if loud else (1.0, "")
     self._paused = 0.0  # seconds that training did not run
     self._pending = None  # (number, metrics, stats) of a step to be logged
@@ -153,8 +153,8 @@ class Logger:
       jax.block_until_ready(metrics)
       self._begin = self._now(), number
       self._clock = self._begin[0], 0, 0
-      if self._bar is not None:
-        self._bar.unpause()
+      if self._loud:
+        self._bar = progress.bar(self._total, number, self._name)
     else:
       self._tokens += stats.tokens
       self._flops += flops
@@ -193,7 +193,7 @@ class Logger:
       parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
       parts.append(f"mfu {100 * values['mfu']:.0f}%")
     if self._bar is not None:
-      self._bar.set_postfix_str("  ".join(parts))
+      self._bar.set_postfix_str("  ".join(parts), refresh=False)
     else:
       self.say(f"{self._name}{self._line(number, *parts)}")
     return values

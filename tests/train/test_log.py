@@ -135,7 +135,7 @@ def test_a_cell_of_a_notebook_has_one_bar_for_the_steps(
   *passing, last = out.split("\r")
   assert "4/4" in last
   assert "loss 0.5" in last
-  assert any("1/4" in text for text in passing)
+  assert any("2/4" in text for text in passing)
   # Lines are of evaluations alone; the steps' are in metrics.jsonl.
   assert [text for text in out.splitlines() if "eval at 4: loss 0.25" in text]
   assert out.count("\n") == 3  # with what "mfu" is, and the end of the bar
