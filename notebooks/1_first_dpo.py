@@ -65,17 +65,8 @@ run
 run.figures["curves"]
 
 # %% [markdown]
-# Its policy draws completions. The model saw 60 batches in its life, so it
-# spells more than it speaks; what counts is that trained and untrained differ.
-# A config in the place of a folder is the policy before any training.
-
-# %%
-prompts = ["The plot was", "The music seems"]
-for name, policy in (("before", run.config), ("after", run)):
-  for row in dj.sample(policy, prompts, max_new_tokens=20):
-    print(f"{name:7} {row['prompt']!r} -> {row['completion']!r}")
-
-# %% [markdown]
 # Your own comparisons are a file with one JSON object a line, `{"prompt": …,
 # "chosen": …, "rejected": …}`: set `config.data.train` to its path, and take
-# `dj.load_config("dpo")` for a model that is not quite as small.
+# `dj.load_config("dpo")` for a model that is not quite as small. Completions
+# are drawn by `dj.sample(run, ["The plot was"])`; after 60 batches there is
+# little to read yet, so that is left to the third notebook.

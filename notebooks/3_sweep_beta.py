@@ -112,8 +112,10 @@ table
 # ## The frontier
 #
 # Up is more reward, left is closer to the reference (the diamond); bars are one
-# standard error over prompts. A smaller β goes further to the right. Where the
-# curve turns flat, more distance buys nothing, and the text often pays for it.
+# standard error over prompts. A smaller β goes further to the right. At first
+# that buys reward. Beyond, the policy leaves the language that it was taught,
+# and the distance buys nothing more: the comparisons are won all the same, on
+# completions that it no longer writes.
 
 # %%
 table.figures["frontier"]
@@ -131,7 +133,8 @@ for row in table[1:]:
   )
 
 # %% [markdown]
-# A look at the text itself is part of reading a frontier.
+# A look at the text itself is part of reading a frontier: see what the words of
+# the smallest β look like.
 # `runs/betas/report.html` has the samples of all policies side by side, the
 # curves and the table.
 

@@ -22,7 +22,6 @@ pytest.importorskip("ipykernel")
 
 SCRIPTS = sorted((conftest.ROOT / "notebooks").glob("*.py"))
 NAMES = [path.stem for path in SCRIPTS]
-QUICK = ("1_first_dpo",)
 
 
 def notebook(name):
@@ -142,9 +141,10 @@ def test_a_smaller_beta_goes_further_along_the_frontier(tmp_path, monkeypatch):
   rewards, distances = zip(
     *((float(r), float(kl)) for _, r, kl in lines), strict=True
   )
-  # The ends are far apart; neighbours may be within their errors.
+  # The ends are far apart; neighbours may be within their errors. Reward is not
+  # in the order of β: too small a one takes the language apart.
   assert distances[0] > 2 * distances[-1]
-  assert rewards[0] > rewards[-1]
+  assert max(rewards) > 0.5  # of the reference: 0 in the mean of its two kinds
   assert pictures(book) == 1
   assert (tmp_path / "runs/betas/report.html").exists()
 
