@@ -37,7 +37,11 @@ setuptools.setup(
     "transformers>=5",
   ],
   extras_require={
-    "test": ["pytest", "pytest-xdist", "ruff"],
+    "test": [
+      *("pytest", "pytest-xdist", "ruff"),
+      *("ipykernel", "jupytext", "nbclient"),
+    ],
+    "notebooks": ["ipykernel", "ipywidgets", "jupytext", "nbclient"],
     "parity": ["torch==2.13.0", "peft"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],

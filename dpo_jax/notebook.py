@@ -1,16 +1,27 @@
 """Thin functions for a notebook: a config or arrays in, plain values out."""
 
+import dataclasses
 import functools
+import json
+import tempfile
 
 import jax
 import jax.numpy as jnp
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import config_dict
 
-from dpo_jax import algos
+from dpo_jax import algos, report, sweeps
 from dpo_jax.algos import base
+from dpo_jax.config import load
+from dpo_jax.data.read import files, records, sources
+from dpo_jax.data.tokens import chat, tokenize
+from dpo_jax.eval import evaluation, generate, rewards
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import build as build_lib
-from dpo_jax.run import trained
+from dpo_jax.run import recorder, trained
+from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
 
 
@@ -93,3 +104,235 @@ def parallelize(config, step, state):
   state = run_lib.place(state, mesh_lib.shardings(mesh, state, spec))
   place = functools.partial(run_lib.place_batch, mesh=mesh, mode=mode)
   return run_lib.parallelize(step, mesh, mode, state), state, place
+
+
+def sweep(config, overrides, workdir):
+  """Trains and evaluates every point of a sweep, and writes its report.
+
+  Args: as `sweeps.sweep`; config may be the spec of one too, "dpo:smoke", and
+    a point may then set its argument: {"arg": "loss=simpo", "loss.beta": 2.0}.
+  Returns: report.Table, a list of dicts that shows itself as the table; with
+    page, the path of report.html, and figures.
+  Raises: ValueError as `sweeps.sweep`; KeyboardInterrupt if a signal stopped
+    it: the same call goes on.
+  """
+  at = None
+  if isinstance(config, str):
+    source = load.load(config, ())
+    config, at = source.config, source.at
+  code = sweeps.sweep(config, overrides, workdir, at=at)
+  if code > 1:  # 1 is of points that failed, which the table shows as they are
+    raise health.Stopped(code)
+  return report.made(workdir)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Folder:
+  """A run folder; what is asked for is read once.
+
+  Attributes:
+    workdir: its path.
+  """
+
+  workdir: epath.Path
+
+  @functools.cached_property
+  def config(self):
+    """The locked config that it was trained with."""
+    return load.load_config(str(self.workdir / "config.json"))
+
+  @functools.cached_property
+  def metrics(self):
+    """The rows of metrics.jsonl, see recorder.history."""
+    return recorder.history(self.workdir)
+
+  @functools.cached_property
+  def evaluation(self):
+    """What evaluation.json holds; None if it was not evaluated."""
+    path = self.workdir / "evaluation.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+  @functools.cached_property
+  def samples(self):
+    """The samples of the evaluation, a dict each; else those of `sample`.
+
+    The rows of samples.jsonl or completions.jsonl; [] without either.
+    """
+    names = ("samples.jsonl", "completions.jsonl")
+    paths = [self.workdir / name for name in names]
+    path = next((path for path in paths if path.exists()), None)
+    rows = [] if path is None else [row for _, row in files.jsonl(path)]
+    return [row for row in rows if isinstance(row, dict)]
+
+  @functools.cached_property
+  def policy(self):
+    """(apply, params) of the last checkpoint, on one device, as of `build`.
+
+    An adapter is grafted onto its base.
+    """
+    setup = _setup(self.config)
+    return setup.model.apply, _restored(setup, self.workdir)
+
+  @property
+  def figures(self):
+    """{"curves": report.Picture}: the training; {} if nothing was logged."""
+    return report.training(self.workdir.name, self.metrics)
+
+  def __repr__(self):
+    step = checkpoint.latest_step(self.workdir)
+    names = ("metrics", "evaluation", "samples")
+    there = [name for name in names if getattr(self, name)]
+    about = f"step {step}" if step is not None else "no checkpoint"
+    return f"<{', '.join([f'run {self.workdir}: {about}', *there])}>"
+
+
+def load_run(workdir):
+  """What a run folder holds: config, metrics, evaluation, samples, policy.
+
+  Args:
+    workdir: folder of `fit`, of `dpo-jax train`, or of a point of a sweep.
+  Returns: Folder.
+  Raises: ValueError if it is none.
+  """
+  workdir = epath.Path(workdir)
+  if (workdir / "sweep.json").exists():
+    about = json.loads((workdir / "sweep.json").read_text())
+    names = ", ".join(str(workdir / p["folder"]) for p in about["points"])
+    raise ValueError(
+      f"{workdir} is the folder of a sweep: load one of its runs ({names}), or "
+      "see them together by dj.report"
+    )
+  run = Folder(workdir)
+  _ = run.config  # refuses a folder of nothing now
+  return run
+
+
+def sample(
+  run,
+  prompts,
+  *,
+  params=None,
+  draws=None,
+  max_new_tokens=None,
+  temperature=None,
+  top_p=None,
+  seed=None,
+):
+  """Completions of prompts, drawn from a policy.
+
+  Args:
+    run: folder of a run, or what `load_run` or `fit` returned: the policy of
+      its last checkpoint. Or a config: the policy that its run would start
+      from.
+    prompts: list of texts, or of conversations (lists of messages, {"role",
+      "content"}), which the tokenizer's chat template writes.
+    params: another policy's, as `build`, `load_run` and `train_step` have them.
+    draws, max_new_tokens, temperature, top_p, seed: in the place of those of
+      config.sample.
+  Returns: list of dicts, `draws` for each prompt, in their order: "id" (number
+    of the prompt), "prompt", "completion", "finished", "length" and "tokens";
+    and "reward/NAME" of config.sample.scorers.
+  Raises: ValueError for a prompt that cannot be continued.
+  """
+  if isinstance(prompts, str):
+    raise ValueError(
+      f"prompts = {prompts!r:.60} must be a list of prompts: [{prompts!r:.60}]"
+    )
+  asked = {
+    "draws": draws,
+    "max_new_tokens": max_new_tokens,
+    "temperature": temperature,
+    "top_p": top_p,
+    "seed": seed,
+  }
+  point = {f"sample.{k}": v for k, v in asked.items() if v is not None}
+  config, workdir = _named(run)
+  setup = build_lib.prepare_model(load.at(config, point))
+  if not prompts:
+    return []
+  # A completion does not depend on the batch it is drawn in.
+  options = setup.sample
+  size = min(options.batch_size, len(prompts) * options.draws)
+  setup = setup._replace(sample=options._replace(batch_size=size))
+  scorers = rewards.load_all(options.scorers)
+  template, policy = setup.tokenizer.apply_template, sources.Policy("error")
+  texts = [
+    prompt
+    if isinstance(prompt, str)
+    else chat.prompt_text(
+      records.make({"prompt": prompt}, "prompt", f"prompts[{number}]"), template
+    )
+    for number, prompt in enumerate(prompts)
+  ]
+  given = tokenize.prompts(texts, setup.tokenizer, setup.data, policy)
+  params = _policy(setup, workdir, params)
+  drawn = generate.draws(setup, params, given)
+  return [
+    row
+    for batch in drawn
+    for row in generate.describe(batch, scorers, options.draws)
+  ]
+
+
+def evaluate(run, overrides=None, *, params=None):
+  """Held-out comparisons, rewards and KL of a policy.
+
+  Args:
+    run, params: as of `sample`; params are what is trained: all parameters, or
+      with config.lora the adapter.
+    overrides: fields of the config, {"data.eval": "held_out.jsonl"}.
+  Returns: dict, the content of evaluation.json: "comparisons" ({metric: mean
+    of data.eval}) and, where sample.prompts is set, "means" ({"mean", "se"} of
+    rewards, KL and length). The policy of a folder leaves the file there.
+  Raises: ValueError if the config names nothing to evaluate on.
+  """
+  config, workdir = _named(run)
+  config = load.at(config, overrides or {})
+  measured = build_lib.prepare_measured(config)
+  setup = measured.setup
+  base = trained.initial(setup)
+  if workdir is not None and params is None:
+    params = trained.restored(setup, base, workdir)
+    meta = checkpoint.check_run(workdir, config.to_dict(), base)
+    made = evaluation.made_of(
+      *(meta["step"], meta["data_fingerprint"], base, meta["identity"])
+    )
+    return evaluation.evaluate(measured, params, base, workdir, made)
+  if params is None:
+    params = setup.trained.init(base, jax.random.key(setup.source.seed))
+  with tempfile.TemporaryDirectory() as folder:
+    params = _placed(setup, params)
+    return evaluation.evaluate(measured, params, base, folder, {})
+
+
+def _named(run):
+  """(config, folder or None) of what names a run."""
+  if isinstance(run, config_dict.ConfigDict):
+    return run, None
+  folder = load_run(getattr(run, "workdir", run))
+  return folder.config, folder.workdir
+
+
+def _restored(setup, workdir):
+  """Parameters of the policy of a folder's last checkpoint."""
+  base = trained.initial(setup) if setup.trained.on_base else None
+  return setup.trained.model(base, trained.restored(setup, base, workdir))
+
+
+def _policy(setup, workdir, params):
+  """Parameters of the policy that `sample` is asked for."""
+  if params is None and workdir is not None:
+    return _restored(setup, workdir)
+  if params is None:
+    return trained.initial(setup)
+  own = jax.tree.structure(trained.trained_shapes(setup))
+  params = _placed(setup, params)
+  if jax.tree.structure(params) != own:  # a policy, grafted already
+    return params
+  base = trained.initial(setup) if setup.trained.on_base else None
+  return setup.trained.model(base, params)
+
+
+def _placed(setup, params):
+  """Parameters on every device of the mesh."""
+  return jax.device_put(params, NamedSharding(setup.mesh, PartitionSpec()))

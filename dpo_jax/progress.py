@@ -1,6 +1,11 @@
-"""How far something is that takes long: a passing line, or lines in a file."""
+"""How far something is that takes long: a passing line, or lines in a file.
 
+In a notebook it is a bar in the cell.
+"""
+
+import importlib
 import sys
+import warnings
 
 import tqdm
 
@@ -14,6 +19,37 @@ def duration(seconds):
   hours, minutes = divmod(minutes, 60)
   return (
     f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+  )
+
+
+def in_cell():
+  """Whether what is printed shows in the cell of a notebook."""
+  if "IPython" not in sys.modules:
+    return False
+  shell = sys.modules["IPython"].get_ipython()
+  return shell is not None and "IPKernelApp" in shell.config
+
+
+def _bars():
+  """tqdm's class of bars for a cell: a widget where there are widgets."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # without ipywidgets it draws a bar of text
+    return importlib.import_module("tqdm.auto").tqdm
+
+
+def bar(total, start, what):
+  """A bar for a cell that is moved by hand; None outside a notebook.
+
+  Args:
+    total, start: where it ends and where it begins.
+    what: stands before it, or "".
+  """
+  if not in_cell():
+    return None
+  shown = "{desc}{bar} {n:,}/{total:,}{postfix}  ETA {remaining}"
+  options = {"bar_format": shown, "dynamic_ncols": True, "miniters": 1}
+  return _bars()(
+    desc=what, total=total, initial=start, file=sys.stdout, **options
   )
 
 
@@ -33,8 +69,8 @@ def over(
 ):
   """Yields `items`, showing how many of `total` are done, and how fast.
 
-  A passing line on a terminal; elsewhere a line every ten seconds. The last
-  line stays and tells the time.
+  A passing line on a terminal, a bar in a notebook; elsewhere a line every ten
+  seconds. The last line stays and tells the time.
 
   Args:
     items: iterable.
@@ -45,12 +81,13 @@ def over(
     quiet: seconds; what takes less says nothing.
     loud: whether to print; one process does.
   """
-  live, unit = sys.stdout.isatty(), f" {unit}".rstrip()
+  cell, unit = in_cell(), f" {unit}".rstrip()
+  live = cell or sys.stdout.isatty()
   shown = "{desc} {n:,}  {rate_noinv_fmt}"
   if total is not None:
     begin = "{l_bar}{bar}| " if live else "{desc} "
     shown = begin + "{n:,}/{total:,}  {rate_noinv_fmt}  ETA {remaining}"
-  with tqdm.tqdm(
+  with (_bars() if cell else tqdm.tqdm)(
     *(None, what, total),
     disable=not loud,
     file=sys.stdout if live else _Lines(),

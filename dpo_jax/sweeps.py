@@ -179,7 +179,8 @@ def _parts(runs, folders, together):
 
 def _made(run, step):
   """How the policy of a point is made, see evaluation.made_of."""
-  return evaluation.made_of(step, run.feed.fingerprint, run.setup.base)
+  about = run.feed.fingerprint, run.setup.base, run.identity
+  return evaluation.made_of(step, *about)
 
 
 def _train(runs, folders):

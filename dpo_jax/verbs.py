@@ -90,7 +90,9 @@ def evaluate(config, workdir, _source):
   base = trained.initial(measured.setup)
   params = trained.restored(measured.setup, base, workdir)
   meta = checkpoint.check_run(workdir, config.to_dict(), base)
-  made = evaluation.made_of(meta["step"], meta["data_fingerprint"], base)
+  made = evaluation.made_of(
+    *(meta["step"], meta["data_fingerprint"], base, meta["identity"])
+  )
   if config.ref == "ema":
     print("against the reference that the run began with")
   result = evaluation.evaluate(measured, params, base, workdir, made)

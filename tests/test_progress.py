@@ -1,6 +1,7 @@
 """What a pass over many things shows, on a clock of our own."""
 
 import sys
+import types
 
 import pytest
 import tqdm
@@ -93,3 +94,36 @@ def test_an_error_of_the_things_is_raised_and_no_end_is_claimed(clock, capsys):
   with pytest.raises(ValueError, match="here"):
     walk(clock, failing(), 3)
   assert "done: " not in capsys.readouterr().out
+
+
+@pytest.fixture
+def cell(monkeypatch):
+  """As in a notebook without ipywidgets."""
+  monkeypatch.setattr(progress, "in_cell", lambda: True)
+
+
+@pytest.mark.usefixtures("cell")
+def test_a_cell_of_a_notebook_has_a_bar_and_the_last_line(clock, capsys):
+  walk(clock, [1.0] * 20, 20, "scored")
+  *passing, last = capsys.readouterr().out.split("\r")
+  assert any("scored:  50%" in text for text in passing)
+  assert last == "scored: 20 in 0:20, 1/s\n"
+
+
+def test_there_is_no_cell_outside_a_notebook(monkeypatch):
+  assert progress.bar(4, 0, "") is None
+  fake = types.SimpleNamespace(get_ipython=lambda: None)
+  monkeypatch.setitem(sys.modules, "IPython", fake)
+  assert not progress.in_cell()
+  shell = types.SimpleNamespace(config={"TerminalIPythonApp": {}})
+  fake.get_ipython = lambda: shell
+  assert not progress.in_cell()
+  shell.config = {"IPKernelApp": {}}
+  assert progress.in_cell()
+
+
+@pytest.mark.usefixtures("cell")
+def test_a_bar_of_a_cell_says_nothing_of_missing_widgets(recwarn):
+  sys.modules.pop("tqdm.auto", None)
+  progress.bar(4, 0, "").close()
+  assert not recwarn

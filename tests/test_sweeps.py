@@ -1,7 +1,6 @@
 """A sweep: what its points share, what is skipped, what can be added later."""
 
 import contextlib
-import functools
 import json
 import pathlib
 import shutil
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 
 from dpo_jax import loop, report, sweeps
+from dpo_jax.algos import terms
 from dpo_jax.config import load as load_lib
 from dpo_jax.eval import evaluation
-from dpo_jax.ops import losses
 from dpo_jax.run import build, recorder
 from dpo_jax.train import checkpoint, log
 from tests import conftest, folders
@@ -51,19 +50,16 @@ def metrics(workdir, name):
 @contextlib.contextmanager
 def traces():
   """A list that gets an entry whenever the DPO loss is traced."""
-  dpo, seen = losses.LOSSES["dpo"], []
+  out, seen = terms.Part.out, []
 
-  @functools.wraps(dpo.fn)
-  def fn(policy_logps, *args, **kwargs):
-    if policy_logps.shape != (1, 2):  # once a run, for its first step's loss
+  def counted(part, values, hparams):
+    if values["policy_logps"].shape != (1, 2):  # of the first step's loss
       seen.append(True)
-    return dpo.fn(policy_logps, *args, **kwargs)
+    return out(part, values, hparams)
 
-  losses.LOSSES["dpo"] = dpo._replace(function=fn)
-  try:
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(terms.Part, "out", counted)
     yield seen
-  finally:
-    losses.LOSSES["dpo"] = dpo
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +369,7 @@ def test_points_that_got_apart_go_on_apart(tmp_path, monkeypatch):
 
   def fit(runs, folders):
     at_once.append([folder.name for folder in folders])
-    return [recorder.Result(None, None, 0, None) for _ in runs]
+    return [recorder.Result(None, None, 0, None, folder) for folder in folders]
 
   monkeypatch.setattr(sweeps, "fit_together", fit)
   more = load("data.eval=None", "train.steps=4", "sweep.together=2")

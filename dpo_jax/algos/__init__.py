@@ -2,6 +2,7 @@
 
 from dpo_jax import lookup
 from dpo_jax.algos import preference, sft
+from dpo_jax.config import code
 
 ALGOS = {"preference": preference.make, "sft": sft.make}
 
@@ -15,4 +16,9 @@ def make(config, apply):
       algorithm needs is asked for.
   Raises: ValueError for what the algorithm cannot do.
   """
-  return lookup.lookup(ALGOS, config.algo, "algo")(config, apply)
+  make_one = lookup.lookup(ALGOS, config.algo, "algo")
+  algorithm, own = make_one(config, apply), code.digest(make_one)
+  if own is None:
+    return algorithm
+  more = {f"ALGOS[{config.algo!r}]": own}
+  return algorithm._replace(code=algorithm.code | more)

@@ -32,6 +32,7 @@ def make(config, apply):
   with_ref, follows = config.ref != "none", config.ref == "ema"
   specs = filter(None, (config.data.train, config.data.eval))
   count = max((len(sources.parse(spec)) for spec in specs), default=1)
+  own = {name: digest for p in parts for name, digest in p.code.items()}
   algorithm = base.Algorithm(
     data=terms_lib.kind_of(config.loss),
     features=functools.partial(
@@ -47,7 +48,9 @@ def make(config, apply):
     needs=frozenset(wanted),
     batch_level=any(part.loss.batch_level for part in parts),
     extra=functools.partial(_extra, ema=follows, kept="running" in wanted),
-    first=functools.partial(_first, parts=parts),
+    # A loss of the user's own may read more than Δ.
+    first=None if own else functools.partial(_first, parts=parts),
+    code=own,
   )
   if with_ref:
     whole = "sequence_kl" in wanted

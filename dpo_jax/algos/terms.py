@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dpo_jax import lookup
+from dpo_jax.config import code
 from dpo_jax.ops import losses
-from dpo_jax.ops.losses import divergences
+from dpo_jax.ops.losses import base, divergences
 
 REFERENCES = ("frozen", "base", "cached", "ema", "none")
 
@@ -21,6 +22,7 @@ class Part(NamedTuple):
     loss: losses.Loss.
     numeric: {argument: name of its value in hparams}.
     weight: name of the term's weight in hparams, or None for 1.
+    code: {function of the user's own: digest of its code}.
   """
 
   name: str
@@ -28,15 +30,26 @@ class Part(NamedTuple):
   loss: losses.Loss
   numeric: dict
   weight: str | None
+  code: dict
 
   def out(self, values, hparams):
-    """What the loss returns, of features and hparams by their names."""
-    return self.fn(
-      values["policy_logps"],
-      values["ref_logps"],
-      **{name: values[name] for name in self.loss.needs},
-      **{name: hparams[field] for name, field in self.numeric.items()},
-    )
+    """What the loss returns, of features and hparams by their names.
+
+    A loss of pairs that returns "loss" alone gets the metrics of the rewards
+
+        β (log π − log π_ref)
+
+    with its own β, or 1 where it has none; without a reference of log π.
+    """
+    policy_logps, ref_logps = values["policy_logps"], values["ref_logps"]
+    numbers = {k: hparams[field] for k, field in self.numeric.items()}
+    needs = {name: values[name] for name in self.loss.needs}
+    out = self.fn(policy_logps, ref_logps, **needs, **numbers)
+    if set(out) == {"loss"} and self.loss.data == "pairs":
+      ratios = policy_logps - ref_logps if self.loss.reference else policy_logps
+      rewards = numbers.get("beta", 1.0) * ratios
+      return base.with_metrics(out["loss"], policy_logps, rewards)
+    return out
 
 
 def of(fields):
@@ -84,6 +97,7 @@ def _part(name, fields, prefix):
   takes = set(inspect.signature(fn).parameters)
   takes -= {"policy_logps", "ref_logps", *loss.needs}
   divergence = static.pop("divergence", None)
+  own = {f"LOSSES[{name!r}]": fn}
   if divergence is not None:
     if not loss.of_h:
       raise ValueError(
@@ -91,6 +105,8 @@ def _part(name, fields, prefix):
         "log-ratios than h, so only the reverse KL fits"
       )
     fn = divergences.under(divergence, fn)
+    link = losses.DIVERGENCES[divergence].fn
+    own[f"DIVERGENCES[{divergence!r}]"] = link
     takes |= {"divergence", *losses.DIVERGENCES[divergence].defaults}
   takes |= {"weight"} if prefix else {"name"}
   if set(fields) != takes:
@@ -105,7 +121,9 @@ def _part(name, fields, prefix):
   losses.check_ranges(name, fields, prefix)
   numeric = {k: f"{prefix}{k}" for k in takes if not isinstance(fields[k], str)}
   weight = numeric.pop("weight", None)
-  return Part(name, functools.partial(fn, **static), loss, numeric, weight)
+  own = {k: digest for k, f in own.items() if (digest := code.digest(f))}
+  fn = functools.partial(fn, **static)
+  return Part(name, fn, loss, numeric, weight, own)
 
 
 def check_reference(ref, on_base, parts):

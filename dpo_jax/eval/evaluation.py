@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from dpo_jax import store
+from dpo_jax.config import code as code_lib
 from dpo_jax.config import fields
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.eval import frontier
@@ -69,13 +70,17 @@ def evaluate(run, params, base, workdir, made):
   return result
 
 
-def made_of(step, data, ref):
+def made_of(step, data, ref, identity):
   """How a policy was made: its updates, its data, and what it started from.
 
-  Args: updates; fingerprint of the data, or None; parameters of the reference.
+  And the code of functions of the user's own.
+
+  Args: updates; fingerprint of the data, or None; parameters of the reference;
+    what a run that resumes must share, of build.identity.
   """
   sums = state_lib.fingerprint(ref)
-  return {"step": step, "data": data, "reference": sums}
+  code = {k: x for k, x in identity.items() if k.startswith(code_lib.OF)}
+  return {"step": step, "data": data, "reference": sums, **code}
 
 
 def made_with():
@@ -130,7 +135,8 @@ def done(asked, workdir, made):
   if not path.exists():
     return False
   there = hf.read_json(path)
-  if any(there.get(name) != value for name, value in made.items()):
+  names = made.keys() | {name for name in there if name.startswith(code_lib.OF)}
+  if any(there.get(name) != made.get(name) for name in names):
     return False
   if not isinstance(there.get("config"), dict):
     raise ValueError(f"{path} is damaged: it has no config; delete it")

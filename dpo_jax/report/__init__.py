@@ -6,11 +6,13 @@ frontier.png and curves.png; `rows` and `table` give the table alone.
 """
 
 import math
+import sys
+import types
 
 from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.report import content, folder, markdown, measures, page
+from dpo_jax.report import content, figures, folder, markdown, measures, page
 
 TRUTH, MISSING = "r*", "–"
 # (key of a row, head on a console, head on a page, decimals without an SE);
@@ -190,3 +192,74 @@ def _rows(sweep):
     }
     for entry in sweep.entries
   ]
+
+
+class Picture(bytes):
+  """A PNG, which a notebook shows."""
+
+  def _repr_png_(self):
+    return bytes(self)
+
+  def __repr__(self):
+    return f"<PNG of {len(self):,} bytes>"
+
+
+class Table(list):
+  """What `rows` returned, which a notebook shows as the table.
+
+  Attributes:
+    page: path of report.html.
+    figures: {"frontier": Picture, "curves": Picture}, as far as they are there.
+  """
+
+  def __init__(self, rows, page):
+    super().__init__(rows)
+    self.page = page
+    paths = [page.parent / f"{name}.png" for name in ("frontier", "curves")]
+    self.figures = {
+      path.stem: Picture(path.read_bytes()) for path in paths if path.exists()
+    }
+
+  def __repr__(self):
+    return table(self, "text")
+
+  def _repr_markdown_(self):
+    return table(self, "markdown")
+
+
+def training(name, history):
+  """{"curves": Picture} of one run; {} if it has logged nothing.
+
+  Args:
+    name: of the run.
+    history: rows of its metrics.jsonl, see run.recorder.history.
+  """
+  curves = {}
+  for row in history:
+    prefix = "" if row["kind"] == "train" else "held_out/"
+    for key in row.keys() - {"step", "kind"}:
+      steps, values = curves.setdefault(prefix + key, ([], []))
+      steps.append(row["step"])
+      values.append(math.nan if row[key] is None else row[key])
+  line = figures.Line(name, figures.INK, curves)
+  drawn = figures.curves([line], wide=True)
+  return {"curves": Picture(figures.png(drawn))} if drawn else {}
+
+
+def made(workdir):
+  """Writes the report of a sweep's folder and returns its Table.
+
+  Args, Raises: as `write`.
+  """
+  page = write(workdir)
+  return Table(rows(workdir), page)
+
+
+class _Callable(types.ModuleType):
+  """This package: `dj.report(folder)` and `dj.report.rows` are one name."""
+
+  def __call__(self, workdir):
+    return made(workdir)
+
+
+sys.modules[__name__].__class__ = _Callable

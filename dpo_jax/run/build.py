@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dpo_jax import algos, lookup
 from dpo_jax.algos import base
+from dpo_jax.config import code as code_lib
 from dpo_jax.config import load, origin, saved
 from dpo_jax.data.tokens import comparisons
 from dpo_jax.models import decoder, lora, sample
@@ -158,7 +159,7 @@ def prepare(config):
     algorithm=algorithm,
     optimizer=optimizer,
     hparams=hyper_params(config),
-    identity=config.to_dict() | {"data_fingerprint": source.fingerprint},
+    identity=identity(config, source, algorithm),
     rhythm=rhythm_of(config),
     create=create,
     step=step,
@@ -288,8 +289,14 @@ def sharing(config, run):
     held_out=measured,
     about=(_about_loss(config), run.about[1]),
     hparams=hparams,
-    identity=config.to_dict() | {"data_fingerprint": run.feed.fingerprint},
+    identity=identity(config, run.feed, run.algorithm),
   )
+
+
+def identity(config, source, algorithm):
+  """What a run that resumes must share, the user's own code included."""
+  code = {f"{code_lib.OF}{name}": x for name, x in algorithm.code.items()}
+  return {**config.to_dict(), "data_fingerprint": source.fingerprint, **code}
 
 
 def _about_loss(config):

@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from dpo_jax import tree
+from dpo_jax.data.read import files
 from dpo_jax.models import config as model_config
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.run import held_out
@@ -24,12 +25,46 @@ class Result(NamedTuple):
     evaluation: metrics of the last evaluation, or None.
     exit_code: 0, or the code of the signal that stopped it.
     failure: FloatingPointError that ended it, or None.
+    workdir: its folder.
   """
 
   state: state_lib.TrainState
   evaluation: dict | None
   exit_code: int
   failure: FloatingPointError | None
+  workdir: epath.Path
+
+  @property
+  def history(self):
+    """What the folder's metrics.jsonl holds, see `history`."""
+    return history(self.workdir)
+
+  def __repr__(self):
+    trained = [row for row in self.history if row["kind"] == "train"]
+    parts = [f"step {row['step']}, {_shown(row)}" for row in trained[-1:]]
+    if self.evaluation is not None:
+      parts.append(f"held out {_shown(self.evaluation)}")
+    return f"<{'; '.join([f'run {self.workdir}', *parts])}>"
+
+
+def history(workdir):
+  """The rows of a run folder's metrics.jsonl, a dict each; [] without one.
+
+  "kind" is "train" for a training step and "eval" for the means of data.eval
+  after it, "step" counts updates, the rest are metrics by their names. None is
+  what was not finite. `pandas.DataFrame` takes the list as it is.
+  """
+  path = epath.Path(workdir) / "metrics.jsonl"
+  rows = [row for _, row in files.jsonl(path)] if path.exists() else []
+  # A line that is no row was cut short by a kill.
+  return [row for row in rows if isinstance(row, dict)]
+
+
+def _shown(metrics):
+  """`loss 0.6123, accuracy 0.75` of metrics, as far as they are there."""
+  names = {"loss": "loss", "rewards/accuracies": "accuracy"}
+  found = {name: metrics.get(key) for key, name in names.items()}
+  return ", ".join(f"{k} {v:.4g}" for k, v in found.items() if v is not None)
 
 
 class Recorder:
@@ -142,7 +177,8 @@ class Recorder:
     if not self.failed:
       self._logger.say(f"{self._name}{line}")
     code = stop.exit_code if stop else 0  # a sweep must not go on to others
-    return Result(state, self._evaluation, code, self._failure)
+    workdir = epath.Path(self._workdir)
+    return Result(state, self._evaluation, code, self._failure, workdir)
 
   def close(self):
     """Waits until the trackers have written all."""

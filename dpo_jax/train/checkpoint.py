@@ -202,7 +202,7 @@ def check_run(workdir, config, ref):
     workdir: run folder with a checkpoint.
     config: plain dict.
     ref: parameters of what is taken for its reference.
-  Returns: {"step", "data_fingerprint"} of the newest checkpoint.
+  Returns: {"step", "data_fingerprint", "identity"} of the newest checkpoint.
   Raises: ValueError naming the field, or init_from.
   """
   path = _path(workdir)
@@ -217,7 +217,8 @@ def check_run(workdir, config, ref):
         f"{path}: init_from = {config['init_from']} is not the reference that "
         "this run was trained with; was it trained on? Put it back"
       )
-    return {"step": step, "data_fingerprint": about["data_fingerprint"]}
+    data = about["data_fingerprint"]
+    return {"step": step, "data_fingerprint": data, "identity": about}
 
 
 def _path(workdir):

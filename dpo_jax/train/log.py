@@ -105,6 +105,7 @@ class Logger:
     self._every, self._total, self._start = every, total, start
     self._loud, self._name, self._trackers = loud, name, trackers
     self._live = loud and sys.stdout.isatty()
+    self._bar = None  # in the cell of a notebook, from the first step on
     self._peak, self._peak_is = peak_flops() if loud else (1.0, "")
     self._opened = time.perf_counter()
     self._paused = 0.0  # seconds that training did not run, or compile
@@ -131,7 +132,9 @@ class Logger:
 
   def say(self, text):
     """A line on the console."""
-    if self._loud:
+    if self._bar is not None:
+      self._bar.write(text)
+    elif self._loud:
       self._print(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
 
   def status(self, text):
@@ -163,9 +166,13 @@ class Logger:
       jax.block_until_ready(metrics)
       self._begin = self._now(), number
       self._clock = *self._begin, 0, 0
+      if self._loud:
+        self._bar = progress.bar(self._total, number, self._name)
     else:
       self._tokens += stats.tokens
       self._flops += flops
+    if self._bar is not None:
+      self._bar.update(number - self._bar.n)
     self.status(self._line(number))
     if number % self._every == 0 or number in (self._start + 1, self._total):
       counts = self._tokens, self._flops
@@ -204,7 +211,10 @@ class Logger:
     elapsed = progress.duration(time.perf_counter() - self._opened)
     at = time.strftime("%H:%M:%S", time.localtime(time.time()))
     parts.append(f"{elapsed} at {at}")
-    self.say(f"{self._name}{self._line(number, *parts)}")
+    if self._bar is not None:
+      self._bar.set_postfix_str("  ".join(parts), refresh=False)
+    else:
+      self.say(f"{self._name}{self._line(number, *parts)}")
     return values
 
   def evaluation(self, number, values):
@@ -233,6 +243,8 @@ class Logger:
 
   def close(self):
     """Waits until the trackers have written all."""
+    if self._bar is not None:
+      self._bar.close()
     for tracker in self._trackers:
       tracker.close()
 

@@ -190,3 +190,24 @@ def test_a_closed_output_does_not_stop_the_run(tmp_path, clock, monkeypatch):
   clock[0] += 1
   logger.flush()
   assert len(rows_of(tmp_path)) == 2
+
+
+def test_a_cell_of_a_notebook_has_one_bar_for_the_steps(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(log.progress, "in_cell", lambda: True)
+  logger = log.Logger(tmp_path, every=1, total=4, start=1)
+  for number in (2, 3, 4):
+    logger.step(number, {"loss": 0.5}, STATS, 400)
+  logger.flush()
+  logger.evaluation(4, {"loss": 0.25})
+  logger.close()
+  out = capsys.readouterr().out
+  *passing, last = out.split("\r")
+  assert "4/4" in last
+  assert "loss 0.5" in last
+  assert any("2/4" in text for text in passing)
+  # Lines are of evaluations alone; the steps' are in metrics.jsonl.
+  assert [text for text in out.splitlines() if "eval at 4: loss 0.25" in text]
+  assert out.count("\n") == 3  # with what "mfu" is, and the end of the bar
+  assert [row["step"] for row in rows_of(tmp_path)] == [2, 3, 4, 4]
