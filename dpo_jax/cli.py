@@ -3,6 +3,7 @@
 train    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains; resumes what DIR holds
          --profile traces a few steps for TensorBoard or Perfetto
+         --verbose names the shapes of batches in the program's own terms
 sweep    --config dpo --config.data.train=my.jsonl --workdir DIR
          trains and evaluates each point of the file's sweep(), skips finished
          ones, prints a table and writes a report
@@ -37,7 +38,7 @@ import re
 import sys
 
 import dpo_jax
-from dpo_jax import lookup, verbs
+from dpo_jax import lookup, progress, verbs
 from dpo_jax.config import load
 
 
@@ -51,6 +52,8 @@ def _parse(argv):
     name, given, value = word[2:].partition("=")
     if word == "--profile":
       overrides.append("log.profile=true")
+      continue
+    if word == "--verbose":
       continue
     if not given:
       value = next(words, None)
@@ -82,7 +85,7 @@ def _help(words):
 def main(argv=None):
   """Runs a verb; user mistakes end in one line on stderr and exit code 2."""
   argv = sys.argv[1:] if argv is None else argv
-  code = 0
+  code, progress.detailed = 0, "--verbose" in argv
   try:
     if argv[:1] == ["--version"]:
       print(f"dpo_jax {dpo_jax.__version__}")
@@ -93,11 +96,19 @@ def main(argv=None):
     sys.stdout.flush()
     return code
   except (ValueError, FloatingPointError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
   except BrokenPipeError:  # the reader went away: `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+  except OSError as error:  # a full disk, or one that nobody may write to
+    where = f"{error.filename}: " if error.filename else ""
+    print(
+      f"error: {where}{error.strerror or error}; is there room, and may you "
+      "write there? --workdir names another folder",
+      file=sys.stderr,
+    )
+    return 1
   except KeyboardInterrupt as stopped:
     print("interrupted; the same command goes on from here", file=sys.stderr)
     return getattr(stopped, "exit_code", 130)

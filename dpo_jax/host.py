@@ -5,7 +5,10 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import socket
 import sys
+import urllib.parse
+import urllib.request
 
 # Options of glibc's mallopt (malloc.h), and Linux's MADV_HUGEPAGE.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -108,3 +111,26 @@ def leave_triton_out():
   flags = os.environ.get("XLA_FLAGS", "")
   if _TRITON not in flags and any(map(importlib.util.find_spec, plugins)):
     os.environ["XLA_FLAGS"] = f"{flags} {_TRITON}=false".strip()
+
+
+def hub_or_cache(timeout=3.0):
+  """Has the clients of the Hugging Face hub read their cache if it is far.
+
+  Out of reach, each name would be tried for a minute, a line at a time. To be
+  called before they are imported.
+
+  Args:
+    timeout: seconds to wait for an answer.
+  Returns: why it is out of reach; None if it is not, or if nobody can tell: a
+    proxy is left to the clients.
+  """
+  if "HF_HUB_OFFLINE" in os.environ or urllib.request.getproxies():
+    return None
+  endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+  url = urllib.parse.urlsplit(endpoint)
+  try:
+    socket.create_connection((url.hostname, url.port or 443), timeout).close()
+  except OSError as error:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return f"{url.hostname} cannot be reached ({error.strerror or error})"
+  return None

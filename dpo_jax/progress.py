@@ -9,6 +9,7 @@ import warnings
 
 import tqdm
 
+detailed = False  # whether lines have our own terms too: `--verbose`
 _SHOWN = 1e-9  # seconds: a bar without a delay shows itself before it begins
 
 

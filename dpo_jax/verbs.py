@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from dpo_jax import host, lookup
+from dpo_jax import host, lookup, preflight
 from dpo_jax.config import help, load, points
 from dpo_jax.train import optimizers
 
@@ -24,12 +24,15 @@ class Verb(NamedTuple):
     saved: without --config it takes that of the run folder.
     folder: it needs a run folder.
     config: it needs a config.
+    reads: fields that name the sources it reads; None: its config is not
+      checked.
   """
 
   run: Callable
   saved: bool
   folder: bool = True
   config: bool = True
+  reads: tuple[str, ...] | None = None
 
 
 def train(config, workdir, source):
@@ -136,17 +139,19 @@ def sample(config, workdir, _source):
 
 def sweep(config, workdir, source):
   """Trains and evaluates the points of --sweep, or of the file's `sweep()`."""
-  from dpo_jax import sweeps
-
   if source.axes:
     chosen = points.product(source, source.axes)
   elif hasattr(source.module, "sweep"):
-    chosen = source.module.sweep()
+    chosen = list(source.module.sweep())
   else:
     raise ValueError(
       f"{source.path} has no sweep(), which yields the points: name them, "
       "--sweep loss.beta=0.05,0.1"
     )
+  for point in chosen:
+    preflight.config(source.at(point), VERBS["sweep"].reads)
+  from dpo_jax import sweeps
+
   code = sweeps.sweep(config, chosen, workdir, at=source.at)
   return code or write_report(config, workdir, source)
 
@@ -200,13 +205,14 @@ def losses(_config, _workdir, _source):
   return 0
 
 
+_DATA = ("data.train", "data.eval")
 VERBS = {
-  "train": Verb(train, saved=False),
-  "eval": Verb(evaluate, saved=True),
-  "sample": Verb(sample, saved=True),
-  "sweep": Verb(sweep, saved=False),
+  "train": Verb(train, saved=False, reads=_DATA),
+  "eval": Verb(evaluate, saved=True, reads=("data.eval", "sample.prompts")),
+  "sample": Verb(sample, saved=True, reads=("sample.prompts",)),
+  "sweep": Verb(sweep, saved=False, reads=(*_DATA, "sample.prompts")),
   "report": Verb(write_report, saved=True, config=False),
-  "audit": Verb(audit, saved=True, folder=False),
+  "audit": Verb(audit, saved=True, folder=False, reads=_DATA),
   "export": Verb(export, saved=True),
   "losses": Verb(losses, saved=False, folder=False, config=False),
 }
@@ -250,6 +256,15 @@ def run(name, options, overrides):
     workdir = config.get("workdir") if workdir is None else workdir
   if workdir is None and verb.folder:
     raise ValueError(f"{name} needs --workdir")
+  if verb.folder:
+    preflight.folder(workdir)
+  if verb.reads is not None:
+    preflight.config(config, verb.reads)
+  if config is not None and (names := preflight.on_hub(config)):
+    reason = host.hub_or_cache()
+    if reason is not None:
+      preflight.cached(names, reason)
+      print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)
   host.keep_pages()
   host.claim_devices()
   host.leave_triton_out()

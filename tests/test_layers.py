@@ -15,7 +15,7 @@ LAYERS = (
   ("models", "data", "parallel"),
   ("algos", "train"),
   ("run",),
-  ("eval",),
+  ("eval", "preflight"),
   ("loop",),
   ("sweeps", "plan", "report", "launch", "export", "notebook"),
   ("verbs",),

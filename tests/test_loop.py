@@ -15,7 +15,7 @@ from configs import common
 from dpo_jax import loop
 from dpo_jax.config import load as load_lib
 from dpo_jax.run import build, feed, held_out
-from dpo_jax.train import checkpoint, health
+from dpo_jax.train import checkpoint, health, log
 from dpo_jax.train import state as state_lib
 from tests import conftest, folders
 
@@ -223,7 +223,7 @@ def final_checksums(workdir, step):
 
 def values_of(workdir):
   """Logged values by step, without the clock's."""
-  timed = {"tokens_per_second", "mfu"}
+  timed = log.TIMED
   return {
     row["step"]: {k: v for k, v in row.items() if k not in timed}
     for row in rows_of(workdir)

@@ -458,6 +458,19 @@ def test_null_and_cut_off_metrics_leave_gaps(tmp_path):
     assert gaps == [False, False, True, False, False, False]
 
 
+@pytest.mark.parametrize(
+  "damage", ["[1]", "7", "null", '{"kind": "train"}', "\x00"]
+)
+def test_damaged_metrics_leave_the_rest(tmp_path, damage):
+  build(tmp_path, betas=(0.1,))
+  path = tmp_path / "b0.1" / "metrics.jsonl"
+  rows = [{"step": s, "kind": "train", "loss": float(s)} for s in (1, 2)]
+  first, second = map(json.dumps, rows)
+  path.write_text("\n".join([first, damage, second, ""]))
+  (run,) = folder.read(tmp_path).runs
+  assert run.metrics["loss"] == ([1, 2], [1.0, 2.0])
+
+
 def drawn(workdir):
   """The marks and the curves of a sweep, caught on their way to the page.
 

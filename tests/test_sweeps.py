@@ -98,7 +98,7 @@ def test_a_point_of_a_sweep_is_the_run_of_its_config_alone(swept, tmp_path):
   config = load("ref=cached", "loss.beta=5.0")
   loop.fit(config, tmp_path / "alone")
   ours, alone = metrics(workdir, "beta=5.0"), metrics(tmp_path, "alone")
-  timing = ("tokens_per_second", "mfu")
+  timing = log.TIMED
   for a, b in zip(ours, alone, strict=True):
     assert {k: v for k, v in a.items() if k not in timing} == {
       k: v for k, v in b.items() if k not in timing
@@ -338,7 +338,7 @@ def test_an_interrupted_program_saves_all_points_and_goes_on(
     assert checkpoint.latest_step(tmp_path / "cut" / name) == 2
   for name in ("cut", "whole"):
     assert sweeps.sweep(config, POINTS, tmp_path / name) == 0
-  clock = {"tokens_per_second", "mfu"}
+  clock = log.TIMED
   for name in ("beta=0.1", "beta=5.0"):
     cut, whole = (
       [

@@ -118,10 +118,7 @@ def _part(name, fields, prefix):
   if loss.dialects:
     field = f"loss.{prefix}dialect"
     lookup.lookup(loss.dialects, fields.dialect, field)
-  for field, value in fields.items():
-    for bound in loss.ranges.get(field, losses.RANGES.get(field, ())):
-      if not bound.holds(value):
-        raise ValueError(f"loss.{prefix}{field} = {value}{bound.words}")
+  losses.check_ranges(name, fields, prefix)
   numeric = {k: f"{prefix}{k}" for k in takes if not isinstance(fields[k], str)}
   weight = numeric.pop("weight", None)
   own = {k: digest for k, f in own.items() if (digest := code.digest(f))}

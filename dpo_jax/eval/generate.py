@@ -23,7 +23,7 @@ class Draw(NamedTuple):
   Attributes:
     id: of the draw: prompt number · draws + k.
     prompt: text.
-    prompt_ids: with BOS.
+    prompt_ids: as training has them.
     completion: text.
     ids: as drawn, EOS included if it came.
     finished: whether EOS came within the limit.
@@ -55,13 +55,13 @@ def prompts(setup):
   records = sources.load(options.prompts, form, policy, "sample.prompts")
   if options.prefix is None:
     apply_template = setup.tokenizer.apply_template
-    texts = [chat.prompt_text(record, apply_template) for record in records]
+    texts = [chat.prompt(record, apply_template) for record in records]
   else:
     sources.refuse_messages(records, "sample.prefix")
     encode, decode = setup.tokenizer.encode, setup.tokenizer.decode
     whole = [record.prompt + record.completions[0] for record in records]
     cut = pairs.beginnings(whole, encode, decode, options.prefix, options.seed)
-    texts = [text for _, text in cut]
+    texts = [chat.Prompt(text, templated=False) for _, text in cut]
   texts = list(dict.fromkeys(texts))
   order = np.random.default_rng(options.seed).permutation(len(texts))
   chosen = [texts[i] for i in order[: options.count]]
@@ -165,6 +165,10 @@ def write(setup, params, identity, workdir):
   if options.labels != "none":
     first = f"reward/{scorers[0].name}"
     labelled = [{**row, "reward": row[first]} for row in rows]
+    bos = setup.tokenizer.bos_id
+    for row in labelled:  # or training would put one in front
+      if bos not in (None, given[row["id"]][1][0]):
+        row["bos"] = False
     out, left_out = pairs.records(labelled, options.labels, options.seed)
     text = "".join(json.dumps(record) + "\n" for record in out)
     store.write(workdir / "pairs.jsonl", text.encode())

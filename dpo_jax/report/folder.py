@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from dpo_jax.data.read import fields, files
+from dpo_jax.data.read import files
 
 
 class Run(NamedTuple):
@@ -122,14 +122,17 @@ def _json(path):
 
 
 def _lines(path):
-  """The dicts of a .jsonl file; a line cut short by a kill is left out."""
-  rows = [row for _, row in files.jsonl(path)]
-  return [row for row in rows if not isinstance(row, fields.BadRecord)]
+  """The dicts of a .jsonl file; a line that is cut or damaged is left out."""
+  return [row for _, row in files.jsonl(path) if isinstance(row, dict)]
 
 
 def _curves(path):
   """{metric: (steps, values)} of the lines of kind "train"."""
-  logged = [row for row in _lines(path) if row.get("kind") == "train"]
+  logged = [
+    row
+    for row in _lines(path)
+    if row.get("kind") == "train" and number(row.get("step")) is not None
+  ]
   steps = [row["step"] for row in logged]
   curves = {}
   for name in dict.fromkeys(name for row in logged for name in row):

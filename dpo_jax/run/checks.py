@@ -1,8 +1,6 @@
-"""What a config must satisfy before anything is built."""
+"""What a config must satisfy before it is built; `values` needs no jax."""
 
-import jax
-
-from dpo_jax import lookup, tree
+from dpo_jax import lookup
 from dpo_jax.config import fields, saved
 from dpo_jax.data.read import sources
 from dpo_jax.models import config as model_config
@@ -142,12 +140,16 @@ def pmap(options):
     return
   if options.fsdp * options.tensor > 1:
     raise ValueError("mesh.mode = 'pmap' needs mesh.fsdp = mesh.tensor = 1")
+  import jax
+
   if jax.process_count() > 1:
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
 
 
 def freeze(patterns, params, optimizer):
   """Refuses a pattern of optim.freeze that matches nothing, or everything."""
+  from dpo_jax import tree
+
   paths = [path for path, _ in tree.named(params)]
   for pattern in patterns:
     if not any(tree.matches([pattern], path) for path in paths):

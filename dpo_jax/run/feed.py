@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dpo_jax import progress
 from dpo_jax.data.batch import loader as loader_lib
 from dpo_jax.data.batch import order, rows
 from dpo_jax.data.read import sources
@@ -87,19 +88,28 @@ def load(setup, algorithm, spec, field, row_multiple, *, steps=None):
   size = order.epoch_size(order.mixture(examples.source, weights))
   batches = None if steps is None else steps(size)
   loader = in_batches(setup, examples, row_multiple, batches, weights)
-  notes = {**changed, **{f"skipped: {k}": n for k, n in policy.skipped.items()}}
+  notes = [f"{n} × {what}" for what, n in changed.items()]
+  notes += [f"{n} skipped: {why}" for why, n in policy.skipped.items()]
   if size != len(examples):
-    notes["examples per epoch"] = size
-  shapes = ", ".join(
-    f"R{s.rows} T{s.length} S{s.scored} P{s.per_row} E{s.tile}"
-    for s in loader.shapes
-  )
+    notes.append(f"{size} examples per epoch")
+  count = f"{len(loader.shapes)} shape{'s' if len(loader.shapes) > 1 else ''}"
   about = (
     f"{spec}: {len(examples)} examples, {loader.comparisons} comparisons; "
-    f"shapes {shapes}; fill {loader.fill:.2f}"
+    f"batches of {options.batch_size} in {count}, where "
+    f"{loader.fill:.0%} of the computed positions hold tokens"
   )
+  if progress.detailed:
+    about += "; shapes " + ", ".join(
+      f"R{s.rows} T{s.length} S{s.scored} P{s.per_row} E{s.tile}"
+      for s in loader.shapes
+    )
+  if steps is not None and options.batch_size > size:
+    about += (
+      f"; data.batch_size = {options.batch_size} is more than the {size} "
+      "examples of an epoch, so a batch holds some of them more than once"
+    )
   if notes:
-    about += "; " + ", ".join(f"{n} {what}" for what, n in notes.items())
+    about += "; " + ", ".join(notes)
   if len(weights) > 1:
     named = enumerate(part for _, part in sources.parse(spec, field))
     about += "; " + ", ".join(f"source{k} is {part}" for k, part in named)

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines and on the console: progress, ETA, tokens/s, MFU."""
+"""Metrics as JSON lines and on the console: progress, ETA, speed, MFU."""
 
 import contextlib
 import json
@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from dpo_jax import progress, store
+from dpo_jax.train import compiles
 
 # Peak bf16 matmul FLOP/s of one device, by a part of its device_kind.
 PEAK_FLOPS = (
@@ -27,6 +28,12 @@ PEAK_FLOPS = (
 )
 
 
+# Of a line of metrics.jsonl, what no other run has the same: speeds, seconds
+# since this start of the run, and those since 1970.
+TIMED = frozenset(
+  {"tokens_per_second", "steps_per_second", "mfu", "elapsed", "wall_time"}
+)
+
 # What the console shows of the metrics; metrics.jsonl has all.
 _METRICS = {
   "loss": "loss",
@@ -35,6 +42,7 @@ _METRICS = {
   "logps/chosen": "chosen",
   "logps/rejected": "rejected",
 }
+_STEP = {"grad_norm": "grad", "learning_rate": "lr"}
 _EVALUATION = {
   **_METRICS,
   "drift/displaced": "displaced",
@@ -99,23 +107,28 @@ class Logger:
     self._live = loud and sys.stdout.isatty()
     self._bar = None  # in the cell of a notebook, from the first step on
     self._peak, self._peak_is = peak_flops() if loud else (1.0, "")
-    self._paused = 0.0  # seconds that training did not run
+    self._opened = time.perf_counter()
+    self._paused = 0.0  # seconds that training did not run, or compile
     self._pending = None  # (number, metrics, stats) of a step to be logged
-    self._clock = None  # (time, tokens, flops) when the last one was logged
+    # (time, number, tokens, flops) when the last one was logged
+    self._clock = None
     self._begin = None  # (time, number) after the first step
     self._tokens = self._flops = 0
     if loud:
       self._drop_later_than(start)
+    if start:
+      self.say(f"{name}resumed at step {start}")
 
   def _now(self):
-    return time.perf_counter() - self._paused
+    """Seconds of training: batches of a new shape compile, which is none."""
+    return time.perf_counter() - self._paused - compiles.seconds()
 
   @contextlib.contextmanager
   def paused(self):
     """Evaluation and saving inside do not count as training time."""
-    start = time.perf_counter()
+    start = self._now()
     yield
-    self._paused += time.perf_counter() - start
+    self._paused += self._now() - start
 
   def say(self, text):
     """A line on the console."""
@@ -152,7 +165,7 @@ class Logger:
       # The first step compiles: the clock starts after it.
       jax.block_until_ready(metrics)
       self._begin = self._now(), number
-      self._clock = self._begin[0], 0, 0
+      self._clock = *self._begin, 0, 0
       if self._loud:
         self._bar = progress.bar(self._total, number, self._name)
     else:
@@ -176,26 +189,32 @@ class Logger:
     self._pending = None
     values = {k: float(np.asarray(v)) for k, v in metrics.items()}
     values["fill"] = stats.fill
-    before, tokens, flops = self._clock
+    before, last, tokens, flops = self._clock
     now = self._now()
-    if counts[0] > tokens:
+    if number > last:
       if self._peak_is and not self._name:
         self.say(f"mfu: needed FLOP/s as a share {self._peak_is}")
         self._peak_is = ""
-      values["tokens_per_second"] = (counts[0] - tokens) / (now - before)
-      values["mfu"] = (counts[1] - flops) / (now - before) / self._peak
-    self._clock = (now, *counts)
+      seconds = max(now - before, 1e-6)  # JAX tells of compiles by its clock
+      values["steps_per_second"] = (number - last) / seconds
+      values["tokens_per_second"] = (counts[0] - tokens) / seconds
+      values["mfu"] = (counts[1] - flops) / seconds / self._peak
+    self._clock = now, number, *counts
     self.write("train", number, values)
-    parts = _shown(values, {**_METRICS, "grad_norm": "grad"})
+    parts = _shown(values, {**_METRICS, **_STEP})
     if values.get("skipped"):
       parts.append(f"SKIPPED {values['skipped']:.0f} (not finite)")
     if "tokens_per_second" in values:
+      parts.append(f"{values['steps_per_second']:.3g} steps/s")
       parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
       parts.append(f"mfu {100 * values['mfu']:.0f}%")
     if self._bar is not None:
       self._bar.set_postfix_str("  ".join(parts), refresh=False)
-    else:
-      self.say(f"{self._name}{self._line(number, *parts)}")
+      return values
+    elapsed = progress.duration(time.perf_counter() - self._opened)
+    at = time.strftime("%H:%M:%S", time.localtime(time.time()))
+    parts.append(f"{elapsed} at {at}")
+    self.say(f"{self._name}{self._line(number, *parts)}")
     return values
 
   def evaluation(self, number, values):
@@ -211,6 +230,8 @@ class Logger:
       k for k in values if k.startswith("source") and np.isnan(values[k])
     }
     values = {k: v for k, v in values.items() if k not in absent}
+    values["elapsed"] = time.perf_counter() - self._opened
+    values["wall_time"] = time.time()
     if self._loud:
       # JSON has no NaN: what is not finite is null.
       numbers = {k: v if np.isfinite(v) else None for k, v in values.items()}
@@ -241,11 +262,19 @@ class Logger:
     """After a resume, lines beyond the checkpoint are written anew."""
     if not self._path.exists():
       return
-    kept = []
-    for line in self._path.read_text().splitlines():
+    kept, damaged = [], []
+    *lines, last = self._path.read_bytes().split(b"\n")  # it is b"", or cut
+    for line in lines:
       try:
         if json.loads(line)["step"] <= step:
           kept.append(line)
-      except (json.JSONDecodeError, KeyError):
-        continue  # cut short by a kill
-    store.write(self._path, "".join(f"{line}\n" for line in kept).encode())
+      except (ValueError, KeyError, TypeError):
+        damaged.append(line)
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      kept += [last] if json.loads(last)["step"] <= step else []
+    if damaged:
+      aside = self._path.parent / "metrics.jsonl.damaged"
+      aside.write_bytes(b"".join(line + b"\n" for line in damaged))
+      count = f"{len(damaged)} damaged line{'s' if len(damaged) > 1 else ''}"
+      self.say(f"{self._path}: {count} left out, kept in {aside}")
+    store.write(self._path, b"".join(line + b"\n" for line in kept))

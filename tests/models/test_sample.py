@@ -150,6 +150,29 @@ def test_samples_stop_at_eos_and_report_their_log_probs(temperature, top_p):
     np.testing.assert_allclose(got[: len(want)], want, atol=2e-5)
 
 
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+  """Halves are exact: one reaches ½, and a second is one too many."""
+  even = jnp.float32([[0.0, 0.0, -1e9], [-1e9, 0.0, 0.0]])
+  assert (sample.nucleus(even, 0.5) > -1e8).sum(axis=-1).tolist() == [1, 1]
+  assert (sample.nucleus(even, 0.51) > -1e8).sum(axis=-1).tolist() == [2, 2]
+
+
+def test_successive_tokens_are_drawn_by_noise_of_their_own():
+  """Of equal logits: two tokens agree as often as two throws of a die."""
+  _, params, compiled = world()
+  flat = jax.tree.map(jnp.zeros_like, params)
+  out = compiled(
+    *(flat, PROMPTS, LENGTHS, IDS, jax.random.key(2)),
+    max_new_tokens=N,
+    temperature=1.0,
+    top_p=1.0,
+    eos_id=None,
+  )
+  equal = out.tokens[:, 1:] == out.tokens[:, :-1]
+  error = (1 / VOCAB * (1 - 1 / VOCAB) / equal.size) ** 0.5
+  assert abs(float(equal.mean()) - 1 / VOCAB) < 4 * error
+
+
 def test_temperature_zero_takes_the_most_likely_token():
   first = np.asarray(draw(temperature=0.0).tokens[:, 0])
   last = prompt_logits()[np.arange(B), np.asarray(LENGTHS) - 1]

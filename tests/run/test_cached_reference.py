@@ -13,7 +13,7 @@ from dpo_jax.config import load as load_lib
 from dpo_jax.data.batch import loader as loader_lib
 from dpo_jax.data.batch import rows
 from dpo_jax.run import build, forward, reference, trained
-from dpo_jax.train import health
+from dpo_jax.train import health, log
 from tests import conftest, worlds
 
 ITEMS = worlds.examples(22, seed=3, completions=4)
@@ -312,7 +312,7 @@ def train(workdir, data, *overrides):
 
 def assert_same_training(got, want):
   for ours, theirs in zip(got, want, strict=True):
-    measured = theirs.keys() - {"kind", "tokens_per_second", "mfu"}
+    measured = theirs.keys() - {"kind", *log.TIMED}
     if theirs["step"] == 1:
       # The policy still is the reference: rounding decides who is preferred.
       decided = ("rewards/accuracies", "calibration", "overconfidence")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batch import loader
-from dpo_jax.train import log
+from dpo_jax.train import compiles, log
 
 STATS = loader.Stats(4, 4, 100, 50, 700, 0.9)
 
@@ -18,6 +18,8 @@ def clock(monkeypatch):
   """A settable time.perf_counter, and a machine of 1000 FLOP/s."""
   now = [0.0]
   monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+  monkeypatch.setattr(log.time, "time", lambda: 1e9 + now[0])
+  monkeypatch.setattr(compiles, "seconds", lambda: 0.0)
   monkeypatch.setattr(log, "peak_flops", lambda: (1000.0, "of a fixture"))
   return now
 
@@ -48,6 +50,75 @@ def test_throughput_is_tokens_over_the_seconds_that_training_took(
   assert rows[2]["tokens_per_second"] == 200 / 2
   assert rows[3]["tokens_per_second"] == 200 / 4
   assert rows[3]["mfu"] == 800 / 4 / 1000
+
+
+def test_a_compilation_between_steps_is_no_training_time(
+  tmp_path, clock, monkeypatch, capsys
+):
+  compiled = [0.0]
+  monkeypatch.setattr(compiles, "seconds", lambda: compiled[0])
+  logger = log.Logger(tmp_path, every=1, total=5, start=0)
+  for number in range(1, 5):
+    clock[0] += 2
+    if number == 3:  # a batch of another shape
+      clock[0] += 30
+      compiled[0] += 30
+    done = jax.block_until_ready(jax.numpy.float32(number))
+    logger.step(number, {"loss": done}, STATS, 400)
+    if number == 3:
+      with logger.paused():  # an evaluation, which compiles too
+        clock[0] += 100
+        compiled[0] += 70
+  rows = rows_of(tmp_path)
+  assert [row.get("steps_per_second") for row in rows] == [None, 0.5, 0.5, 0.5]
+  assert [row.get("tokens_per_second") for row in rows] == [None, 50, 50, 50]
+  assert rows[3]["mfu"] == 400 / 2 / 1000
+  assert "ETA 0:02" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_line_has_its_time_and_how_long_it_took_to_get_there(
+  tmp_path, clock, capsys
+):
+  logger = log.Logger(tmp_path, every=1, total=2, start=0)
+  for number in (1, 2):
+    clock[0] += 4
+    done = jax.block_until_ready(jax.numpy.float32(number))
+    metrics = {"loss": done, "learning_rate": jax.numpy.float32(3e-4)}
+    jax.block_until_ready(metrics)
+    logger.step(number, metrics, STATS, 400)
+  clock[0] += 1
+  logger.evaluation(2, {"loss": 0.5})
+  rows = rows_of(tmp_path)
+  assert [row["elapsed"] for row in rows] == [4, 8, 9]
+  assert [row["wall_time"] for row in rows] == [1e9 + 4, 1e9 + 8, 1e9 + 9]
+  line = capsys.readouterr().out.splitlines()[-2]
+  at = log.time.strftime("%H:%M:%S", log.time.localtime(1e9 + 8))
+  for part in ("lr 0.0003", "0.25 steps/s", "25 tokens/s", f"0:08 at {at}"):
+    assert f"  {part}" in line
+
+
+def test_a_resumed_run_says_so(tmp_path, clock, capsys):
+  log.Logger(tmp_path, every=1, total=4, start=0)
+  assert "resumed" not in capsys.readouterr().out
+  log.Logger(tmp_path, every=1, total=4, start=2, name="beta=1: ")
+  assert capsys.readouterr().out == "beta=1: resumed at step 2\n"
+
+
+@pytest.mark.parametrize(
+  "damage", [b"[1]", b"7", b"\xff\xfe", b'{"step": "x"}', b'{"kind": 1}', b"{"]
+)
+def test_damaged_lines_are_left_out_and_counted(
+  tmp_path, clock, capsys, damage
+):
+  path = tmp_path / "metrics.jsonl"
+  good = [{"step": s, "kind": "train", "loss": 1.0} for s in (1, 2)]
+  first, second = (json.dumps(row).encode() for row in good)
+  path.write_bytes(b"\n".join([first, damage, second, b'{"step": 2, "ki']))
+  log.Logger(tmp_path, every=1, total=4, start=2)
+  assert rows_of(tmp_path) == good
+  (said, _) = capsys.readouterr().out.splitlines()
+  assert said.startswith(f"{path}: 1 damaged line left out")
+  assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
 
 
 class Metric:

@@ -55,7 +55,7 @@ def _report(spec, field, tokenizer, options, limits, kind, with_scores):
   parts, shown = [], []
   every, skipped, first = [], collections.Counter(), {}
   for _, source in sources.parse(spec, field):
-    policy, facts = sources.Policy("skip"), []
+    policy, facts, seen = sources.Policy("skip"), [], set()
     items = sources.read_part(source, comparisons.FORMS[kind], field)
     records = list(policy.usable(items))
     each = tokenize.encode_each(records, tokenizer, options)
@@ -66,6 +66,7 @@ def _report(spec, field, tokenizer, options, limits, kind, with_scores):
       if error is not None:
         policy.bad(error)
         continue
+      encoded.changed.update(counts.repeated(encoded.example, seen))
       facts.append(counts.facts_of(record, encoded, tokenizer))
       if len(shown) < limits.show:
         shown.append(_show(record, encoded, tokenizer))

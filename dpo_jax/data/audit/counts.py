@@ -1,9 +1,12 @@
 """What there is to count of examples, and the limits it is held against."""
 
 import collections
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
+
+from dpo_jax.data.read import fields
 
 # What to do where a limit of config.audit is exceeded.
 CHECKS = {
@@ -21,7 +24,7 @@ CHECKS = {
   ),
   "double_bos": (
     "take it out of the text, of the chat template or of the tokens drawn: one "
-    "is put first in any case"
+    "is put in front of text in any case"
   ),
   "special_tokens": (
     "take them out of the text; if it was written by a chat template, give "
@@ -35,12 +38,22 @@ CHECKS = {
 }
 
 
+# What tokenize.encode counts that is in `Facts.found`, by the names there.
+_CHANGED = {
+  "boundary_merges": "boundary merge",
+  "prompt_cut": "prompt cut",
+  "completion_cut": "completion cut",
+  "other_end": "end of turn that is not the EOS",
+}
+
+
 class Facts(NamedTuple):
   """What there is to count of an example.
 
   Attributes:
     origin: "file:line".
     found: names of what it has, most of them those of CHECKS.
+    remarks: how it was read and what of it was not, each with its count.
     bos: BOS in its prompt and one completion, the most.
     eos: EOS in each completion.
     prompt: tokens.
@@ -50,6 +63,7 @@ class Facts(NamedTuple):
 
   origin: str
   found: frozenset[str]
+  remarks: collections.Counter
   bos: int
   eos: tuple[int, ...]
   prompt: int
@@ -62,26 +76,54 @@ def facts_of(record, encoded, tokenizer):
   example, changed = encoded.example, encoded.changed
   bos = count_bos(example, tokenizer)
   found = {
-    "boundary_merges": changed["boundary merge"],
-    "prompt_cut": changed["prompt cut"],
-    "completion_cut": changed["completion cut"],
+    **{name: changed[what] for name, what in _CHANGED.items()},
     "cut": changed["prompt cut"] or changed["completion cut"],
     "double_bos": bos > 1,
     "special_tokens": _writes_specials(record, example, tokenizer),
     "empty": any(
       all(i in tokenizer.specials for i in ids) for ids in example.completions
     ),
-    "other_end": changed["end of turn that is not the EOS"],
   }
+  remarks = collections.Counter(changed)
+  for what in _CHANGED.values():
+    del remarks[what]
   return Facts(
     origin=record.origin,
     found=frozenset(name for name, there in found.items() if there),
+    remarks=remarks,
     bos=bos,
     eos=tuple(ids.count(tokenizer.eos_id) for ids in example.completions),
     prompt=len(example.prompt),
     completions=tuple(map(len, example.completions)),
     pairs=tuple((winner, loser) for winner, loser, _ in example.pairs),
   )
+
+
+def repeated(example, seen):
+  """Counter of comparisons that an earlier example has, or has turned round.
+
+  Args:
+    example: comparisons.Example.
+    seen: set of comparisons so far, to which these are added.
+  """
+  texts = [_digest(example.prompt), *map(_digest, example.completions)]
+  prompt, *completions = texts
+  pairs = {
+    (prompt, completions[winner], completions[loser])
+    for winner, loser, _ in example.pairs
+  }
+  out = collections.Counter()
+  for prompt, winner, loser in pairs:
+    if (prompt, winner, loser) in seen:
+      out["comparison that an earlier record has"] += 1
+    if (prompt, loser, winner) in seen:
+      out["comparison that an earlier record has the other way round"] += 1
+  seen |= pairs
+  return out
+
+
+def _digest(ids):
+  return hashlib.blake2b(repr(list(ids)).encode(), digest_size=12).digest()
 
 
 def count_bos(example, tokenizer):
@@ -103,7 +145,8 @@ def _writes_specials(record, example, tokenizer):
       texts.append(ids[:-1] if ids[-1] == tokenizer.eos_id else ids)
   else:
     messages = [*record.prompt, *(m for (m,) in record.completions)]
-    texts = tokenizer.encode([message["content"] for message in messages])
+    said = [text for message in messages for text in fields.texts(message)]
+    texts = tokenizer.encode(said)
   bad = set(tokenizer.specials)
   if tokenizer.bos_id != tokenizer.eos_id:
     bad.discard(tokenizer.bos_id)
@@ -114,8 +157,9 @@ def summary(facts, skipped, first):
   """The numbers of a source: of its Facts, Policy.skipped and Policy.first.
 
   Returns: dict; "found" counts examples, "bos" examples and "eos" completions
-    by how many they have (2: or more), "first" holds an origin for each name
-    in "found", "lengths" are in tokens.
+    by how many they have (2: or more), "remarks" what is counted of records on
+    the way, "first" holds an origin for each name in "found", "lengths" are in
+    tokens.
   """
   found, origins = collections.Counter(), {}
   bos, eos = collections.Counter(), collections.Counter()
@@ -133,6 +177,7 @@ def summary(facts, skipped, first):
     "skipped": dict(skipped),
     "why": dict(first),
     "found": dict(found),
+    "remarks": dict(sum((f.remarks for f in facts), collections.Counter())),
     "first": origins,
     "bos": dict(bos),
     "eos": dict(eos),

@@ -39,7 +39,7 @@ def text(report):
   parts = report["parts"]
   for start in range(0, len(parts), _COLUMNS):
     lines += ["", *_table(parts[start : start + _COLUMNS])]
-  lines += ["", *_lengths(parts), "", *_checks(report), ""]
+  lines += [*_remarks(parts), "", *_lengths(parts), "", *_checks(report), ""]
   return "\n".join(line.rstrip() for line in lines)
 
 
@@ -144,6 +144,23 @@ def _table(parts):
     yield row(f"  with {label} EOS", each("eos", count), completions)
   if any(comparisons):
     yield row("comparisons", comparisons)
+
+
+def _remarks(parts):
+  """Lines on how records were read, and what of them was not."""
+  if any(part["remarks"] for part in parts):
+    yield from ("", "how records were read")
+  for part in parts:
+    if part["remarks"] and len(parts) > 1:
+      yield f"  {part['source']}"
+    for what, count in part["remarks"].items():
+      yield textwrap.fill(
+        f"{count:,} × {what}",
+        _WIDTH,
+        initial_indent=f"{'':{2 if len(parts) == 1 else 4}}",
+        subsequent_indent=" " * 8,
+        break_long_words=False,
+      )
 
 
 def _short(name, width):

@@ -1,10 +1,19 @@
 """Reading a field of a row: its type, its text, its messages."""
 
 import contextlib
+import math
+import numbers
 
 from dpo_jax import lookup
 
 ROLES = ("system", "user", "assistant", "tool")
+# A message may have these in place of a content.
+INSTEAD = (
+  *("tool_calls", "function_call"),
+  *("reasoning_content", "reasoning", "thinking"),
+)
+# By these two messages differ; by other keys (an id, a date) they do not.
+_SAID = ("role", "name", "tool_call_id", *INSTEAD)
 
 
 class BadRecord(ValueError):
@@ -18,6 +27,22 @@ class BadRecord(ValueError):
     return self.args[1]
 
 
+class Row(dict):
+  """A row that notes by `read` which of its fields are looked up."""
+
+  def __init__(self, values):
+    super().__init__(values)
+    self.read = set()
+
+  def __getitem__(self, name):
+    self.read.add(name)
+    return super().__getitem__(name)
+
+  def get(self, name, default=None):
+    self.read.add(name)
+    return super().get(name, default)
+
+
 @contextlib.contextmanager
 def at(place):
   """Puts before the message of a BadRecord where it is."""
@@ -25,6 +50,28 @@ def at(place):
     yield
   except BadRecord as error:
     raise BadRecord(error.reason, f"{place}: {error}") from error
+
+
+def without_nulls(value, whole=()):
+  """A value without the keys that are null, however deep.
+
+  Args:
+    whole: keys whose values stay as they are.
+  """
+  if isinstance(value, dict):
+    return {
+      k: v if k in whole else without_nulls(v, whole)
+      for k, v in value.items()
+      if v is not None
+    }
+  if isinstance(value, list) and value and isinstance(value[0], dict | list):
+    return [without_nulls(v, whole) for v in value]
+  return value
+
+
+def is_empty(value):
+  """Whether a value that is there says nothing: no text, no items."""
+  return isinstance(value, str | list | dict) and not value
 
 
 def field(row, name, kind, what=None):
@@ -53,6 +100,20 @@ def text(row, name):
   return text
 
 
+def number(row, name):
+  """A finite number."""
+  value = field(row, name, numbers.Real, "a number or a bool")
+  try:
+    out = float(value)
+  except OverflowError:
+    out = math.inf
+  if not math.isfinite(out):
+    raise BadRecord(
+      f"bad {name}", f"field {name!r} must be finite, not {value!r:.40}"
+    )
+  return out
+
+
 def prompt(row):
   if isinstance(row.get("prompt"), list):
     return messages(row, "prompt")
@@ -75,7 +136,10 @@ def messages(row, name):
 
 
 def check_messages(messages, where):
-  """The messages with their role and content only."""
+  """The messages with all their keys, but for those that are null.
+
+  Each gets a content: a text, or a list of parts of text.
+  """
   if not isinstance(messages, list) or not messages:
     raise BadRecord(
       "empty" if messages == [] else "wrong type",
@@ -89,15 +153,58 @@ def check_messages(messages, where):
         "wrong type", f"{place} must be a message, not {message!r:.40}"
       )
     with at(place):
-      role = field(message, "role", str)
-      if role not in ROLES:
-        raise BadRecord(
-          "bad role",
-          f"role {role!r} is not known{lookup.nearest(role, ROLES)} "
-          f"(allowed: {', '.join(ROLES)})",
-        )
-      out.append({"role": role, "content": field(message, "content", str)})
+      out.append(_message(without_nulls(message, whole=("arguments",))))
   return tuple(out)
+
+
+def _message(message):
+  role = field(message, "role", str)
+  if role not in ROLES:
+    raise BadRecord(
+      "bad role",
+      f"role {role!r} is not known{lookup.nearest(role, ROLES)} "
+      f"(allowed: {', '.join(ROLES)})",
+    )
+  if any(message.get(key) for key in INSTEAD):
+    message = {"role": role, "content": "", **message}
+  if isinstance(message.get("content"), list):
+    _check_parts(message["content"])
+  else:
+    field(message, "content", str, "text")
+  return message
+
+
+def _check_parts(parts):
+  for k, part in enumerate(parts):
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text":
+      raise BadRecord(
+        "not text",
+        f"field 'content'[{k}] is a part of the type {kind!r}; only parts of "
+        "the type 'text' can be trained on",
+      )
+    with at(f"field 'content'[{k}]"):
+      field(part, "text", str)
+  if not parts:
+    raise BadRecord("empty", "field 'content' is an empty list")
+
+
+def texts(message):
+  """The texts of a message: one, or that of each part."""
+  content = message["content"]
+  if isinstance(content, str):
+    return [content]
+  return [part["text"] for part in content]
+
+
+def essence(completion):
+  """What two completions or prompts are compared by: text, or messages."""
+  if isinstance(completion, str):
+    return completion
+  return [
+    ("".join(texts(message)), *map(message.get, _SAID))
+    for message in completion
+  ]
 
 
 def split(messages, where):
@@ -123,6 +230,6 @@ def reply(messages, where):
       f"{where} has {len(messages)} messages; only the last is a completion, "
       "the others belong to 'prompt'",
     )
-  if not messages[0]["content"]:
+  if not any(texts(messages[0])) and not any(map(messages[0].get, INSTEAD)):
     raise BadRecord("empty", f"{where}: the last message is empty")
   return messages

@@ -63,12 +63,26 @@ def jsonl(path):
 def _json_row(line):
   """The row of a line, or the BadRecord that it is."""
   try:
-    return json.loads(line.rstrip(b"\n"))
+    return json.loads(line.rstrip(b"\n"), object_pairs_hook=_object)
   except UnicodeDecodeError as error:
     return fields.BadRecord("invalid UTF-8", f"not UTF-8: {error}")
+  except fields.BadRecord as error:
+    return error
   except (ValueError, RecursionError) as error:
     hint = "" if line.endswith(b"\n") else "; the last line is cut short"
     return fields.BadRecord("invalid JSON", f"not JSON: {error}{hint}")
+
+
+def _object(pairs):
+  """A JSON object, of which no key may be given twice: one would be lost."""
+  out = dict(pairs)
+  if len(out) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise fields.BadRecord(
+      "key twice", f"the key {twice!r} stands twice in one object; take one out"
+    )
+  return out
 
 
 def csv_rows(path):
@@ -116,7 +130,9 @@ def _csv_row(names, cells):
     try:
       row[name] = json.loads(row[name])
     except (ValueError, RecursionError) as error:
-      if name == "label":  # a class by its name: SFT does not look at it
+      # A class by its name, which SFT does not look at, or True; messages may
+      # be Python's repr of them (shapes.py).
+      if name in ("label", "messages"):
         continue
       return fields.BadRecord(
         "invalid JSON", f"field {name!r} is not JSON: {error}"
@@ -135,7 +151,7 @@ def _parquet_rows(path):
 
 
 def parquet(path):
-  """Rows of a table, numbered from 1; a null is a missing field."""
+  """Rows of a table, numbered from 1, without the nulls that fill it up."""
   import pyarrow as pa
   import pyarrow.parquet as pq
 
@@ -149,4 +165,4 @@ def parquet(path):
   batches = table.to_batches(max_chunksize=1024)
   every = itertools.chain.from_iterable(b.to_pylist() for b in batches)
   for number, row in enumerate(every, 1):
-    yield f"{path}:{number}", {k: v for k, v in row.items() if v is not None}
+    yield f"{path}:{number}", fields.without_nulls(row)

@@ -5,6 +5,7 @@ import re
 from etils import epath
 
 from dpo_jax import lookup
+from dpo_jax.data.read import fields
 
 _SPEC = re.compile(r"([^@:]+)(?:@([^:]+))?(?::(.+))?")
 
@@ -90,7 +91,7 @@ def rows(made, spec):
     if isinstance(feature, datasets.ClassLabel)
   ]
   for row in made.with_format(None):
-    row = {k: v for k, v in row.items() if v is not None}
+    row = fields.without_nulls(row)  # those that fill the tables up too
     for name in classes:
       if row.get(name) == -1:  # the library's mark for "no label"
         del row[name]

@@ -75,8 +75,8 @@ def records(draws, labels, seed):
   """Draws as records of comparisons.
 
   Args:
-    draws: list of dicts with "id", "prompt", "completion", "tokens" and
-      "reward", those of one prompt together.
+    draws: list of dicts with "id", "prompt", "completion", "tokens", "reward"
+      and perhaps "bos" (see records.Record), those of one prompt together.
     labels, seed: see `compare`.
   Returns: (list of {"prompt", "completions", "tokens", "pairs", "scores"},
     Counter of what was left out).
@@ -96,7 +96,7 @@ def records(draws, labels, seed):
     if pairs:
       out.append(
         {
-          "prompt": kept[0]["prompt"],
+          **{n: kept[0][n] for n in ("prompt", "bos") if n in kept[0]},
           "completions": texts,
           "tokens": [draw["tokens"] for draw in kept],
           "pairs": pairs,

@@ -6,12 +6,19 @@ message of the assistant, and all before it is the prompt.
 """
 
 import itertools
-import math
-import numbers
+import json
 from typing import Any, NamedTuple
 
 from dpo_jax import lookup
-from dpo_jax.data.read import fields
+from dpo_jax.data.read import fields, several, shapes
+
+_WANTED = {
+  "preference": '{"prompt", "chosen", "rejected"}',
+  "feedback": '{"prompt", "completion", "label"}',
+  "sft": '{"prompt", "completion"}, {"messages"} or {"text"}',
+  "label": '{"prompt", "completion", "label"} or {"text", "label"}',
+  "prompt": '{"prompt"}',
+}
 
 
 class Record(NamedTuple):
@@ -19,7 +26,8 @@ class Record(NamedTuple):
 
   Attributes:
     prompt: text before every completion, may be empty; or a tuple of messages,
-      dicts of "role" and "content" (data/tokens/chat.py makes them text).
+      dicts of "role", "content" and whatever else a template may read
+      (data/tokens/chat.py makes them text).
     completions: the texts; or, if the prompt is messages, tuples of one message
       of the assistant.
     pairs: (winner, loser) indices into `completions`; empty but for
@@ -30,6 +38,11 @@ class Record(NamedTuple):
     tokens: ids of each completion as a policy drew it, or None.
     scores: a number for each completion, or None.
     ranking: indices into `completions`, best first, or None.
+    tools: for the chat template, beside messages only; or None.
+    bos: whether a prompt of text gets a BOS; False for what a chat template
+      wrote without one, such as prompts that were sampled from.
+    remarks: how the row was read, where that is not plain, and what of it was
+      not; counted where records become examples.
   """
 
   prompt: str | tuple[dict, ...]
@@ -41,6 +54,9 @@ class Record(NamedTuple):
   tokens: tuple[list[int], ...] | None = None
   scores: tuple[float, ...] | None = None
   ranking: tuple[int, ...] | None = None
+  tools: tuple[dict, ...] | None = None
+  bos: bool = True
+  remarks: tuple[str, ...] = ()
 
 
 def make(row, form, origin):
@@ -59,26 +75,91 @@ def make(row, form, origin):
     if not isinstance(row, dict):
       message = f"a record must be an object, not {row!r:.40}"
       raise fields.BadRecord("wrong type", message)
-    return make_form(row, origin)
+    row, remarks = shapes.standard(_there(row))
+    row = fields.Row(row)
+    try:
+      record = make_form(row, origin)
+    except fields.BadRecord as error:
+      if error.reason != "missing field":
+        raise
+      raise fields.BadRecord(
+        error.reason, f"{error}; a row is {_WANTED[form]}"
+      ) from error
+    if not isinstance(record.prompt, str) and "tools" in row:
+      record = record._replace(tools=_tools(row))
+    if isinstance(record.prompt, str) and "bos" in row:
+      record = record._replace(bos=fields.field(row, "bos", bool))
+    remarks += [*_odd(record), *_not_read(row)]
+    return record._replace(remarks=tuple(remarks))
+
+
+def _there(row):
+  """The fields of a row that are there: a null is not."""
+  return {k: v for k, v in row.items() if v is not None}
+
+
+def _not_read(row):
+  """Remarks on the fields of a fields.Row that hold what nothing looked at."""
+  for name, value in row.items():
+    if name not in row.read and not fields.is_empty(value):
+      yield f"column {name!r} is not read"
+
+
+def _odd(record):
+  """Remarks on completions and comparisons that are read as they are."""
+  out = []
+  for completion in record.completions:
+    texts = [completion]
+    if not isinstance(completion, str):
+      texts = [t for message in completion for t in fields.texts(message)]
+    if any(texts) and not "".join(texts).strip():
+      out.append("completion of white space only")
+  pairs = set(record.pairs)
+  if len(record.pairs) > 1:
+    both = sum(pair[::-1] in pairs for pair in pairs) // 2
+    out += ["comparison given both ways round"] * both
+    out += ["comparison given twice"] * (len(record.pairs) - len(pairs))
+  return out
+
+
+def _tools(row):
+  """The tools of a row: a list, or the JSON of one; None if it is empty."""
+  tools = row["tools"]
+  try:
+    if isinstance(tools, str):
+      tools = json.loads(tools) if tools.strip() else []
+    if isinstance(tools, list):
+      tools = [json.loads(t) if isinstance(t, str) else t for t in tools]
+  except (ValueError, RecursionError) as error:
+    raise fields.BadRecord(
+      "bad tools", f"field 'tools' is a text that is not JSON: {error}"
+    ) from error
+  if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+    raise fields.BadRecord(
+      "bad tools",
+      "field 'tools' must be a list of tools (objects), or the JSON of one, "
+      f"not {tools!r:.40}",
+    )
+  return tuple(tools) or None
 
 
 def _preference(row, origin):
   if "completions" in row:
-    prompt, completions = _completions(row)
-    tokens = _tokens(row, completions) if "tokens" in row else None
-    ranking = _ranking(row, completions) if "ranking" in row else None
+    prompt, completions = several.completions(row)
+    tokens = several.tokens(row, completions) if "tokens" in row else None
+    ranking = several.ranking(row, completions) if "ranking" in row else None
     if ranking is None:
-      pairs = _pairs(row, completions)
+      pairs = several.pairs(row, completions)
     else:
       pairs = tuple(itertools.combinations(ranking, 2))
-      _check_different(pairs, completions)
+      several.check_different(pairs, completions)
     return Record(
       prompt,
       completions,
       pairs,
       origin,
       tokens=tokens,
-      scores=_scores(row, completions) if "scores" in row else None,
+      scores=several.scores(row, completions) if "scores" in row else None,
       ranking=ranking,
     )
   if "label" in row and "chosen" not in row:
@@ -88,40 +169,50 @@ def _preference(row, origin):
       "of labels (kto, bco_unpaired), or give 'chosen' and 'rejected'",
     )
   prompt, sides = _sides(row, ("chosen", "rejected"))
-  if sides[0] == sides[1]:
+  if fields.essence(sides[0]) == fields.essence(sides[1]):
     raise fields.BadRecord(
       "identical pair", "'chosen' and 'rejected' are the same text"
     )
   names = ("score_chosen", "score_rejected")
   scores = None
   if any(name in row for name in names):
-    scores = tuple(_number(row, name) for name in names)
+    scores = tuple(fields.number(row, name) for name in names)
   return Record(prompt, sides, ((0, 1),), origin, scores=scores)
 
 
 def _feedback(row, origin):
-  return (_label if "label" in row else _preference)(row, origin)
+  compared = "label" not in row or "chosen" in row
+  return (_preference if compared else _label)(row, origin)
 
 
 def _sft(row, origin):
   if "messages" in row:
-    messages = fields.messages(row, "messages")
-    prompt, reply = fields.split(messages, "field 'messages'")
-    return Record(prompt, (reply,), (), origin)
+    return _messages(row, origin)
   if "text" in row:
     return Record("", (fields.text(row, "text"),), (), origin)
   if "completion" in row:
     prompt, sides = _sides(row, ("completion",))
   elif "completions" in row:
-    prompt, sides = _completions(row)
+    prompt, sides = several.completions(row)
   else:
     prompt, sides = _sides(row, ("chosen",))
   return Record(prompt, sides[:1], (), origin)
 
 
+def _messages(row, origin):
+  """The record of one conversation, whose last message is the completion."""
+  messages = fields.messages(row, "messages")
+  prompt, reply = fields.split(messages, "field 'messages'")
+  return Record(prompt, (reply,), (), origin)
+
+
 def _prompt_only(row, origin):
   if "prompt" in row and not fields.holds_messages(row.get("chosen")):
     return Record(fields.prompt(row), (), (), origin)
+  if "messages" in row:
+    messages = fields.messages(row, "messages")
+    if messages[-1]["role"] != "assistant":
+      return Record(messages, (), (), origin)
   prompt = _sft(row, origin).prompt
   if not prompt:
     raise fields.BadRecord(
@@ -133,26 +224,13 @@ def _prompt_only(row, origin):
 
 
 def _label(row, origin):
-  if "text" in row or "completion" not in row:
-    prompt, sides = "", (fields.text(row, "text"),)
+  if "text" in row or not ("completion" in row or "messages" in row):
+    record = Record("", (fields.text(row, "text"),), (), origin)
+  elif "completion" in row:
+    record = Record(*_sides(row, ("completion",)), (), origin)
   else:
-    prompt, sides = _sides(row, ("completion",))
-  label = _number(row, "label")
-  return Record(prompt, sides, (), origin, labels=(label,))
-
-
-def _number(row, name):
-  """A finite number."""
-  value = fields.field(row, name, numbers.Real, "a number or a bool")
-  try:
-    number = float(value)
-  except OverflowError:
-    number = math.inf
-  if not math.isfinite(number):
-    raise fields.BadRecord(
-      f"bad {name}", f"field {name!r} must be finite, not {value!r:.40}"
-    )
-  return number
+    record = _messages(row, origin)
+  return record._replace(labels=(fields.number(row, "label"),))
 
 
 FORMS = {
@@ -189,107 +267,18 @@ def _conversations(row, names):
     messages = fields.messages(row, name)
     parts.append(fields.split(messages, f"field {name!r}"))
   prompt = parts[0][0]
-  if any(part[0] != prompt for part in parts):
+  said = fields.essence(prompt)
+  if any(fields.essence(part[0]) != said for part in parts):
     raise fields.BadRecord(
       "different prompts",
       f"{' and '.join(map(repr, names))} differ before their last message; a "
       "comparison is of two replies to one prompt",
     )
   if "prompt" in row:  # some data sets repeat what the user said, as text
-    said = fields.field(row, "prompt", str)
-    if said.strip() not in [m["content"].strip() for m in prompt]:
+    said = fields.field(row, "prompt", str).strip()
+    if said not in ["".join(fields.texts(m)).strip() for m in prompt]:
       raise fields.BadRecord(
         "different prompts",
         f"field 'prompt' is none of the messages of {names[0]!r}",
       )
   return prompt, tuple(reply for _, reply in parts)
-
-
-def _completions(row):
-  """The prompt and the completions of the form with K of them."""
-  prompt = fields.prompt(row)
-  values = fields.field(row, "completions", list)
-  if not values:
-    raise fields.BadRecord("empty", "field 'completions' is empty")
-  out = []
-  for k, value in enumerate(values):
-    where = f"'completions'[{k}]"
-    if not isinstance(prompt, str):
-      out.append(fields.reply(fields.check_messages(value, where), where))
-      continue
-    if not isinstance(value, str) or not value:
-      raise fields.BadRecord(
-        "empty" if value == "" else "wrong type",
-        f"{where} must be a non-empty string, not {value!r:.40}",
-      )
-    fields.check_text(value, where)
-    out.append(value)
-  return prompt, tuple(out)
-
-
-def _tokens(row, completions):
-  """Ids of each completion, which must be text."""
-  lists = fields.field(row, "tokens", list)
-  good = len(lists) == len(completions) and isinstance(completions[0], str)
-  good = good and all(isinstance(ids, list) and ids for ids in lists)
-  if not good or any(type(i) is not int or i < 0 for ids in lists for i in ids):
-    raise fields.BadRecord(
-      "bad tokens",
-      "'tokens' must hold a non-empty list of ids for each of "
-      f"{len(completions)} completions that are text",
-    )
-  return tuple(lists)
-
-
-def _pairs(row, completions):
-  pairs = fields.field(row, "pairs", list)
-  if not pairs:
-    raise fields.BadRecord("empty", "field 'pairs' is empty")
-  count = len(completions)
-  for pair in pairs:
-    good = isinstance(pair, list) and len(pair) == 2
-    good = good and all(type(k) is int and 0 <= k < count for k in pair)
-    if not good or pair[0] == pair[1]:
-      raise fields.BadRecord(
-        "bad pair",
-        f"'pairs' holds {pair!r}; each must be [winner, loser], two different "
-        f"indices below {count}",
-      )
-  _check_different(pairs, completions)
-  return tuple(map(tuple, pairs))
-
-
-def _check_different(pairs, completions):
-  for one, other in pairs:
-    if completions[one] == completions[other]:
-      raise fields.BadRecord(
-        "identical pair", f"completions of {[one, other]} are the same text"
-      )
-
-
-def _ranking(row, completions):
-  """All completions by their indices, best first."""
-  ranking = fields.field(row, "ranking", list)
-  whole = all(type(k) is int for k in ranking)
-  if not whole or sorted(ranking) != list(range(len(completions))):
-    raise fields.BadRecord(
-      "bad ranking",
-      f"'ranking' = {ranking!r:.60} must name each of the {len(completions)} "
-      "completions once, best first",
-    )
-  if len(ranking) < 2:
-    raise fields.BadRecord(
-      "bad ranking", "a ranking is of two completions or more"
-    )
-  return tuple(ranking)
-
-
-def _scores(row, completions):
-  """A finite number for each completion."""
-  scores = fields.field(row, "scores", list)
-  if len(scores) != len(completions):
-    raise fields.BadRecord(
-      "bad scores",
-      f"'scores' has {len(scores)} numbers for {len(completions)} completions",
-    )
-  return tuple(_number({"scores": s}, "scores") for s in scores)

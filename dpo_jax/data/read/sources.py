@@ -7,7 +7,7 @@ them or their labels. A spec names where they come from:
     my.csv          the first line names the columns; an empty cell is a missing
                     field; "completions", "pairs", "messages", "tokens",
                     "ranking", "label" and the scores hold JSON
-    my.parquet      one row a record; a null is a missing field
+    my.parquet      one row a record
     hf:NAME_OR_FOLDER[@CONFIG][:SPLIT]
                     a Hugging Face data set, of the hub or saved in a folder;
                     SPLIT is train unless named: hf:stanfordnlp/imdb:test
@@ -22,7 +22,8 @@ them or their labels. A spec names where they come from:
 A notebook adds its own: SOURCES["mine"] = lambda: rows, where rows are dicts or
 a datasets.Dataset; a function of one argument gets what follows "mine:".
 
-The forms of a row. Fields that no form names are ignored.
+The forms of a row. A null is a missing field. Fields that no form names are not
+read; training and the audit name each, and say how many rows have it.
 
     preference      {"prompt", "chosen", "rejected"}
                     {"prompt", "completions": [...],
@@ -31,20 +32,31 @@ The forms of a row. Fields that no form names are ignored.
                     came; without it the text is encoded
                     {"prompt", "completions", "ranking": [best, …, worst]}
                     Both may have "scores", a number for each completion; the
-                    first form "score_chosen" and "score_rejected"
+                    first form "score_chosen" and "score_rejected"; and
+                    "bos", false where no BOS is put in front of the text
     feedback        label or preference
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
                     preferences, of which it takes the first completion
     prompt          {"prompt"} of any of these
-    label           {"text", "label"}, {"prompt", "completion", "label"}; the
-                    label is a finite number or a bool
+    label           {"text", "label"}, {"prompt", "completion", "label"},
+                    {"messages", "label"}; the label is a finite number, a bool,
+                    or the text true or false
 
-Messages, {"role", "content"}, may stand for text: "prompt" is a list of them
-and each completion a list of one, of the assistant. Without a "prompt" (or with
-a text there that repeats what the user said), "chosen" and "rejected" are whole
-conversations, equal but for the last message; so is "messages". They need a
-tokenizer with a chat template (see data/tokens/chat.py). In a .csv only
-"completions" and "messages" can hold them.
+Messages may stand for text: "prompt" is a list of them and each completion a
+list of one, of the assistant. Without a "prompt" (or with a text there that
+repeats what the user said), "chosen" and "rejected" are whole conversations,
+equal but for the last message; so is "messages". They need a tokenizer with a
+chat template (see data/tokens/chat.py), which gets them whole: {"role",
+"content"} and "tool_calls", "reasoning_content" or whatever else it may read;
+a null is a missing key. Beside tool calls or reasoning the content may be
+missing; it may be a list of parts of text. "tools", a list or its JSON, go with
+them.
+
+"system" (or "system_prompt") becomes the first turn, and stands in front of a
+prompt of text. Other shapes that public data sets have (dialogues of the HH and
+SHP data, "conversations" of "from" and "value", messages as JSON in a text, …)
+are read where they have one meaning, and it is said how: data/read/shapes.py
+has the table.
 """
 
 import collections

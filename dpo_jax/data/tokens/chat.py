@@ -1,13 +1,16 @@
 """Messages to text, by the tokenizer's own chat template.
 
-The text of a completion is what the template adds to the prompt. It ends in the
-template's own end of turn ("<|im_end|>"), without the white space that follows
-it there; that token is scored and no EOS is put behind it, be it the EOS or
-not. Where a template writes no end of turn, one EOS is the end.
+The template gets the messages whole, and the tools with them. The text of a
+completion is what it adds to the prompt. It ends in the template's own end of
+turn ("<|im_end|>"), without the white space that follows it there; that token
+is scored and no EOS is put behind it, be it the EOS or not. Where a template
+writes no end of turn, one EOS is the end.
 """
 
 import datetime
 import functools
+import itertools
+import json
 import re
 from typing import NamedTuple
 
@@ -18,110 +21,244 @@ class Rendered(NamedTuple):
   """A record whose messages are text.
 
   Attributes:
-    record: records.Record of str.
-    ended: whether completions end in the template's own end of turn.
+    record: records.Record of str; its remarks say what the template left out.
+    ended: whether each completion ends in the template's own end of turn.
+    templated: whether a template wrote it, so that no BOS is put in front.
   """
 
   record: records.Record
-  ended: bool
+  ended: tuple[bool, ...]
+  templated: bool
+
+
+class Prompt(NamedTuple):
+  """A prompt as text.
+
+  Attributes:
+    text: the prompt, with the head of a reply behind messages.
+    templated: see Rendered.
+  """
+
+  text: str
+  templated: bool
 
 
 # Where templates write the date. Llama 3's own writes this without a clock.
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _DAY = datetime.date(2024, 7, 26)
+_KNOWN = {"role", "content"}  # keys that every template reads
 _ASKED = [{"role": "user", "content": "question"}]  # of a probe
 
 
 def template(hf):
-  """Function (messages, add_generation_prompt=…) -> str of a tokenizer's own.
+  """Function (messages, add_generation_prompt=…, tools=…) -> str of `hf`.
 
-  The date that it writes is always the same, or tokens would differ from day to
-  day and with them all that is kept of them.
+  Of several templates transformers chooses, by whether there are tools. The
+  date that it writes is always the same, or tokens would differ from day to day
+  and with them all that is kept of them.
   """
-  text = None  # of several templates transformers chooses
-  if isinstance(hf.chat_template, str):
-    text = _NOW.sub(
-      lambda found: repr(_DAY.strftime(found[2])), hf.chat_template
+
+  @functools.cache
+  def source(has_tools):
+    text = hf.get_chat_template(None, [] if has_tools else None)
+    return _NOW.sub(lambda found: repr(_DAY.strftime(found[2])), text)
+
+  def apply(messages, add_generation_prompt, tools=None):
+    return hf.apply_chat_template(
+      messages,
+      tools=tools,
+      tokenize=False,
+      chat_template=source(tools is not None),
+      add_generation_prompt=add_generation_prompt,
     )
-  return functools.partial(
-    hf.apply_chat_template, tokenize=False, chat_template=text
-  )
+
+  return apply
 
 
-def render_record(record, apply_template):
+def render_record(record, tokenizer):
   """The Rendered of a record, whether it holds messages or text.
 
-  Args: records.Record, and tokenize.Tokenizer.apply_template.
+  Args: records.Record, and tokenize.Tokenizer.
   Raises: ValueError if a template is needed and missing; BadRecord for messages
     that it refuses.
   """
   if isinstance(record.prompt, str):
-    return Rendered(record, False)
-  _need_template(record, apply_template)
-  end = end_of_turn(apply_template)
-  prompt, completions, ended = None, [], bool(end.strip())
-  for messages in record.completions:
-    prompt, text = render(record.prompt, messages, apply_template)
-    if text.endswith(end):
-      text = text.removesuffix(end) + end.rstrip()
-    else:
-      ended = False
-    completions.append(text)
-  made = record._replace(prompt=prompt, completions=tuple(completions))
-  return Rendered(made, ended)
+    ended = (False,) * len(record.completions)
+    return Rendered(record, ended, templated=not record.bos)
+  apply = tokenizer.apply_template
+  speak = _speaker(record, apply)
+  prompt, completions, left_out = render(
+    record.prompt, record.completions, speak, tokenizer.encode
+  )
+  end = end_of_turn(apply)
+  specials = tuple(tokenizer.specials.values())
+  ends = [_cut_behind_end(text, end, specials) for text in completions]
+  for text, reply in zip(completions, record.completions, strict=True):
+    if text.strip() == end.strip() and not any(fields.texts(reply[0])):
+      raise fields.BadRecord(
+        "template",
+        "the chat template writes nothing of the reply but its end; it does "
+        f"not read {', '.join(map(repr, sorted(set(reply[0]) - _KNOWN)))}",
+      )
+  whole = [prompt + text for text in completions]
+  remarks = [*record.remarks, *_not_written(record, whole, speak, apply)]
+  if left_out:
+    remarks.append(
+      f"trained without {left_out!r}, which the chat template puts before a "
+      "sampled reply only"
+    )
+  made = record._replace(
+    prompt=prompt,
+    completions=tuple(text for text, _ in ends),
+    remarks=tuple(remarks),
+  )
+  return Rendered(made, tuple(ended for _, ended in ends), True)
 
 
-def prompt_text(record, apply_template):
-  """The prompt of a record as text, with the head of a reply after messages.
+def prompt(record, apply_template):
+  """The Prompt of a record.
 
-  Args, Raises: see `render_record`.
+  Args: records.Record, and tokenize.Tokenizer.apply_template.
+  Raises: see `render_record`.
   """
   if isinstance(record.prompt, str):
-    return record.prompt
-  _need_template(record, apply_template)
-  return _apply(apply_template, list(record.prompt), True)
+    return Prompt(record.prompt, templated=not record.bos)
+  speak = _speaker(record, apply_template)
+  return Prompt(speak(record.prompt, True), True)
 
 
-def _need_template(record, apply_template):
+def _speaker(record, apply_template):
+  """Function (messages, head, tools=…) -> the text of a template, checked."""
   if apply_template is None:
     raise ValueError(
       f"{record.origin}: messages need a tokenizer with a chat template, which "
       "this one has not; name the tokenizer of a chat model, or give text"
     )
+  tools = None if record.tools is None else list(record.tools)
+  return functools.partial(_apply, apply_template, tools=tools)
 
 
-def render(prompt_messages, completion_messages, apply_template):
-  """(prompt text, completion text) of messages.
+def render(prompt, replies, speak, encode=None):
+  """Messages as text: (prompt, [completions], what of the prompt is left out).
 
-      prompt      = template(prompt messages, with the head of a reply)
+      prompt      = what template(prompt messages, with the head of a reply) and
+                    all template(all messages) begin with
       completion  = template(all messages) − prompt
 
+  The two differ where the head of a sampled reply is not that of a given one:
+  "<think>" in front of what is to be thought.
+
+  Args:
+    prompt: list of messages.
+    replies: list of lists of one message.
+    speak: function (messages, head of a reply or not) -> str.
+    encode: of the tokenizer; the prompt then ends where a token does.
   Raises: BadRecord where the template refuses the messages, or writes the
     prompt in another way once a reply follows.
   """
-  prompt_messages = list(prompt_messages)
-  both = prompt_messages + list(completion_messages)
-  prompt = _apply(apply_template, prompt_messages, True)
-  whole = _apply(apply_template, both, False)
-  if not whole.startswith(prompt):
-    raise fields.BadRecord(
-      "template",
-      "the chat template writes the prompt in another way once a reply "
-      f"follows: {prompt[-40:]!r} is not the beginning of the reply",
-    )
-  if whole == prompt:
+  whole = speak(prompt, True)
+  texts = [speak([*prompt, *reply], False) for reply in replies]
+  head = whole
+  if not all(text.startswith(whole) for text in texts):
+    head = _common(whole, texts, prompt, speak, encode)
+  if head in texts:
     raise fields.BadRecord(
       "template", "the chat template writes nothing for the reply"
     )
-  return prompt, whole[len(prompt) :]
+  return head, [text[len(head) :] for text in texts], whole[len(head) :]
+
+
+def _common(whole, texts, prompt, speak, encode):
+  """What all texts begin with, if the messages of the prompt are in it."""
+  same = (
+    len(set(letters)) == 1 for letters in zip(whole, *texts, strict=False)
+  )
+  size = sum(1 for _ in itertools.takewhile(bool, same))
+  least, said = speak(prompt, False).rstrip(), fields.texts(prompt[-1])[-1]
+  if whole.startswith(least):
+    least = len(least)
+  elif said.strip() and said.strip() in whole:
+    least = whole.rfind(said.strip()) + len(said.strip())
+  else:
+    least = len(whole)
+  while encode is not None and size >= least:
+    ids, *more = encode([whole[:size], *texts])
+    if all(other[: len(ids)] == ids for other in more):
+      break
+    size -= 1  # a token straddles the end
+  if size < least:
+    raise fields.BadRecord(
+      "template",
+      "the chat template writes the prompt in another way once a reply "
+      f"follows: {whole[size:][:40]!r} is not there then; mend 'chat_template' "
+      "in the tokenizer's folder, or give prompt and completions as text",
+    )
+  return whole[:size]
+
+
+def _cut_behind_end(text, end, specials):
+  """(completion without white space behind its end, whether it has one).
+
+  Calls of tools may end in another token than answers do.
+  """
+  if end.strip() and text.endswith(end):
+    return text.removesuffix(end) + end.rstrip(), True
+  if text.rstrip().endswith(specials):
+    return text.rstrip(), True
+  return text.removesuffix(end), False
+
+
+def _not_written(record, texts, speak, apply_template):
+  """Yields remarks on what of messages and tools a template does not write.
+
+  What it reads is what changes its text when it is left out.
+  """
+  talks = [[*record.prompt, *reply] for reply in record.completions]
+
+  def reads(keys, **more):
+    try:
+      without = [
+        speak([_without(keys, m) for m in talk], False, **more)
+        for talk in talks
+      ]
+    except fields.BadRecord:  # it cannot do without
+      return True
+    return without != texts
+
+  pairs = (pair for talk in talks for m in talk for pair in m.items())
+  keys = {key for key, value in pairs if not fields.is_empty(value)} - _KNOWN
+  if keys and reads(keys):
+    keys = {key for key in keys if not reads({key})}
+  for key in sorted(keys):
+    yield f"message key {key!r} is not read by the chat template"
+  if record.tools and not reads((), tools=None):
+    yield "column 'tools' is not read by the chat template"
+  parts = any(isinstance(m["content"], list) for talk in talks for m in talk)
+  if parts and not _reads_parts(apply_template):
+    yield "parts of text joined, which the chat template does not read"
+  changed = {
+    message["role"]
+    for talk, text in zip(talks, texts, strict=True)
+    for message in talk
+    if not all(said.strip() in text for said in fields.texts(message))
+  }
+  for role in sorted(changed):
+    yield f"turn of the {role} that the chat template does not write as it is"
+
+
+def _without(keys, message):
+  return {key: value for key, value in message.items() if key not in keys}
 
 
 @functools.lru_cache(maxsize=8)
 def end_of_turn(apply_template):
   """What a template writes after a reply, white space included."""
   probe = "probe of the end"
-  replied = [{"role": "assistant", "content": probe}]
-  _, text = render(_ASKED, replied, apply_template)
+  replied = [*_ASKED, {"role": "assistant", "content": probe}]
+  try:
+    text = _apply(apply_template, replied, False)
+  except fields.BadRecord:  # it wants other messages
+    return ""
   return text.rpartition(probe)[2]
 
 
@@ -139,9 +276,33 @@ def marks_turns(bos, apply_template):
     return False
 
 
-def _apply(apply_template, messages, add_generation_prompt):
+@functools.lru_cache(maxsize=8)
+def _reads_parts(apply_template):
+  """Whether a template writes the texts of a content that is a list."""
+  parts = [{"type": "text", "text": f"probe {word}"} for word in ("one", "two")]
   try:
-    return apply_template(messages, add_generation_prompt=add_generation_prompt)
+    text = apply_template(
+      [{"role": "user", "content": parts}], add_generation_prompt=False
+    )
+  except Exception:  # a template raises anything
+    return False
+  written = all(part["text"] in text for part in parts)
+  return written and not any(x in text for x in (str(parts), json.dumps(parts)))
+
+
+def _apply(apply_template, messages, add_generation_prompt, tools=None):
+  messages = list(messages)
+  for k, message in enumerate(messages):
+    if isinstance(message["content"], list) and not _reads_parts(
+      apply_template
+    ):
+      joined = "".join(fields.texts(message))
+      messages[k] = {**message, "content": joined}
+  more = {} if tools is None else {"tools": tools}
+  try:
+    text = apply_template(
+      messages, add_generation_prompt=add_generation_prompt, **more
+    )
   except ImportError as error:
     raise ValueError(
       "chat templates need jinja2: pip install jinja2"
@@ -150,3 +311,5 @@ def _apply(apply_template, messages, add_generation_prompt):
     raise fields.BadRecord(
       "template", f"the chat template refuses the messages: {error}"
     ) from error
+  fields.check_text(text, "what the chat template writes")
+  return text

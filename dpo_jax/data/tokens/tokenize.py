@@ -4,7 +4,8 @@ The prompt is encoded alone, so every completion shares its ids. Prompt and
 completion are also encoded as one text; where that begins with the prompt's
 ids, the rest is the completion, else the two would merge (as a rule because a
 token straddles the boundary) and the completion is encoded alone, counted as
-"boundary merge". Messages keep the end that their chat template gives them.
+"boundary merge". Messages are what their chat template writes: they keep its
+BOS and its end, and get none.
 Completions that bring their tokens keep them: what a policy drew is often not
 how the tokenizer would spell it, and its log-prob is that of what was drawn.
 """
@@ -27,11 +28,11 @@ class Tokenizer(NamedTuple):
     encode: list[str] -> list[list[int]], without special tokens.
     decode: list[int] -> str, special tokens left out.
     vocab_size: ids are below this.
-    bos_id: put at position 0, or None.
+    bos_id: put at position 0 of text, or None.
     eos_id: ends every completion that was not cut, but for messages whose
       template ends them otherwise.
-    apply_template: (messages, add_generation_prompt=…) -> str, the tokenizer's
-      chat template; None if it has none.
+    apply_template: (messages, add_generation_prompt=…, tools=…) -> str, the
+      tokenizer's chat template; None if it has none.
     specials: {id: how it is written} of the tokens that `decode` leaves out.
     name: by which `load` makes it again in another process, or None.
     identity: function () -> str that two tokenizers share only if they encode
@@ -165,10 +166,10 @@ def encode_each(records, tokenizer, options, first=0):
     tokenizer.encode([r.prompt + c for r in good for c in r.completions])
   )
   for number, text in enumerate(texts, first):
-    changed = collections.Counter()
     if isinstance(text, fields.BadRecord):
-      yield Encoded(None, changed, text)
+      yield Encoded(None, collections.Counter(), text)
       continue
+    changed = collections.Counter(text.record.remarks)
     ids = next(prompts), [next(joined) for _ in text.record.completions]
     example, bad = None, None
     try:
@@ -183,7 +184,7 @@ def _text(record, tokenizer):
   """The chat.Rendered of a record, or the BadRecord that says why not."""
   try:
     with fields.at(record.origin):
-      return chat.render_record(record, tokenizer.apply_template)
+      return chat.render_record(record, tokenizer)
   except fields.BadRecord as error:
     return error
 
@@ -193,8 +194,12 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   record = text.record
   if record.tokens is None:
     completions = [
-      _end(ids, tokenizer.eos_id, text.ended, changed)
-      for ids in _behind(prompt, joined, record, tokenizer, changed)
+      _end(ids, tokenizer.eos_id, ended, changed)
+      for ids, ended in zip(
+        _behind(prompt, joined, record, tokenizer, changed),
+        text.ended,
+        strict=True,
+      )
     ]
   else:
     completions = _drawn(record, prompt, tokenizer)
@@ -202,11 +207,11 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   changed.update("completion cut" for ids in completions if len(ids) > limit)
   # What a policy drew up to a limit of its own has no end either.
   whole = [
-    len(ids) <= limit and (text.ended or ids[-1] == tokenizer.eos_id)
-    for ids in completions
+    len(ids) <= limit and (ended or ids[-1] == tokenizer.eos_id)
+    for ids, ended in zip(completions, text.ended, strict=True)
   ]
   completions = [ids[:limit] for ids in completions]
-  prompt = _begin(prompt, tokenizer, options, changed)
+  prompt = _begin(prompt, text.templated, tokenizer, options, changed)
   _check(prompt, completions, record.pairs, tokenizer)
   return comparisons.Example(
     number,
@@ -222,27 +227,35 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   )
 
 
-def prompts(texts, tokenizer, options, policy):
-  """Prompts to be continued: list of (text, ids with one BOS).
+def prompts(prompts, tokenizer, options, policy):
+  """Prompts to be continued: list of (text, ids as training has them).
 
-  Args: as `encode`, with texts for records.
+  Args: as `encode`, with chat.Prompt for records.
   """
   out = []
-  for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
+  texts = [prompt.text for prompt in prompts]
+  for prompt, ids in zip(prompts, tokenizer.encode(texts), strict=True):
+    text, templated = prompt
     try:
       with fields.at(f"prompt {text!r:.40}"):
         counted = collections.Counter()
-        out.append((text, _begin(ids, tokenizer, options, counted)))
+        ids = _begin(ids, templated, tokenizer, options, counted)
+        out.append((text, ids))
     except fields.BadRecord as error:
       policy.bad(error)
   return out
 
 
-def _begin(prompt, tokenizer, options, changed):
-  """The prompt with one BOS, within data.max_prompt_length."""
+def _begin(prompt, templated, tokenizer, options, changed):
+  """The prompt with one BOS, within data.max_prompt_length.
+
+  Messages have the BOS that their template writes, or none.
+  """
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  if bos and prompt[:1] == bos:  # the text brought its own
+  if bos and prompt[:1] == bos:  # it brought its own
     prompt = prompt[1:]
+  elif templated:
+    bos = []
   room = options.max_prompt_length - len(bos)
   if len(prompt) > room:
     if options.long_prompt == "error":
@@ -326,6 +339,7 @@ def _check(prompt, completions, pairs, tokenizer):
     if completions[winner] == completions[loser]:
       raise fields.BadRecord(
         "identical pair",
-        f"completions {winner} and {loser} have the same tokens once cut to "
-        "data.max_completion_length; raise it",
+        f"completions {winner} and {loser} have the same tokens once "
+        "cut to data.max_completion_length or written by the chat template; "
+        "raise it, or take the pair out",
       )

@@ -32,7 +32,10 @@ def load(name):
   import transformers
 
   try:
-    return transformers.AutoTokenizer.from_pretrained(name)
+    # Unless told so it asks on stdin whether to run the code of a folder.
+    return transformers.AutoTokenizer.from_pretrained(
+      name, trust_remote_code=False
+    )
   except Exception as error:  # a damaged file raises anything
     where = "folder" if epath.Path(name).exists() else "hub name"
     raise ValueError(

@@ -185,3 +185,12 @@ MIXTURES = {
   "rpo": Mixture("dpo+nll"),
   "mpo": Mixture("0.8*dpo+0.2*bco+nll", {"bco": {"beta": 0.1}}),
 }
+
+
+def check_ranges(name, fields, prefix=""):
+  """Refuses a number of a loss, in config.loss, that is out of its range."""
+  ranges = LOSSES[name].ranges if name in LOSSES else {}
+  for field, value in fields.items():
+    for bound in ranges.get(field, RANGES.get(field, ())):
+      if not bound.holds(value):
+        raise ValueError(f"loss.{prefix}{field} = {value}{bound.words}")

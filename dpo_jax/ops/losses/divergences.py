@@ -19,7 +19,7 @@ def forward_kl(ratios):
 
 def jensen_shannon(ratios):
   """log σ(Δ) + log 2."""
-  return jax.nn.log_sigmoid(ratios) - jax.nn.log_sigmoid(0.0)
+  return base.log_sigmoid(ratios) - base.log_sigmoid(0.0)
 
 
 def alpha_divergence(ratios, *, alpha):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from dpo_jax import lookup
 from dpo_jax.ops.losses import base
 
-log_sigmoid = jax.nn.log_sigmoid
+log_sigmoid = base.log_sigmoid
 
 
 def sft(policy_logps, ref_logps):

@@ -29,7 +29,7 @@ def plackett_luce(policy_logps, ref_logps, *, beta, present):
   behind |= ~counts[..., None] & (ranks == ranks[:, None])
   others = jax.nn.logsumexp(rewards[..., None, :], axis=-1, where=behind)
   # z − log(e^z + e^o) = log σ(z − o), which keeps the digits of small losses.
-  terms = jnp.where(counts, jax.nn.log_sigmoid(rewards - others), 0.0)
+  terms = jnp.where(counts, base.log_sigmoid(rewards - others), 0.0)
   last = jnp.sum(present, axis=-1, keepdims=True) - 1
 
   def ends(values):
@@ -51,6 +51,6 @@ def bradley_terry(rewards):
   Optimum: r* up to a shift per prompt.
   Source: arXiv:2305.18290 Eq. 2.
   """
-  loss = -jax.nn.log_sigmoid(base.margins(rewards))
+  loss = -base.log_sigmoid(base.margins(rewards))
   out = base.with_metrics(loss, rewards, rewards)
   return {k: v for k, v in out.items() if not k.startswith("logps/")}

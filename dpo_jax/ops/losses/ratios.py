@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from dpo_jax import lookup
 from dpo_jax.ops.losses import base, margin
 
-log_sigmoid, sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
+log_sigmoid, sigmoid = base.log_sigmoid, jax.nn.sigmoid
 
 
 def nca(policy_logps, ref_logps, *, beta):

@@ -266,6 +266,34 @@ def test_a_source_of_which_nothing_is_left_fails_whatever_the_limit(look):
     assert "nothing is left of it to train on" in text_lib.text(report)
 
 
+def test_how_rows_were_read_is_counted_and_said(look):
+  odd = [{**row(p), "system": "Be brief.", "id": 7} for p in ("it is", "so")]
+  report = look(GOOD, [*odd, *GOOD])
+  once = {"system text put in front of the prompt": 2}
+  once["column 'id' is not read"] = 2
+  assert [part["remarks"] for part in report["parts"]] == [{}, once, once]
+  text = text_lib.text(report)
+  assert text.count("    2 × column 'id' is not read\n") == 2
+  assert not failed(report)
+  assert "how records were read" not in text_lib.text(look(GOOD))
+
+
+def test_pairs_that_come_again_or_turned_round_are_counted(look):
+  turned = row(chosen=" clever.", rejected=" warm.")
+  other = row("the cast is", " clever.", " warm.")
+  (part,) = look([row(), other, row(), turned, row(rejected=" a.")])["parts"]
+  assert part["remarks"] == {
+    "comparison that an earlier record has": 1,
+    "comparison that an earlier record has the other way round": 1,
+  }
+
+
+def test_the_bos_that_a_template_does_not_write_is_not_counted(look):
+  for template, want in (("chatml", {0: 1}), ("eos", {1: 1})):
+    (part,) = look([chat()], template=template)["parts"]
+    assert part["bos"] == want
+
+
 def test_bos_of_a_tokenizer_whose_bos_is_the_eos_are_counted_in_front():
   tokenizer = tokenize.Tokenizer(None, None, 9, bos_id=7, eos_id=7)
   example = comparisons.Example(0, 0, [7, 1, 7, 2], ([3, 7],), ())

@@ -77,7 +77,11 @@ def test_a_labelled_reply_may_be_messages():
       "wrong type",
       ("'label'", "a number or a bool", "not str"),
     ),
-    ({"text": "a", "label": None}, "wrong type", ("'label'", "NoneType")),
+    (
+      {"text": "a", "label": None},
+      "missing field",
+      ("'label' is missing", 'a row is {"prompt", "completion", "label"}'),
+    ),
     ({"text": "a", "label": float("nan")}, "bad label", ("finite", "nan")),
     ({"text": "a", "label": float("-inf")}, "bad label", ("finite", "-inf")),
     ({"text": "a", "label": 10**400}, "bad label", ("finite", "1000")),
@@ -94,7 +98,9 @@ def test_a_bad_labelled_row_is_an_error_naming_its_field(row, reason, words):
 
 def test_the_label_of_a_text_is_not_looked_at_in_sft():
   got = records.make({"text": "a", "label": "?"}, "sft", "f:1")
-  assert got == records.Record("", ("a",), (), "f:1")
+  assert got == records.Record(
+    "", ("a",), (), "f:1", remarks=("column 'label' is not read",)
+  )
 
 
 def test_an_unknown_form_shows_the_nearest_one():
@@ -118,17 +124,33 @@ GOOD = {
   "ranked for SFT": (RANKED, "sft", ONE),
   "a completion": ({"prompt": ASKED, "completion": [WARM]}, "sft", ONE),
   "messages": ({"messages": [*ASKED, WARM], "text": "t"}, "sft", ONE),
-  "other fields of a message": (
-    {"messages": [*ASKED, {**WARM, "language": "en", "name": None}]},
+  "nulls in a message": (
+    {"messages": [*ASKED, {**WARM, "language": None, "name": None}]},
     "sft",
     ONE,
+  ),
+  "replies as text": (
+    {**EXPLICIT, "chosen": "Warm.", "rejected": "Dull."},
+    "preference",
+    PAIR,
+  ),
+  "one reply as text": (
+    {**EXPLICIT, "rejected": "Dull."},
+    "preference",
+    PAIR,
+  ),
+  "a ranked reply as text": (
+    {**RANKED, "completions": [[WARM], "Dull."]},
+    "preference",
+    (*PAIR[:2], ((1, 0),)),
   ),
 }
 
 
 @pytest.mark.parametrize(("row", "form", "want"), GOOD.values(), ids=GOOD)
 def test_each_form_of_messages_becomes_the_same_record(row, form, want):
-  assert records.make(row, form, "f:1") == records.Record(*want, "f:1")
+  got = records.make(row, form, "f:1")
+  assert got._replace(remarks=()) == records.Record(*want, "f:1")
 
 
 def test_only_the_last_of_several_replies_is_the_completion():
@@ -180,23 +202,11 @@ BAD = {
     "missing field",
     ("'rejected' is missing", "did you mean 'rejectd'"),
   ),
-  "a reply as text": (
-    {**EXPLICIT, "rejected": "Dull."},
-    "preference",
-    "wrong type",
-    ("'rejected' must be a list of messages", "not str"),
-  ),
   "a conversation and a text": (
     {**IMPLICIT, "rejected": "Dull."},
     "preference",
     "wrong type",
     ("'rejected' must be list, not str",),
-  ),
-  "a ranked reply as text": (
-    {**RANKED, "completions": [[WARM], "Dull."]},
-    "preference",
-    "wrong type",
-    ("'completions'[1]", "a list of messages"),
   ),
   "turns in the reply": (
     {**EXPLICIT, "chosen": [WARM, user("Sure?"), WARM]},
@@ -260,7 +270,7 @@ BAD = {
     ("'messages'[0]", "'role' must be str, not int"),
   ),
   "no role": (
-    of({"from": "user", "content": "a"}, WARM),
+    of({"rôle": "user", "content": "a"}, WARM),
     "sft",
     "missing field",
     ("'messages'[0]", "'role' is missing"),
@@ -274,8 +284,26 @@ BAD = {
   "content that is null": (
     of(user("a"), assistant(None)),
     "sft",
+    "missing field",
+    ("'messages'[1]", "'content' is missing"),
+  ),
+  "content that is an object": (
+    of(user({"text": "a"}), WARM),
+    "sft",
     "wrong type",
-    ("'messages'[1]", "'content' must be str, not NoneType"),
+    ("'messages'[0]", "'content' must be text, not dict"),
+  ),
+  "an image": (
+    of(user([{"type": "text", "text": "a"}, {"type": "image"}]), WARM),
+    "sft",
+    "not text",
+    ("'messages'[0]: field 'content'[1]", "the type 'image'", "'text'"),
+  ),
+  "no parts": (
+    of(user([]), WARM),
+    "sft",
+    "empty",
+    ("'messages'[0]: field 'content' is an empty list",),
   ),
   "half a surrogate": (
     of(user("\ud83d"), WARM),
@@ -335,8 +363,10 @@ def test_a_record_without_tokens_has_none():
 def test_other_forms_do_not_look_at_tokens(row, form):
   got = records.make({**row, "tokens": "?"}, form, "f:1")
   assert got.tokens is None
+  assert "column 'tokens' is not read" in got.remarks
   row = {k: v for k, v in row.items() if k != "tokens"}
-  assert got == records.make(row, form, "f:1")
+  want = records.make(row, form, "f:1")
+  assert got._replace(remarks=want.remarks) == want
 
 
 BAD_TOKENS = {
@@ -367,7 +397,7 @@ def test_malformed_tokens_are_an_error_naming_what_is_wanted(tokens):
 
 
 @pytest.mark.parametrize(
-  ("tokens", "kind"), [("567", "str"), ({"0": [5]}, "dict"), (None, "NoneType")]
+  ("tokens", "kind"), [("567", "str"), ({"0": [5]}, "dict")]
 )
 def test_tokens_that_are_no_list_are_of_the_wrong_type(tokens, kind):
   error = error_of({**DRAWN, "tokens": tokens}, "preference")

@@ -89,8 +89,11 @@ def test_batches_of_mapped_examples_are_those_of_a_list(
       np.testing.assert_array_equal(array, theirs[name])
 
 
-def test_an_entry_is_to_the_byte_that_of_earlier_versions(tmp_path):
-  """Its address too: what they tokenised is not tokenised again."""
+def test_an_entry_is_to_the_byte_that_of_earlier_versions(
+  tmp_path, monkeypatch
+):
+  """But for the version: what another one kept is tokenised again."""
+  monkeypatch.setattr(cache, "_VERSION", 2)
   write(tmp_path)
   digest = hashlib.blake2b(digest_size=8)
   for name, content in sorted(files(tmp_path).items()):

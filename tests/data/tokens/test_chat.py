@@ -79,7 +79,7 @@ def test_prompt_and_completion_are_the_text_of_the_whole_conversation(
   tokenizer,
 ):
   template = tokenizer.apply_template
-  prompt, completion = chat.render([USER], [WARM], template)
+  prompt, (completion,), _ = chat.render([USER], [[WARM]], template)
   assert prompt == template([USER], add_generation_prompt=True)
   assert prompt + completion == template(
     [USER, WARM], add_generation_prompt=False
@@ -88,23 +88,24 @@ def test_prompt_and_completion_are_the_text_of_the_whole_conversation(
 
 
 def test_the_ids_are_those_of_the_whole_conversation(tokenizer):
-  """But for the BOS, and the end: no white space, and at least an EOS."""
+  """But for the end: no white space, and at least an EOS."""
   example, _ = encode(RECORD, tokenizer)
   ends = (tokenizer.eos_id, *tokenizer.encode(["<|im_end|>"])[0])
   for ids, reply in zip(example.completions, (WARM, DULL), strict=True):
     text = tokenizer.apply_template([USER, reply], add_generation_prompt=False)
     want = tokenizer.encode([text.rstrip()])[0]
-    want = [i for i in want if i != tokenizer.bos_id]
     if want[-1] not in ends:
       want.append(tokenizer.eos_id)
-    assert example.prompt[1:] + ids == want
+    assert example.prompt + ids == want
 
 
-def test_a_bos_of_the_template_is_not_doubled(tokenizer):
-  example, _ = encode(RECORD, tokenizer)
-  assert example.prompt[0] == tokenizer.bos_id
-  for ids in (example.prompt[1:], *example.completions):
-    assert tokenizer.bos_id not in ids
+def test_a_bos_that_the_template_writes_is_there_once_and_no_other(loaded):
+  for name, tokenizer in loaded.items():
+    if name is not None:
+      example, _ = encode(RECORD, tokenizer)
+      assert (example.prompt[0] == tokenizer.bos_id) == (name == "eos")
+      for ids in (example.prompt[1:], *example.completions):
+        assert tokenizer.bos_id not in ids
 
 
 def ends(loaded, name):
@@ -225,9 +226,10 @@ def silent(messages, add_generation_prompt):
     (silent, "writes nothing for the reply"),
   ],
 )
-def test_what_a_template_cannot_render_is_a_bad_record(template, words):
+def test_what_a_template_cannot_render_is_a_bad_record(loaded, template, words):
+  tokenizer = loaded["chatml"]._replace(apply_template=template)
   with pytest.raises(fields.BadRecord, match=words) as caught:
-    chat.render([USER, USER], [WARM], template)
+    chat.render_record(RECORD._replace(prompt=(USER, USER)), tokenizer)
   assert caught.value.reason == "template"
 
 
@@ -252,6 +254,64 @@ def test_without_jinja2_the_error_says_how_to_install_it(loaded):
   tokenizer = loaded["chatml"]._replace(apply_template=without_jinja2)
   with pytest.raises(ValueError, match="pip install jinja2"):
     encode(RECORD, tokenizer, "skip")
+
+
+def test_a_head_that_only_sampled_replies_get_is_left_out(loaded):
+  tokenizer = thinking(loaded, "<think>\n")
+  example, changed = encode(RECORD, tokenizer)
+  plain, _ = encode(RECORD, loaded["chatml"])
+  assert example == plain
+  (remark,) = (what for what in changed if "trained without" in what)
+  assert "'<think>\\n'" in remark
+  text, _ = chat.prompt(RECORD, tokenizer.apply_template)
+  assert text.endswith("<|im_start|>assistant\n<think>\n")
+
+
+def thinking(loaded, head):
+  """A Tokenizer whose template begins sampled replies with something else."""
+  write = loaded["chatml"].apply_template
+
+  def template(messages, add_generation_prompt):
+    text = write(messages, add_generation_prompt=add_generation_prompt)
+    return text + head * add_generation_prompt
+
+  return loaded["chatml"]._replace(apply_template=template)
+
+
+def test_a_pair_of_which_one_reply_begins_so_has_one_prompt(loaded):
+  thought = {**WARM, "content": "<think>\nHm.</think>Warm."}
+  record = RECORD._replace(completions=((thought,), (DULL,)))
+  tokenizer = thinking(loaded, "<think>\n")
+  example, _ = encode(record, tokenizer)
+  assert example == encode(record, loaded["chatml"])[0]
+  alone = record._replace(completions=((thought,),), pairs=())
+  example, changed = encode(alone, tokenizer)
+  assert tokenizer.decode(example.prompt).endswith("<think>\n")
+  assert not any("trained without" in what for what in changed)
+
+
+def test_what_prompt_and_reply_share_ends_where_a_token_does(loaded):
+  """The replies begin like "<|im_start|>think", but with another token."""
+  tokenizer = thinking(loaded, "<|im_start|>think")
+  other = {**WARM, "content": "<|im_end|> is an end."}
+  record = RECORD._replace(completions=((other,), (DULL,)))
+  rendered = chat.render_record(record, tokenizer).record
+  assert rendered.prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_a_head_in_front_of_the_last_message_is_refused_with_its_place(loaded):
+  """A reply would be scored with part of what was asked."""
+  write = loaded["chatml"].apply_template
+
+  def template(messages, add_generation_prompt):
+    text = write(messages, add_generation_prompt=add_generation_prompt)
+    return text.replace("user", "asks") if add_generation_prompt else text
+
+  tokenizer = loaded["chatml"]._replace(apply_template=template)
+  with pytest.raises(ValueError, match=r"my\.jsonl:3: .*another way") as caught:
+    encode(RECORD, tokenizer)
+  assert "'asks" in str(caught.value)
+  assert "give prompt and completions as text" in str(caught.value)
 
 
 TURNS = [
@@ -296,8 +356,7 @@ def test_all_but_the_last_turn_is_the_prompt_whatever_the_form(tokenizer, form):
   assert record.prompt == tuple(TURNS)
   example, _ = encode(record, tokenizer)
   text = tokenizer.apply_template(TURNS, add_generation_prompt=True)
-  alone = [i for i in tokenizer.encode([text])[0] if i != tokenizer.bos_id]
-  assert example.prompt == [tokenizer.bos_id, *alone]
+  assert example.prompt == tokenizer.encode([text])[0]
   for ids, reply in zip(example.completions, (WARM, DULL), strict=False):
     assert tokenizer.decode(ids).strip() == reply["content"]
   assert len(example.completions) == (1 if name == "sft" else 2)
@@ -305,7 +364,7 @@ def test_all_but_the_last_turn_is_the_prompt_whatever_the_form(tokenizer, form):
 
 def test_every_message_and_head_of_a_turn_is_in_the_prompt(loaded):
   record = records.make(FORMS["messages"][1], "sft", "my.jsonl:3")
-  made = chat.render_record(record, loaded["chatml"].apply_template)
+  made = chat.render_record(record, loaded["chatml"])
   assert made.record.prompt == (
     "<|im_start|>system\nYou are a critic.<|im_end|>\n"
     "<|im_start|>user\nHow is the plot?<|im_end|>\n"
@@ -320,8 +379,14 @@ def test_the_prompt_of_a_preference_is_also_what_is_sampled_from(tokenizer):
   for name, row in FORMS.values():
     record = records.make(row, "prompt", "my.jsonl:3")
     assert record.prompt == tuple(TURNS), name
-    text = chat.prompt_text(record, tokenizer.apply_template)
-    assert text == tokenizer.apply_template(TURNS, add_generation_prompt=True)
+    prompt = chat.prompt(record, tokenizer.apply_template)
+    text = tokenizer.apply_template(TURNS, add_generation_prompt=True)
+    assert prompt == (text, True)
+    pair = records.make(row, name, "my.jsonl:3")
+    ((_, ids),) = tokenize.prompts(
+      [prompt], tokenizer, OPTIONS, sources.Policy("error")
+    )
+    assert ids == encode(pair, tokenizer)[0].prompt
 
 
 def test_conversations_that_part_before_the_last_turn_are_refused():

@@ -97,8 +97,19 @@ def test_a_kept_source_is_tokenised_once(path, tmp_path, calls):
   assert made.examples.fingerprint() == again.examples.fingerprint() == want
 
 
-def test_the_address_is_that_of_earlier_versions(path, tmp_path):
-  """What they kept is found."""
+def test_what_was_not_read_is_said_again_by_what_is_kept(tmp_path):
+  path = tmp_path / "my.jsonl"
+  row = {"prompt": "p", "chosen": "a", "rejected": "b", "id": 7}
+  path.write_text(f"{json.dumps(row)}\n" * 3)
+  for _ in range(2):
+    loaded = load(str(path), token_cache=str(tmp_path / "tokens"))
+    assert loaded.changed == {"column 'id' is not read": 3}
+  assert loaded.folder is not None
+
+
+def test_the_address_is_that_of_earlier_versions(path, tmp_path, monkeypatch):
+  """But for the version: what another one kept is tokenised again."""
+  monkeypatch.setattr(cache, "_VERSION", 2)
   assert (
     load(path, token_cache=str(tmp_path)).folder.name
     == "5154a26f999d2d43e81c95c9"

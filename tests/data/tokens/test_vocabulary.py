@@ -1,5 +1,6 @@
 """Tokenizers as Hugging Face objects, and those inside GGUF files."""
 
+import contextlib
 import json
 import random
 import sys
@@ -330,3 +331,22 @@ def test_smollm2_begins_a_conversation_with_its_system_turn(smollm2):
   assert text.endswith("<|im_start|>assistant\n")
   (ids,) = smollm2.encode([text])
   assert (ids[0], ids.count(1), ids.count(2)) == (1, 3, 2)
+
+
+def test_code_of_a_tokenizers_folder_is_not_run_whatever_stdin_says(
+  tmp_path, monkeypatch
+):
+  bpe.train(["the plot is warm and clever."] * 3, 280, tmp_path)
+  path, trace = tmp_path / "tokenizer_config.json", tmp_path / "trace"
+  mapped = {"AutoTokenizer": [None, "mine.Mine"]}
+  config = {**json.loads(path.read_text()), "auto_map": mapped}
+  path.write_text(json.dumps({**config, "tokenizer_class": "Mine"}))
+  (tmp_path / "mine.py").write_text(
+    "import pathlib, transformers\n"
+    f"pathlib.Path({str(trace)!r}).touch()\n"
+    "class Mine(transformers.PreTrainedTokenizerFast): pass\n"
+  )
+  monkeypatch.setattr("builtins.input", lambda *asked: "y")
+  with contextlib.suppress(ValueError):  # or it is read without that code
+    tokenize.load(str(tmp_path))
+  assert not trace.exists()
