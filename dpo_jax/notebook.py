@@ -257,9 +257,9 @@ def sample(
   scorers = rewards.load_all(options.scorers)
   template, policy = setup.tokenizer.apply_template, sources.Policy("error")
   texts = [
-    prompt
+    chat.Prompt(prompt, templated=False)
     if isinstance(prompt, str)
-    else chat.prompt_text(
+    else chat.prompt(
       records.make({"prompt": prompt}, "prompt", f"prompts[{number}]"), template
     )
     for number, prompt in enumerate(prompts)

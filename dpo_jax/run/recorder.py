@@ -56,8 +56,8 @@ def history(workdir):
   """
   path = epath.Path(workdir) / "metrics.jsonl"
   rows = [row for _, row in files.jsonl(path)] if path.exists() else []
-  # A line that is no row was cut short by a kill.
-  return [row for row in rows if isinstance(row, dict)]
+  # A line that is none of a logger was cut short by a kill.
+  return [r for r in rows if isinstance(r, dict) and {"step", "kind"} <= {*r}]
 
 
 def _shown(metrics):

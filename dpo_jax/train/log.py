@@ -208,13 +208,13 @@ class Logger:
       parts.append(f"{values['steps_per_second']:.3g} steps/s")
       parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
       parts.append(f"mfu {100 * values['mfu']:.0f}%")
+    if self._bar is not None:
+      self._bar.set_postfix_str("  ".join(parts), refresh=False)
+      return values
     elapsed = progress.duration(time.perf_counter() - self._opened)
     at = time.strftime("%H:%M:%S", time.localtime(time.time()))
     parts.append(f"{elapsed} at {at}")
-    if self._bar is not None:
-      self._bar.set_postfix_str("  ".join(parts), refresh=False)
-    else:
-      self.say(f"{self._name}{self._line(number, *parts)}")
+    self.say(f"{self._name}{self._line(number, *parts)}")
     return values
 
   def evaluation(self, number, values):

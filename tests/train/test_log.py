@@ -209,5 +209,6 @@ def test_a_cell_of_a_notebook_has_one_bar_for_the_steps(
   assert any("2/4" in text for text in passing)
   # Lines are of evaluations alone; the steps' are in metrics.jsonl.
   assert [text for text in out.splitlines() if "eval at 4: loss 0.25" in text]
-  assert out.count("\n") == 3  # with what "mfu" is, and the end of the bar
+  # Beside it: that it resumed, what "mfu" is, and the end of the bar.
+  assert out.count("\n") == 4
   assert [row["step"] for row in rows_of(tmp_path)] == [2, 3, 4, 4]

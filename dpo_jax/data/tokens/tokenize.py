@@ -109,15 +109,12 @@ def load(name):
   )
 
 
-_ANCHORS = ("\n", "a", ".", "0")
-
-
 def _encode_alone(tokenizer, text):
   """Ids of a text that continues another: no prefix space is invented.
 
   Encodes it behind an anchor that does not merge with it.
   """
-  for anchor in _ANCHORS:
+  for anchor in ("\n", "a", ".", "0"):
     head, both = tokenizer.encode([anchor, anchor + text])
     if both[: len(head)] == head:
       return both[len(head) :]
@@ -205,13 +202,10 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   """The Example of a chat.Rendered whose texts have the ids given."""
   record = text.record
   if record.tokens is None:
+    behind = _behind(prompt, joined, record, tokenizer, changed)
     completions = [
       _end(ids, tokenizer.eos_id, ended, changed)
-      for ids, ended in zip(
-        _behind(prompt, joined, record, tokenizer, changed),
-        text.ended,
-        strict=True,
-      )
+      for ids, ended in zip(behind, text.ended, strict=True)
     ]
   else:
     completions = _drawn(record, prompt, tokenizer)
@@ -245,9 +239,8 @@ def prompts(prompts, tokenizer, options, policy):
   Args: as `encode`, with chat.Prompt for records.
   """
   out = []
-  texts = [prompt.text for prompt in prompts]
-  for prompt, ids in zip(prompts, tokenizer.encode(texts), strict=True):
-    text, templated = prompt
+  encoded = tokenizer.encode([prompt.text for prompt in prompts])
+  for (text, templated), ids in zip(prompts, encoded, strict=True):
     try:
       with fields.at(f"prompt {text!r:.40}"):
         counted = collections.Counter()
