@@ -33,6 +33,7 @@ def test_cublas_multiplies_on_nvidia_gpus(there, before, after, monkeypatch):
   assert os.environ["XLA_FLAGS"] == after
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_the_programs_of_the_first(tmp_path):
   env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
   env |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"}

@@ -46,7 +46,10 @@ FORMS = ("dpo.py:smoke,loss=simpo,lora", "sft.py:smoke,lora")
 FORMS += ("dpo.py:smoke,loss=mpo,ref=ema", "dpo.py:smoke,loss=kto")
 
 
-@pytest.mark.parametrize("spec", [*(f"{n}:smoke" for n in CONFIGS), *FORMS])
+@pytest.mark.parametrize(
+  "spec",
+  [*(pytest.param(f"{n}:smoke", marks=slow) for n in CONFIGS), *FORMS],
+)
 def test_every_config_trains_two_steps_in_its_smoke_form(spec, tmp_path):
   config = load(f"configs/{spec}")
   config.train.steps = 2

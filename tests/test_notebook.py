@@ -26,7 +26,7 @@ def built():
   ("arg", "mode"),
   [
     ("smoke", "pmap"),
-    ("lora,smoke", "jit"),
+    pytest.param("lora,smoke", "jit", marks=pytest.mark.slow),
     pytest.param("smoke", "jit", marks=pytest.mark.slow),
     pytest.param("lora,smoke", "pmap", marks=pytest.mark.slow),
   ],
@@ -256,6 +256,7 @@ def test_a_config_is_evaluated_at_its_start_and_leaves_nothing(
     dj.evaluate(load(), {"data.eval": None})
 
 
+@pytest.mark.slow
 def test_a_sweep_returns_its_table_and_writes_its_report(tmp_path):
   points = [{"loss.beta": beta} for beta in (0.1, 1.0)]
   table = dj.sweep(load("train.steps=2", *SAMPLED), points, tmp_path)
@@ -277,6 +278,7 @@ def test_a_sweep_returns_its_table_and_writes_its_report(tmp_path):
   assert len(run.samples) == 4
 
 
+@pytest.mark.slow
 def test_a_point_of_a_spec_may_be_another_loss(tmp_path):
   spec = str(conftest.ROOT / "configs/dpo.py:smoke")
   points = [

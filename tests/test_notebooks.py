@@ -113,6 +113,7 @@ def pictures(book):
   return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_the_first_dpo_learns_and_draws_its_curves(tmp_path, monkeypatch):
   book = executed("1_first_dpo", tmp_path, monkeypatch)
   text = shown(book)

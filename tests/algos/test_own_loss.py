@@ -105,6 +105,7 @@ def test_losses_of_the_package_return_metrics_of_their_own():
   assert part.out(values, hparams).keys() == own.keys()
 
 
+@pytest.mark.slow
 def test_a_loss_whose_code_changed_is_not_done_before(mine, tmp_path, capsys):
   mine(squared)
   first = loop.fit(load(), tmp_path)

@@ -289,6 +289,7 @@ def test_a_run_that_ends_between_boundaries_goes_on_to_the_same_bits(
     assert float(jnp.max(jnp.abs(value["kernel"]))) > 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_bits_and_has_learned(tmp_path):
   folders = [tmp_path / "whole", tmp_path / "cut", tmp_path / "cut"]
   codes = [train_alone(*a) for a in zip(folders, (-1, 7, -1), strict=True)]

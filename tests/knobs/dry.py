@@ -56,12 +56,13 @@ def command(plan):
   """The folder that a command without --workdir gets."""
   seen = []
 
-  def run(config, workdir, module):
+  def run(config, workdir, source):
     seen.append(workdir)
 
   verb = verbs.Verb(run, saved=False)
   with contextlib.ExitStack() as stack:
-    _patched(stack, (load, "load", lambda *_: (plan.config, None)))
+    source = load.Source(plan.config, None, "c.py", "", (), ())
+    _patched(stack, (load, "load", lambda *_: source))
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
     stack.enter_context(mock.patch.dict(verbs.VERBS, {"train": verb}))
     verbs.run("train", {"config": "c.py"}, [])

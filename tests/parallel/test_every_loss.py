@@ -98,7 +98,17 @@ MODELS = ["tables", pytest.param("llama", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("loss", TRAINED)
+# The fast tier takes the gradient of the others in tests/ops, and names them in
+# tests/test_switching.py.
+@pytest.mark.parametrize(
+  "loss",
+  [
+    loss
+    if loss in (*NEEDY, *COUPLED, "dpo", "simpo")
+    else pytest.param(loss, marks=pytest.mark.slow)
+    for loss in TRAINED
+  ],
+)
 def test_every_loss_trains_a_step(loss, name):
   gradient, metrics, _ = truth(loss, name)
   assert np.isfinite(metrics["loss"])
