@@ -5,6 +5,7 @@ written for those who load an exported model.
 """
 
 import hashlib
+import importlib
 import json
 import os
 
@@ -71,11 +72,12 @@ def _bytes():
   import tokenizers
   import transformers
 
-  # Not "from": there is a function of that name too, in some versions.
-  import transformers.convert_slow_tokenizer as slow
   from tokenizers import decoders, models, pre_tokenizers
 
   # Byte-level tokenizers write each byte as a printable character.
+  # By its name: once transformers has loaded some of its models, a function of
+  # the same name stands in the place of the module.
+  slow = importlib.import_module("transformers.convert_slow_tokenizer")
   written = slow.bytes_to_unicode()
   vocab = {written[byte]: byte for byte in range(256)}
   model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
