@@ -71,7 +71,6 @@ def _bytes():
   """The tokenizer whose ids are bytes, and 256 the end."""
   import tokenizers
   import transformers
-
   from tokenizers import decoders, models, pre_tokenizers
 
   # Byte-level tokenizers write each byte as a printable character.
