@@ -61,7 +61,7 @@ def get_config():
   a.double_bos = 0.0  # more than one BOS
   a.special_tokens = 0.0  # text that reads as another special token
   a.empty = 0.0  # a completion of no token but its end
-  a.other_end = 0.0  # a completion ends in a token that is not the EOS
+  a.other_end = 0.0  # a completion ends in what stops no sample
 
   c.sample = s = config_dict.ConfigDict()
   s.prompts = optional(str)  # source of prompts, None: no samples

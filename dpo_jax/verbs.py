@@ -149,7 +149,7 @@ def sweep(config, workdir, source):
       "--sweep loss.beta=0.05,0.1"
     )
   for point in chosen:
-    preflight.config(source.at(point), VERBS["sweep"].reads)
+    preflight.config(source.at(point), (*_DATA, "sample.prompts"))
   from dpo_jax import sweeps
 
   code = sweeps.sweep(config, chosen, workdir, at=source.at)
@@ -210,7 +210,7 @@ VERBS = {
   "train": Verb(train, saved=False, reads=_DATA),
   "eval": Verb(evaluate, saved=True, reads=("data.eval", "sample.prompts")),
   "sample": Verb(sample, saved=True, reads=("sample.prompts",)),
-  "sweep": Verb(sweep, saved=False, reads=(*_DATA, "sample.prompts")),
+  "sweep": Verb(sweep, saved=False, reads=()),  # its points say of what
   "report": Verb(write_report, saved=True, config=False),
   "audit": Verb(audit, saved=True, folder=False, reads=_DATA),
   "export": Verb(export, saved=True),

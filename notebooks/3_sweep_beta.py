@@ -145,5 +145,5 @@ for point in table[1:]:
   print(f"{point['run']:10} {texts}")
 
 # %% [markdown]
-# One seed and a toy: with data of your own, sweep `init_seed` or `data.seed`
-# beside β before you believe in a difference.
+# One seed and a toy: with data of your own, sweep `data.seed` beside β before
+# you believe in a difference.

@@ -53,7 +53,7 @@ def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
       if anchor:
         headings = re.findall(r"(?m)^#+ (.*)$", target.read_text())
         names = [re.sub(r"[^\w -]", "", h.lower()) for h in headings]
-        assert anchor.replace("-", " ") in names, anchor
+        assert anchor in [name.replace(" ", "-") for name in names], anchor
   config = load.load_config("configs/dpo.py")
   ipo = load.load_config("configs/dpo.py:loss=ipo")
   adapter = load.load_config("configs/dpo.py:lora")

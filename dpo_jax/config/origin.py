@@ -33,6 +33,10 @@ _FOLDERS = re.compile(
 )
 
 
+# Fields of regular expressions, of parameters and no files.
+_PATTERNS = ("freeze", "targets")
+
+
 def without_folders(value):
   """Plain values whose texts name local files by their last names only.
 
@@ -40,7 +44,10 @@ def without_folders(value):
   "2*hf:/home/me/pairs:test" is "2*hf:pairs:test".
   """
   if isinstance(value, dict):
-    return {key: without_folders(part) for key, part in value.items()}
+    return {
+      key: part if key in _PATTERNS else without_folders(part)
+      for key, part in value.items()
+    }
   if isinstance(value, list | tuple):
     return [without_folders(part) for part in value]
   return _FOLDERS.sub("", value) if isinstance(value, str) else value

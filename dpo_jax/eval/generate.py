@@ -56,7 +56,13 @@ def prompts(setup):
   records = sources.load(options.prompts, form, policy, "sample.prompts")
   if options.prefix is None:
     apply_template = setup.tokenizer.apply_template
-    texts = [chat.prompt(record, apply_template) for record in records]
+    texts = []
+    for record in records:
+      try:
+        with fields.at(record.origin):
+          texts.append(chat.prompt(record, apply_template))
+      except fields.BadRecord as error:
+        policy.bad(error)
   else:
     sources.refuse_messages(records, "sample.prefix")
     encode, decode = setup.tokenizer.encode, setup.tokenizer.decode
@@ -151,7 +157,9 @@ def write(setup, params, identity, workdir):
   path, given = workdir / "completions.jsonl", prompts(setup)
   digest = hashlib.blake2b(repr(given).encode(), digest_size=8).hexdigest()
   ends = setup.tokenizer.end_ids
-  identity = {**identity, "prompts": digest, "ends": ends}
+  identity = {**identity, "prompts": digest}
+  if len(ends) > 1:  # the EOS alone is the tokenizer's
+    identity["ends"] = ends
   total = len(given) * options.draws
   rows = _continue(path, identity, options.batch_size, total)
   if len(rows) < total:

@@ -9,8 +9,6 @@ from dpo_jax.config import saved
 from dpo_jax.report import folder
 
 UNKNOWN = "not recorded"
-# Seconds by which the start of a process moves at most while it logs.
-_RESUMED = 2.0
 _SEEDS = (*folder.SEEDS, "sample.seed")
 _MADE_WITH = ("commit", "dpo_jax", "python", "jax", "device")
 
@@ -63,19 +61,19 @@ def _of(run, config):
 def _trained(metrics):
   """Seconds that a run took until what it logged last, or None.
 
-  "elapsed" counts from the start of a process; a run that was resumed had
-  several, which began at different "wall_time" less "elapsed".
+  "elapsed" counts from the start of a process, at "wall_time" less "elapsed";
+  a run that was resumed had several, each begun after what is logged before.
   """
   steps, elapsed = metrics.get("elapsed", ((), ()))
   _, clock = metrics.get("wall_time", ((), [math.nan] * len(steps)))
   total = before = 0.0
-  began = math.nan
+  last = math.nan
   for seconds, now in zip(elapsed, clock, strict=True):
     if not math.isfinite(seconds):
       continue
-    if seconds < before or abs(now - seconds - began) > _RESUMED:
+    if seconds < before or now - seconds >= last:
       before = 0.0
-    total, before, began = total + seconds - before, seconds, now - seconds
+    total, before, last = total + seconds - before, seconds, now
   return total or None
 
 

@@ -148,5 +148,7 @@ def test_a_missing_file_is_an_error_that_shows_the_pip_command(name, package):
   ],
 )
 def test_a_local_file_is_published_by_its_last_name(text, want):
+  patterns = {"freeze": [".*/kernel"], "targets": ["(^|/)bias"]}
+  assert origin.without_folders(patterns) == patterns  # they name no files
   got = origin.without_folders({"a": {"b": [text]}, "c": text})
   assert got == {"a": {"b": [want]}, "c": want}

@@ -139,6 +139,29 @@ def test_messages_become_prompts_by_the_chat_template(setup, tmp_path):
   assert text == "[How is the plot?]"
 
 
+def test_a_prompt_that_the_template_refuses_is_named_or_skipped(
+  setup, tmp_path
+):
+  path = tmp_path / "my.jsonl"
+  rows = [[{"role": "user", "content": text}] for text in ("no", "yes")]
+  path.write_text("".join(json.dumps({"prompt": r}) + "\n" for r in rows))
+
+  def template(messages, *, add_generation_prompt):
+    if messages[0]["content"] == "no":
+      raise ValueError("no such turn")
+    return messages[0]["content"]
+
+  def prompts(*overrides):
+    here = at(setup, f"sample.prompts={path}", *overrides)
+    chatty = here.tokenizer._replace(apply_template=template)
+    return generate.prompts(here._replace(tokenizer=chatty))
+
+  with pytest.raises(ValueError, match=r"my\.jsonl:1: .*no such turn"):
+    prompts()
+  ((text, _),) = prompts("data.bad_records=skip")
+  assert text == "yes"
+
+
 def test_weights_of_prompts_are_refused(setup):
   with pytest.raises(ValueError, match="weights have no effect"):
     generate.prompts(at(setup, "sample.prompts=2*toy + toy"))

@@ -32,8 +32,8 @@ CHECKS = {
   ),
   "empty": "take them out: there is nothing to score but the end",
   "other_end": (
-    "make the template's end of turn the tokenizer's eos_token: sampling stops "
-    "at the EOS only"
+    "make the template end a turn in one token of its own: text that a sample "
+    "may hold elsewhere cannot stop it"
   ),
 }
 
@@ -43,7 +43,7 @@ _CHANGED = {
   "boundary_merges": "boundary merge",
   "prompt_cut": "prompt cut",
   "completion_cut": "completion cut",
-  "other_end": "end of turn that is not the EOS",
+  "other_end": "end of turn at which no sample stops",
 }
 
 

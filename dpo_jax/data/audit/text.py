@@ -16,7 +16,7 @@ _FOUND = {
   "completion_cut": "with a completion cut",
   "special_tokens": "with special tokens in the text",
   "empty": "with nothing scored but the end",
-  "other_end": "ending in another token than EOS",
+  "other_end": "ending where no sample stops",
 }
 _HOW_MANY = {0: "no", 1: "one", 2: "two or more"}
 

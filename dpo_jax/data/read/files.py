@@ -17,7 +17,7 @@ from dpo_jax.data.read import fields
 
 # Columns of a .csv whose cells are JSON, as they hold no text.
 _JSON_COLUMNS = {
-  *("completions", "label", "messages", "pairs", "tokens", "ranking"),
+  *("bos", "completions", "label", "messages", "pairs", "ranking", "tokens"),
   *("scores", "score_chosen", "score_rejected"),
 }
 

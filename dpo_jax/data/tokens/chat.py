@@ -259,7 +259,8 @@ def end_of_turn(apply_template):
     text = _apply(apply_template, replied, False)
   except fields.BadRecord:  # it wants other messages
     return ""
-  return text.rpartition(probe)[2]
+  _, found, end = text.rpartition(probe)
+  return end if found else ""  # else it writes a reply in other words
 
 
 def end_ids(apply_template, encode, specials):

@@ -204,7 +204,7 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   if record.tokens is None:
     behind = _behind(prompt, joined, record, tokenizer, changed)
     completions = [
-      _end(ids, tokenizer.eos_id, ended, changed)
+      _end(ids, tokenizer, ended, changed)
       for ids, ended in zip(behind, text.ended, strict=True)
     ]
   else:
@@ -310,18 +310,18 @@ def _drawn(record, prompt, tokenizer):
   return list(record.tokens)
 
 
-def _end(ids, eos_id, ended, changed):
+def _end(ids, tokenizer, ended, changed):
   """The completion with exactly one EOS.
 
   Messages that their template ended keep that end, which may be the EOS.
   """
   if ended:
-    if ids[-1] != eos_id:
-      changed["end of turn that is not the EOS"] += 1
+    if ids[-1] not in tokenizer.end_ids:
+      changed["end of turn at which no sample stops"] += 1
     return ids
-  while ids and ids[-1] == eos_id:
+  while ids and ids[-1] == tokenizer.eos_id:
     ids = ids[:-1]
-  return [*ids, eos_id]
+  return [*ids, tokenizer.eos_id]
 
 
 def _check(prompt, completions, pairs, tokenizer):

@@ -68,7 +68,7 @@ def text():
   about = (
     f"{len(losses.LOSSES)} losses. Δ = log π − log π_ref of a completion, h = "
     "Δ_w − Δ_l, σ logistic, sg stop-gradient. --config "
-    "configs/dpo.py:loss=NAME selects one with its defaults, "
+    "dpo:loss=NAME selects one with its defaults, "
     "loss=0.8*dpo+0.2*bco+nll a mixture (rpo and mpo are two), divergence=NAME "
     f"one of {', '.join(losses.DIVERGENCES)} for the reverse KL in a loss of h."
   )

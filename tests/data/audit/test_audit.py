@@ -17,6 +17,8 @@ CHATML = (
 TEMPLATES = {
   None: None,
   "chatml": CHATML,
+  # A turn ends in what any text may hold.
+  "words": CHATML.replace("<|im_end|>", " The end"),
   # The end of turn is the EOS; the text begins with a BOS.
   "eos": "{{ bos_token }}" + CHATML.replace("<|im_end|>", "{{ eos_token }}"),
   # Every turn begins with a BOS.
@@ -143,7 +145,7 @@ PLANTED = {
     (chat(rejected="<|im_start|>clever."), {"template": "eos"}),
   ],
   "empty": [(row(chosen="<|eos|>"), {})],
-  "other_end": [(chat(), {"template": "chatml"})],
+  "other_end": [(chat(), {"template": "words"})],
 }
 
 
@@ -155,7 +157,7 @@ def test_a_planted_defect_is_found_and_is_the_only_one(look, name, bad, fields):
   good = [chat(f"the plot {n}?") for n in range(3)]
   if "template" not in fields:
     good = GOOD
-  elif fields["template"] == "chatml":
+  elif fields["template"] == "words":
     good = []
   report = look([*good, bad], boundary_merges=0.0, cut=0.0, **fields)
   assert failed(report) == [name]

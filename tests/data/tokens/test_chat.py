@@ -128,7 +128,16 @@ def test_another_end_of_turn_is_scored_and_no_eos_follows(loaded, name):
   tokenizer, last, changed = ends(loaded, name)
   assert last == tokenizer.encode(["<|im_end|>"])[0] * 2
   assert tokenizer.eos_id not in last
-  assert changed == {"end of turn that is not the EOS": 2}
+  assert set(last) <= set(tokenizer.end_ids)  # a sample stops there too
+  assert not changed
+
+
+def test_a_template_that_writes_replies_in_other_words_tells_no_end(loaded):
+  def template(messages, *, add_generation_prompt):
+    return "".join(f"<|bos|>{m['content']}\n".upper() for m in messages)
+
+  some = loaded["chatml"]
+  assert chat.end_ids(template, some.encode, some.specials) == ()
 
 
 @pytest.mark.parametrize(
