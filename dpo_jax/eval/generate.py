@@ -197,7 +197,11 @@ def describe(batch, scorers, count):
   With `count` draws a prompt, "id" numbers the prompts.
   """
   texts = [d.prompt for d in batch], [d.completion for d in batch]
-  scores = {f"reward/{s.name}": s.score(*texts) for s in scorers}
+  scores = {}
+  for scorer in scorers:
+    of_draws = getattr(scorer.score, "of_draws", None)
+    made = scorer.score(*texts) if of_draws is None else of_draws(batch)
+    scores[f"reward/{scorer.name}"] = made
   return [
     {
       "id": draw.id // count,

@@ -39,7 +39,8 @@ class Scorer(NamedTuple):
 
   Attributes:
     name: short, for tables: the part of the spec before the colon.
-    score: (prompts, completions), lists of str -> f64[n], higher is better.
+    score: (prompts, completions), lists of str -> f64[n], higher is better. If
+      it has an attribute `of_draws`, that takes a list of generate.Draw.
   """
 
   name: str
@@ -271,10 +272,30 @@ def _implicit(folder):
   policy = setup.trained.model(ref, params)
 
   def score(prompts, completions):
-    records = [
-      sources.Record(p, (c,), (), f"text {i}")
-      for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
-    ]
+    texts = enumerate(zip(prompts, completions, strict=True))
+    return of([sources.Record(p, (c,), (), f"text {i}") for i, (p, c) in texts])
+
+  def of_draws(draws):
+    """Of the tokens as drawn: a template's prompt may have no BOS, a turn may
+    end in another token than the EOS, and a draw at its limit has no end."""
+    tokenizer = setup.tokenizer
+    if any(
+      tokenize.continuation(tokenizer, d.prompt_ids, d.ids) != d.completion
+      for d in draws
+    ):  # they are another tokenizer's
+      return score([d.prompt for d in draws], [d.completion for d in draws])
+    return of(
+      [
+        sources.Record(
+          *(d.prompt, (d.completion,), (), f"draw {d.id}"),
+          tokens=(d.ids,),
+          bos=d.prompt_ids[0] == tokenizer.bos_id,
+        )
+        for d in draws
+      ]
+    )
+
+  def of(records):
     examples, changed = tokenize.encode(
       records, setup.tokenizer, limits, sources.Policy("error")
     )
@@ -292,6 +313,7 @@ def _implicit(folder):
           ratios[index] += sign * math.fsum(logps)
     return beta * ratios
 
+  score.of_draws = of_draws
   return score
 
 

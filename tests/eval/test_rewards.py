@@ -12,7 +12,7 @@ from sklearn.feature_extraction import text as features
 
 from dpo_jax.config import load as load_lib
 from dpo_jax.data.tokens import comparisons
-from dpo_jax.eval import rewards
+from dpo_jax.eval import generate, rewards
 from dpo_jax.run import build, forward
 from tests import conftest, folders
 
@@ -204,6 +204,35 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(trained):
   # Differences of sums of some 30 f32 log-probs of order 5.
   np.testing.assert_allclose(got, want, atol=1e-4)
   assert np.abs(got).min() > 1e-2
+
+
+def test_an_implicit_reward_of_draws_is_of_their_tokens(trained):
+  """One that did not end has no EOS; of another tokenizer the text counts."""
+  score = rewards.load(f"implicit:{trained[0]}").score
+  eos = build.prepare_model(load("configs/dpo.py:smoke")).tokenizer.eos_id
+
+  def draws(end, ids=None):
+    return [
+      generate.Draw(
+        i,
+        p,
+        list(p.encode()) or [eos],
+        c,
+        ids or [*c.encode(), *end],
+        bool(end),
+      )
+      for i, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True))
+    ]
+
+  texts = score(PROMPTS, COMPLETIONS)
+  ended, cut = score.of_draws(draws([eos])), score.of_draws(draws([]))
+  np.testing.assert_allclose(ended, texts, atol=1e-4)
+  assert np.abs(cut - texts).min() > 1e-3
+  np.testing.assert_allclose(
+    score.of_draws(draws([], ids=[7])), texts, atol=1e-4
+  )
+  (row, *_) = generate.describe(draws([]), [rewards.Scorer("it", score)], 1)
+  assert row["reward/it"] == round(float(cut[0]), 6)
 
 
 def test_implicit_needs_the_folder_of_a_run_that_has_a_beta(tmp_path):
