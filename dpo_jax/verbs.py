@@ -148,8 +148,10 @@ def sweep(config, workdir, source):
       f"{source.path} has no sweep(), which yields the points: name them, "
       "--sweep loss.beta=0.05,0.1"
     )
-  for point in chosen:
-    preflight.config(source.at(point), (*_DATA, "sample.prompts"))
+  configs = [source.at(point) for point in chosen]
+  for config_of_point in configs:
+    preflight.config(config_of_point, (*_DATA, "sample.prompts"))
+  _reach(configs)
   from dpo_jax import sweeps
 
   code = sweeps.sweep(config, chosen, workdir, at=source.at)
@@ -231,6 +233,15 @@ def fields(name, options, overrides):
   return [help.page(config, notes)]
 
 
+def _reach(configs):
+  """Fails at once where the hub is out of reach and its cache has not all."""
+  names = {name: None for c in configs for name in preflight.on_hub(c)}
+  reason = host.hub_or_cache() if names else None
+  if reason is not None:
+    preflight.cached(names, reason)
+    print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)
+
+
 def run(name, options, overrides):
   """Runs a verb.
 
@@ -260,11 +271,8 @@ def run(name, options, overrides):
     preflight.folder(workdir)
   if verb.reads is not None:
     preflight.config(config, verb.reads)
-  if config is not None and (names := preflight.on_hub(config)):
-    reason = host.hub_or_cache()
-    if reason is not None:
-      preflight.cached(names, reason)
-      print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)
+  if config is not None:
+    _reach([config])
   host.keep_pages()
   host.claim_devices()
   host.leave_triton_out()
