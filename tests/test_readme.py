@@ -2,11 +2,13 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
 
 import dpo_jax
+from dpo_jax import cli, sweeps, verbs
 from dpo_jax.config import load, saved
 from dpo_jax.ops import losses
 from tests import conftest
@@ -61,6 +63,45 @@ def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
   fields = {path for flat in every for path in flat}
   for field in re.findall(r"--config\.([\w.]+)=", README):
     assert field in fields, field
+
+
+def commands():
+  """The words behind dpo-jax of each command in a block of the README."""
+  for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+    for line in block.replace("\\\n", " ").splitlines():
+      if line.startswith("dpo-jax"):
+        yield shlex.split(line, comments=True)[1:]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_is_accepted_away_from_the_checkout(
+  words, tmp_path, monkeypatch, capsys
+):
+  """Up to where its verb begins to work; a sweep up to its first point."""
+  monkeypatch.chdir(tmp_path)
+  row = {"prompt": "a", "chosen": " b", "rejected": " c"}
+  for name in ("my", "held_out", "chat"):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+  run = tmp_path / "runs/chat/config.json"
+  run.parent.mkdir(parents=True)
+  run.write_text(json.dumps(load.load_config("dpo:smoke").to_dict()))
+  begun = []
+
+  def begins(*args, **kwargs):
+    begun.append(args)
+    return 0
+
+  for name in ("keep_pages", "claim_devices", "leave_triton_out", "keep"):
+    monkeypatch.setattr(verbs.host, name, lambda: None)
+  monkeypatch.setattr(verbs.host, "hub_or_cache", lambda: None)
+  monkeypatch.setattr(sweeps, "sweep", begins)
+  monkeypatch.setattr(verbs, "write_report", lambda *_: 0)
+  for name, verb in verbs.VERBS.items():
+    if name != "sweep":
+      other = verb._replace(run=begins)
+      monkeypatch.setitem(verbs.VERBS, name, other)
+  assert cli.main(words) == 0, capsys.readouterr().err
+  assert len(begun) == 1
 
 
 def test_the_spine_has_as_many_lines_as_the_readme_says():
