@@ -137,7 +137,8 @@ def test_a_result_is_one_line_and_has_the_history(ran):
 
 
 def test_pandas_reads_the_history(ran):
-  pandas = pytest.importorskip("pandas")
+  import pandas
+
   frame = pandas.DataFrame(ran[0].history).set_index("step")
   assert frame[frame.kind == "train"].loss.notna().all()
 

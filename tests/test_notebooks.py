@@ -11,14 +11,12 @@ import re
 import subprocess
 import sys
 
+import jupytext
+import nbclient
+import nbformat
 import pytest
 
 from tests import conftest
-
-jupytext = pytest.importorskip("jupytext")
-nbclient = pytest.importorskip("nbclient")
-nbformat = pytest.importorskip("nbformat")
-pytest.importorskip("ipykernel")
 
 SCRIPTS = sorted((conftest.ROOT / "notebooks").glob("*.py"))
 NAMES = [path.stem for path in SCRIPTS]

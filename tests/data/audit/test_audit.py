@@ -8,7 +8,8 @@ from configs import base
 from dpo_jax.data.audit import audit, counts
 from dpo_jax.data.audit import text as text_lib
 from dpo_jax.data.read import sources
-from dpo_jax.data.tokens import bpe, comparisons, tokenize
+from dpo_jax.data.tokens import comparisons, tokenize
+from tests import templates
 
 CHATML = (
   "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -43,14 +44,7 @@ def folders(tmp_path_factory):
   out = {}
   for name, template in TEMPLATES.items():
     folder = tmp_path_factory.mktemp("tokenizer")
-    bpe.train(["the plot is warm and clever."] * 3, 290, folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config["additional_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
-    if template:
-      config["chat_template"] = template
-    path.write_text(json.dumps(config))
-    out[name] = str(folder)
+    out[name] = templates.write(folder, template, size=290)
   return out
 
 

@@ -496,8 +496,9 @@ def test_nulls_in_jsonl_are_missing_fields(tmp_path, row):
 
 
 def test_nulls_that_fill_up_a_table_are_missing_keys(tmp_path):
-  pa = pytest.importorskip("pyarrow")
-  parquet = pytest.importorskip("pyarrow.parquet")
+  import pyarrow as pa
+  from pyarrow import parquet
+
   call = {"function": {"name": "w", "arguments": {"city": "Oslo"}}}
   other = {"function": {"name": "w", "arguments": {"day": "today"}}}
   turns = [{"role": "assistant", "tool_calls": [c]} for c in (call, other)]

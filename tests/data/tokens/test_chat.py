@@ -8,6 +8,7 @@ import pytest
 
 from dpo_jax.data.read import fields, records, sources
 from dpo_jax.data.tokens import bpe, chat, tokenize
+from tests import templates
 
 HEAD = "{% for m in messages %}"
 CHATML = (
@@ -40,14 +41,7 @@ def loaded(tmp_path_factory):
   out = {}
   for name, template in {None: None, **TEMPLATES}.items():
     folder = tmp_path_factory.mktemp("tokenizer")
-    bpe.train(["the plot is warm and clever."] * 3, 280, folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config["additional_special_tokens"] = ["<|im_start|>", "<|im_end|>"]
-    if template:
-      config["chat_template"] = template
-    path.write_text(json.dumps(config))
-    out[name] = tokenize.load(str(folder))
+    out[name] = tokenize.load(templates.write(folder, template))
   return out
 
 

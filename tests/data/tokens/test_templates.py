@@ -1,12 +1,11 @@
 """The ids of messages beside those of transformers' own chat templates."""
 
-import json
-
 import pytest
 import transformers
 
 from dpo_jax.data.read import pairs, records, sources
-from dpo_jax.data.tokens import bpe, chat, tokenize
+from dpo_jax.data.tokens import chat, tokenize
+from tests import templates
 from tests.data.tokens import test_chat
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|call_end|>"]
@@ -50,12 +49,8 @@ def loaded(tmp_path_factory):
   out = {}
   for name, template in TEMPLATES.items():
     folder = tmp_path_factory.mktemp("tokenizer")
-    bpe.train(["the weather in Oslo is cold, and asked."] * 3, 290, folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config["additional_special_tokens"] = SPECIALS
-    config["chat_template"] = template
-    path.write_text(json.dumps(config))
+    text = "the weather in Oslo is cold, and asked."
+    templates.write(folder, template, size=290, marks=SPECIALS, text=text)
     hf = transformers.AutoTokenizer.from_pretrained(folder)
     out[name] = tokenize.load(str(folder)), hf
   return out
