@@ -16,7 +16,7 @@ is one, which PEFT reads there: that is not uploaded.
 import jax
 from etils import epath
 
-from dpo_jax import lookup, tree
+from dpo_jax import lookup, store, tree
 from dpo_jax.config import fields, origin, saved
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.models import families, hf, peft, write
@@ -80,7 +80,7 @@ def _same(folder, about):
   path = folder / "dpo_jax.json"
   if not path.exists():
     return False
-  there = hf.read_json(path)
+  there = store.read_json(path)
   if not {"config", "step", "checksums"} <= there.keys():
     return False
   # Earlier exports named folders.

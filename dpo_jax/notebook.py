@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import tempfile
 
 import jax
@@ -11,10 +10,10 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_dict
 
-from dpo_jax import algos, report, sweeps
+from dpo_jax import algos, report, store, sweeps
 from dpo_jax.algos import base
 from dpo_jax.config import load
-from dpo_jax.data.read import files, records, sources
+from dpo_jax.data.read import fields, files, records, sources
 from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import evaluation, generate, rewards
 from dpo_jax.parallel import mesh as mesh_lib
@@ -150,7 +149,7 @@ class Folder:
   def evaluation(self):
     """What evaluation.json holds; None if it was not evaluated."""
     path = self.workdir / "evaluation.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return store.read_json(path) if path.exists() else None
 
   @functools.cached_property
   def samples(self):
@@ -196,7 +195,7 @@ def load_run(workdir):
   """
   workdir = epath.Path(workdir)
   if (workdir / "sweep.json").exists():
-    about = json.loads((workdir / "sweep.json").read_text())
+    about = store.read_json(workdir / "sweep.json")
     names = ", ".join(str(workdir / p["folder"]) for p in about["points"])
     raise ValueError(
       f"{workdir} is the folder of a sweep: load one of its runs ({names}), or "
@@ -256,14 +255,15 @@ def sample(
   setup = setup._replace(sample=options._replace(batch_size=size))
   scorers = rewards.load_all(options.scorers)
   template, policy = setup.tokenizer.apply_template, sources.Policy("error")
-  texts = [
-    chat.Prompt(prompt, templated=False)
-    if isinstance(prompt, str)
-    else chat.prompt(
-      records.make({"prompt": prompt}, "prompt", f"prompts[{number}]"), template
-    )
-    for number, prompt in enumerate(prompts)
-  ]
+  texts = []
+  for number, prompt in enumerate(prompts):
+    where = f"prompts[{number}]"
+    if isinstance(prompt, str):
+      texts.append(chat.Prompt(prompt, templated=False))
+      continue
+    record = records.make({"prompt": prompt}, "prompt", where)
+    with fields.at(where):
+      texts.append(chat.prompt(record, template))
   given = tokenize.prompts(texts, setup.tokenizer, setup.data, policy)
   params = _policy(setup, workdir, params)
   drawn = generate.draws(setup, params, given)

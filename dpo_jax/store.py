@@ -66,6 +66,20 @@ def publish(partial, path):
       raise
 
 
+def read_json(path):
+  """The object in a JSON file.
+
+  Raises: ValueError naming the file, if it is damaged.
+  """
+  try:
+    content = json.loads(path.read_text())
+  except (ValueError, OSError) as error:
+    raise ValueError(f"{path} is damaged: {error}") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is damaged: it holds no JSON object")
+  return content
+
+
 def write(path, content):
   """Writes the bytes of a file; complete or absent, also when interrupted."""
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,6 @@ from dpo_jax.config import code as code_lib
 from dpo_jax.config import fields
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.eval import frontier
-from dpo_jax.models import hf
 from dpo_jax.run import forward
 from dpo_jax.run import held_out as held_out_lib
 from dpo_jax.train import state as state_lib
@@ -134,7 +133,7 @@ def done(asked, workdir, made):
   path = epath.Path(workdir) / "evaluation.json"
   if not path.exists():
     return False
-  there = hf.read_json(path)
+  there = store.read_json(path)
   names = made.keys() | {name for name in there if name.startswith(code_lib.OF)}
   if any(there.get(name) != made.get(name) for name in names):
     return False

@@ -13,7 +13,6 @@ from dpo_jax import progress, store
 from dpo_jax.data.read import fields, files, pairs, sources
 from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import rewards
-from dpo_jax.models import hf
 from dpo_jax.ops import reduce
 from dpo_jax.parallel import mesh as mesh_lib
 
@@ -220,7 +219,7 @@ def _continue(path, identity, batch_size, total):
   """The rows of whole batches that are there; the file is cut to them."""
   about, resumed = path.parent / "completions.json", path.exists()
   if resumed:
-    saved = hf.read_json(about) if about.exists() else None
+    saved = store.read_json(about) if about.exists() else None
     if saved != json.loads(json.dumps(identity)):
       raise ValueError(
         f"{path} was drawn from another policy, prompts or settings; delete "

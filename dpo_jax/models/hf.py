@@ -5,7 +5,6 @@ stacked layers is allocated on the devices and filled in place.
 """
 
 import functools
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import safetensors
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax import tree
+from dpo_jax import store, tree
 from dpo_jax.config import origin
 from dpo_jax.models import axes, families, keys, lora
 from dpo_jax.models import config as config_lib
@@ -61,7 +60,7 @@ def open_folder(folder):
   path = folder / "config.json"
   if not path.exists():
     raise ValueError(f"{folder} holds no config.json")
-  raw = read_json(path)
+  raw = store.read_json(path)
   try:
     config, vocab_size = families.read(raw)
     family = families.find(raw)
@@ -107,7 +106,7 @@ def generation(folder, raw):
   names = ("bos_token_id", "eos_token_id", "pad_token_id")
   found = {n: raw[n] for n in names if raw.get(n) is not None}
   if path.exists():
-    found = read_json(path)
+    found = store.read_json(path)
   ends = found.get("eos_token_id")
   for end in ends if isinstance(ends, list) else [ends] * (ends is not None):
     if type(end) is not int:  # True is an int too
@@ -131,20 +130,6 @@ def _check_tied(folder, files, head, family):
       f"{folder}: config.json ties the head to the embedding, but {head} is "
       "another matrix; set tie_word_embeddings to false there"
     )
-
-
-def read_json(path):
-  """The object in a JSON file.
-
-  Raises: ValueError naming the file, if it is damaged.
-  """
-  try:
-    content = json.loads(path.read_text())
-  except (ValueError, OSError) as error:
-    raise ValueError(f"{path} is damaged: {error}") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path} is damaged: it holds no JSON object")
-  return content
 
 
 def _files(folder):
@@ -173,7 +158,7 @@ def _files(folder):
 
 def _indexed(folder, index):
   """The names in an index; each is a file of the folder itself."""
-  names = read_json(index).get("weight_map")
+  names = store.read_json(index).get("weight_map")
   if not isinstance(names, dict) or not names:
     raise ValueError(f"{index} is damaged: it has no weight_map")
   # A set would not hold what JSON may have in place of a name.

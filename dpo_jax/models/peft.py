@@ -14,8 +14,8 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from dpo_jax import tree
-from dpo_jax.models import axes, fields, hf, keys, lora
+from dpo_jax import store, tree
+from dpo_jax.models import axes, fields, keys, lora
 from dpo_jax.models import write as write_lib
 
 _PREFIX = "base_model.model."
@@ -181,7 +181,7 @@ def _opened(folder):
   path = folder / "adapter_config.json"
   if not path.exists():
     raise ValueError(f"{folder} holds no adapter_config.json of PEFT")
-  about = hf.read_json(path)
+  about = store.read_json(path)
   for field, allowed in _ONLY.items():
     if field in about:
       fields.only(path, field, about[field], allowed)
