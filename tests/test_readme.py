@@ -73,7 +73,7 @@ def commands():
         yield shlex.split(line, comments=True)[1:]
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", [*commands()], ids=" ".join)
 def test_every_command_is_accepted_away_from_the_checkout(
   words, tmp_path, monkeypatch, capsys
 ):

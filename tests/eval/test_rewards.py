@@ -231,7 +231,9 @@ def test_an_implicit_reward_of_draws_is_of_their_tokens(trained):
   np.testing.assert_allclose(
     score.of_draws(draws([], ids=[7])), texts, atol=1e-4
   )
-  (row, *_) = generate.describe(draws([]), [rewards.Scorer("it", score)], 1)
+  (row, *_) = generate.describe(
+    draws([]), [rewards.Scorer("it", score)], 1, None
+  )
   assert row["reward/it"] == round(float(cut[0]), 6)
 
 
@@ -355,6 +357,7 @@ def reward_model(folder, *, kind="llama", pad=None, adds_bos=True, longest=64):
   return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("pad", [None, "</s>"])
 def test_a_reward_model_scores_a_text_alone_as_among_others(
@@ -374,6 +377,7 @@ def test_a_reward_model_scores_a_text_alone_as_among_others(
   assert len(np.unique(got.round(3))) > 30
 
 
+@pytest.mark.slow
 def test_a_classifier_scores_a_text_alone_as_among_others(tmp_path):
   classifier(tmp_path, 2)
   prompts, completions, _ = texts_of(40)
@@ -386,6 +390,7 @@ def test_a_classifier_scores_a_text_alone_as_among_others(tmp_path):
   assert len(np.unique(got.round(3))) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_text_that_brings_its_bos_is_scored_with_one(adds_bos, tmp_path):
   """As that of a prompt which a chat template wrote."""
@@ -397,6 +402,7 @@ def test_a_text_that_brings_its_bos_is_scored_with_one(adds_bos, tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer_says", [None, 40])
 def test_a_text_is_scored_whole_up_to_what_the_model_can_read(
   tokenizer_says, tmp_path
@@ -419,6 +425,7 @@ def test_a_text_is_scored_whole_up_to_what_the_model_can_read(
     score([prompt, f"a {prompt}"], [" dull film"] * 2)
 
 
+@pytest.mark.slow
 def test_positions_that_begin_behind_the_padding_are_not_read_past(tmp_path):
   """RoBERTa's table of 40 has 38 of them."""
   import transformers
@@ -443,6 +450,7 @@ def test_positions_that_begin_behind_the_padding_are_not_read_past(tmp_path):
     score(["a"], [" film" * 37])
 
 
+@pytest.mark.slow
 def test_a_scorer_that_cannot_score_is_refused_when_it_is_loaded(tmp_path):
   """Not once completions have been drawn for it."""
   reward_model(tmp_path, longest=2)
@@ -450,6 +458,7 @@ def test_a_scorer_that_cannot_score_is_refused_when_it_is_loaded(tmp_path):
     rewards.load(f"model:{tmp_path}")
 
 
+@pytest.mark.slow
 def test_code_that_a_scorer_brings_is_never_run(tmp_path, monkeypatch):
   """Nor is there a question on stdin, which a pipe might answer."""
   reward_model(tmp_path)
@@ -471,6 +480,7 @@ def test_code_that_a_scorer_brings_is_never_run(tmp_path, monkeypatch):
   assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_pickled_weights_of_a_scorer_are_not_read(tmp_path):
   import torch
 

@@ -133,6 +133,7 @@ def test_a_file_of_the_index_that_is_missing_is_named(tmp_path):
     hf.open_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_one_file_goes_before_an_index_that_lies_beside_it(tmp_path):
   """As transformers has it; a line says so."""
   import torch
