@@ -1,7 +1,10 @@
 """Checkpoints with exact resume: Orbax, checksums and the run's config."""
 
 import contextlib
+import functools
+import inspect
 import re
+import sys
 import warnings
 
 import jax
@@ -159,8 +162,12 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 def _read_item(manager, step, name, restore):
   args = ocp.args.Composite(**{name: restore})
+  hook = sys.unraisablehook
+  # At the first array that cannot be read Orbax closes its event loop; what was
+  # being read meanwhile fails in threads and coroutines of its own, or later.
+  sys.unraisablehook = functools.partial(_leave_out_reads, hook)
   try:
-    return manager.restore(step, args=args)[name]
+    item = manager.restore(step, args=args)[name]
   except Exception as error:
     # Of an array that lacks a file Orbax raises an Exception of no other kind.
     if type(error) is not Exception and not isinstance(error, _UNREADABLE):
@@ -168,6 +175,15 @@ def _read_item(manager, step, name, restore):
     # TensorStore tells all that it knows of an array behind what happened.
     reason = re.split(r" \[|: \{|\. See", str(error).partition("\n")[0])[0]
     raise _Damaged(f"unreadable ({reason[:200]})") from error
+  sys.unraisablehook = hook
+  return item
+
+
+def _leave_out_reads(hook, unraisable):
+  """Gives `hook` what did not come of reads that nobody waits for."""
+  closed = "Event loop is closed" in str(unraisable.exc_value)
+  if not closed and not inspect.iscoroutine(unraisable.object):
+    hook(unraisable)
 
 
 def _read_meta(manager, step):

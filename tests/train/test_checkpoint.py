@@ -203,11 +203,15 @@ def test_policy_of_another_run_is_loaded_and_misfits_are_named(tmp_path):
     checkpoint.load_params(tmp_path / "nowhere", state.params)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_policy_with_a_damaged_file_is_refused_in_one_short_line(
   cut, tmp_path
 ):
-  """Whichever file of it is gone or cut, unless it is not needed."""
+  """Whichever file of it is gone or cut, unless it is not needed.
+
+  Nor does Python print what the reads met that were on their way.
+  """
   state = make_state(step=5, seed=3)
   save(tmp_path / "whole", state)
   refused = []
