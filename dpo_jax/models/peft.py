@@ -8,6 +8,7 @@ way out their A lie one under the other and B is block-diagonal. Both are exact.
 """
 
 import re
+import warnings
 
 import jax
 import numpy as np
@@ -143,7 +144,8 @@ def read(folder, table, config, shapes, vocab_size):
   stabilised = about.get("use_rslora")
   scale = lora.scale_of(about["r"], about["lora_alpha"], stabilised)
   wanted = _kernels(table, config, shapes, vocab_size)
-  _check_targets(about, file, tensors, wanted)
+  outer = [key.name for key in table if "{}" not in key.name]
+  _check_targets(about, file, tensors, wanted, outer)
   stacks = {}
   for name, tensor in wanted.items():
     module = name.removesuffix(".weight")
@@ -204,10 +206,20 @@ def _opened(folder):
   return about, tensors, file
 
 
-def _check_targets(about, file, tensors, wanted):
-  """Raises ValueError for a target of the config that the file lacks."""
+def _check_targets(about, file, tensors, inner, outer):
+  """Raises ValueError for a target of the config that the file lacks.
+
+  Args:
+    about: adapter_config.json.
+    file: of the tensors, for messages.
+    tensors: {name: array}.
+    inner, outer: names of the base's tensors in its layers and outside.
+  """
   targets, left_out = about.get("target_modules"), about.get("exclude_modules")
-  modules = [name.removesuffix(".weight") for name in wanted]
+  modules, outer = (
+    [name.removesuffix(".weight") for name in names] for names in (inner, outer)
+  )
+  absent = []
   # "all-linear" is all of the layers, and nothing outside of them.
   names = targets if isinstance(targets, list) else [targets]
   for target in names:
@@ -225,12 +237,18 @@ def _check_targets(about, file, tensors, wanted):
         f"{file}: {_PREFIX}{lacks[0]}.lora_A.weight is missing, though "
         f"adapter_config.json names {target!r} in target_modules"
       )
-    outside = pattern and any(_named(_module(n), pattern) for n in tensors)
-    if target is not None and not aimed and not outside:
+    held = pattern and any(_named(_module(n), pattern) for n in tensors)
+    if target is None or aimed or held:
+      continue
+    absent.append(target)
+    if len(absent) == len(names) or any(_named(m, pattern) for m in outer):
       raise ValueError(
         f"{file}: no tensor is of {target!r}, which adapter_config.json names "
         "in target_modules"
       )
+  if absent:  # as in PEFT: one list often serves many architectures
+    text = f"the model has no {absent} of adapter_config.json's target_modules"
+    warnings.warn(f"{file}: {text}", stacklevel=4)
 
 
 def _module(name):

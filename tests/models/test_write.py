@@ -248,7 +248,7 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
     ([f"{Q}A.weight", f"{Q}B.weight"], ["q_proj"], "is missing, .* 'q_proj'"),
     ([f"{Q}A.weight", f"{Q}B.weight"], r".*\.q_proj", "is missing, though"),
     ([f"{Q}A.weight", f"{Q}B.weight"], "all-linear", "is missing, though"),
-    ([], ["q_proj", "w_pack"], "no tensor is of 'w_pack'"),
+    ([], ["c_attn", "w_pack"], "no tensor is of 'w_pack'"),
     ([], ["q_proj", "lm_head"], "no tensor is of 'lm_head'"),
     ([], {"r": 5}, r"lora_A\.weight is \[3, 48\], it must be \[5, 48\]"),
     ([], {"r": None}, "r = None must be a number"),
@@ -293,6 +293,23 @@ def test_a_whole_adapter_is_read_whatever_way_its_targets_are_named(
   jax.tree.map(
     np.testing.assert_array_equal, peft.read(tmp_path, *where)[0], want
   )
+
+
+def test_a_target_that_the_model_does_not_have_is_named_and_passed_over(
+  world, tmp_path
+):
+  """As in PEFT: a list often serves many architectures."""
+  _, checkpoint, _, params = world("meta-llama/Llama-3.2-1B")
+  where = about_of(checkpoint, params)
+  peft.write(tmp_path, adapter_of(params), *where, options())
+  want, _, _ = peft.read(tmp_path, *where)
+  path = tmp_path / "adapter_config.json"
+  about = json.loads(path.read_text())
+  targets = [*about["target_modules"], "query_key_value"]
+  path.write_text(json.dumps({**about, "target_modules": targets}))
+  with pytest.warns(UserWarning, match=r"\['query_key_value'\]"):
+    got, _, _ = peft.read(tmp_path, *where)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize(
