@@ -263,11 +263,15 @@ def end_of_turn(apply_template):
   return end if found else ""  # else it writes a reply in other words
 
 
-def end_ids(apply_template, encode, specials):
+def end_ids(apply_template, encode, added):
   """The token that ends a turn of a template, in a tuple; () if none does.
 
-  It is the only one, or a special one that others follow, as in Phi-3's
-  "<|end|>\n<|endoftext|>": no text goes on behind it.
+  It is one of the added tokens, which no text holds, with or without others
+  behind it, as in Phi-3's "<|end|>\n<|endoftext|>".
+
+  Args:
+    apply_template, encode: see tokenize.Tokenizer.
+    added: ids that were added to the vocabulary of text.
   """
   if apply_template is None:
     return ()
@@ -276,7 +280,7 @@ def end_ids(apply_template, encode, specials):
   except (fields.BadRecord, ValueError):  # it refuses the probe
     return ()
   ids = encode([end])[0] if end else []
-  return tuple(ids[:1]) if len(ids) == 1 or {*ids[:1]} & set(specials) else ()
+  return tuple(i for i in ids[:1] if i in added)
 
 
 def marks_turns(bos, apply_template):

@@ -84,11 +84,8 @@ def load(name):
     )
   template = None if hf.chat_template is None else chat.template(hf)
   marks_turns = chat.marks_turns(hf.bos_token, template)
-  specials = {
-    i: token.content
-    for i, token in hf.added_tokens_decoder.items()
-    if token.special
-  }
+  added = hf.added_tokens_decoder
+  specials = {i: token.content for i, token in added.items() if token.special}
 
   def encode(texts):
     return hf(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -101,7 +98,7 @@ def load(name):
     vocab_size=len(hf),
     bos_id=None if marks_turns else hf.bos_token_id,
     eos_id=hf.eos_token_id,
-    other_ends=chat.end_ids(template, encode, specials),
+    other_ends=chat.end_ids(template, encode, added),
     apply_template=template,
     specials=specials,
     name=name,

@@ -142,6 +142,7 @@ def test_a_template_that_writes_replies_in_other_words_tells_no_end(loaded):
     ("<|im_end|>\n", ["<|im_end|>"]),
     ("<|im_end|>\n<|eos|>", ["<|im_end|>"]),  # as Phi-3's last turn
     ("[END]\n", []),  # several tokens, which any text may hold
+    (".\n", []),  # and one that any text may hold
   ],
 )
 def test_the_end_of_a_turn_ends_a_text_if_it_is_a_token(end, want, loaded):
