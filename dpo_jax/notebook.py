@@ -224,7 +224,8 @@ def sample(
       its last checkpoint. Or a config: the policy that its run would start
       from.
     prompts: list of texts, or of conversations (lists of messages, {"role",
-      "content"}), which the tokenizer's chat template writes.
+      "content"}), which the tokenizer's chat template writes; or of rows, as
+      this function returns them.
     params: another policy's, as `build`, `load_run` and `train_step` have them.
     draws, max_new_tokens, temperature, top_p, seed: in the place of those of
       config.sample.
@@ -258,10 +259,8 @@ def sample(
   texts = []
   for number, prompt in enumerate(prompts):
     where = f"prompts[{number}]"
-    if isinstance(prompt, str):
-      texts.append(chat.Prompt(prompt, templated=False))
-      continue
-    record = records.make({"prompt": prompt}, "prompt", where)
+    row = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+    record = records.make(row, "prompt", where)
     with fields.at(where):
       texts.append(chat.prompt(record, template))
   given = tokenize.prompts(texts, setup.tokenizer, setup.data, policy)
@@ -270,7 +269,9 @@ def sample(
   return [
     row
     for batch in drawn
-    for row in generate.describe(batch, scorers, options.draws)
+    for row in generate.describe(
+      batch, scorers, options.draws, setup.tokenizer.bos_id
+    )
   ]
 
 

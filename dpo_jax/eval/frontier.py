@@ -35,7 +35,8 @@ def measure(setup, params, ref):
     )
     for draw in batch
   ]
-  rows = generate.describe(drawn, scorers, options.draws)
+  bos = setup.tokenizer.bos_id
+  rows = generate.describe(drawn, scorers, options.draws, bos)
   examples = [
     comparisons.Example(d.id, 0, d.prompt_ids, (d.ids,), ()) for d in drawn
   ]

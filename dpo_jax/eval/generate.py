@@ -67,7 +67,9 @@ def prompts(setup):
     encode, decode = setup.tokenizer.encode, setup.tokenizer.decode
     whole = [record.prompt + record.completions[0] for record in records]
     cut = pairs.beginnings(whole, encode, decode, options.prefix, options.seed)
-    texts = [chat.Prompt(text, templated=False) for _, text in cut]
+    texts = [
+      chat.Prompt(text, templated=not records[index].bos) for index, text in cut
+    ]
   texts = list(dict.fromkeys(texts))
   order = np.random.default_rng(options.seed).permutation(len(texts))
   chosen = [texts[i] for i in order[: options.count]]
@@ -167,17 +169,13 @@ def write(setup, params, identity, workdir):
       for batch in progress.over(
         batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
       ):
-        new = describe(batch, scorers, options.draws)
+        new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
         file.write("".join(json.dumps(row) + "\n" for row in new))
         file.flush()
         rows += new
   if options.labels != "none":
     first = f"reward/{scorers[0].name}"
     labelled = [{**row, "reward": row[first]} for row in rows]
-    bos = setup.tokenizer.bos_id
-    for row in labelled:  # or training would put one in front
-      if bos not in (None, given[row["id"]][1][0]):
-        row["bos"] = False
     out, left_out = pairs.records(labelled, options.labels, options.seed)
     text = "".join(json.dumps(record) + "\n" for record in out)
     store.write(workdir / "pairs.jsonl", text.encode())
@@ -190,10 +188,12 @@ def write(setup, params, identity, workdir):
   return rows
 
 
-def describe(batch, scorers, count):
+def describe(batch, scorers, count, bos_id):
   """Draws as plain dicts, with their rewards.
 
-  With `count` draws a prompt, "id" numbers the prompts.
+  With `count` draws a prompt, "id" numbers the prompts. "bos" is False where
+  the prompt begins without the BOS that there is: whoever reads the text again
+  must put none in front.
   """
   texts = [d.prompt for d in batch], [d.completion for d in batch]
   scores = {}
@@ -205,6 +205,7 @@ def describe(batch, scorers, count):
     {
       "id": draw.id // count,
       "prompt": draw.prompt,
+      **({} if bos_id in (None, draw.prompt_ids[0]) else {"bos": False}),
       "completion": draw.completion,
       "finished": draw.finished,
       "length": len(draw.ids),

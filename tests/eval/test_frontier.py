@@ -154,6 +154,6 @@ def test_the_rows_are_the_draws_of_the_policy(setup, trees, measured):
   given = generate.prompts(setup)
   drawn = [d for batch in generate.draws(setup, trees[0], given) for d in batch]
   scorers = [rewards.load("vader")]
-  described = generate.describe(drawn, scorers, 8)
+  described = generate.describe(drawn, scorers, 8, None)
   for row, want in zip(rows, described, strict=True):
     assert row == {**want, "kl": row["kl"], "log_ratio": row["log_ratio"]}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dpo_jax.config import load as load_lib
+from dpo_jax.data.audit import audit
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import tokenize
 from dpo_jax.eval import generate, rewards
 from dpo_jax.run import build, trained
-from tests import conftest, folders, worlds
+from tests import conftest, folders, templates, worlds
 from tests.models import parity
 
 IDENTITY = {"policy": "mine", "sample": {"prefix": (2, 8)}}
@@ -390,6 +391,34 @@ CHAT = (
 WORDS = ("<s>", "</s>", "a", "film", "<end>", "of", "warm", "dull", "the", "is")
 
 
+def test_the_prompts_of_earlier_samples_are_the_same_prompts_again(
+  codes, tmp_path
+):
+  """The template wrote them: no BOS comes in front, and no audit objects."""
+  chatml = CHAT.replace("<s>", "<|im_start|>").replace("<end>", "<|im_end|>")
+  folder = templates.write(tmp_path, chatml)
+  path = tmp_path / "chats.jsonl"
+  talks = [[{"role": "user", "content": text}] for text in ("warm?", "clever?")]
+  path.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in talks))
+  config = load(
+    *(f"tokenizer=hf:{folder}", f"sample.prompts={path}"),
+    *("sample.labels=bradley_terry", "sample.scorers=codes:97"),
+  )
+  setup = build.prepare_model(config)
+  assert setup.tokenizer.bos_id is not None
+  generate.write(setup, trained.initial(setup), IDENTITY, tmp_path)
+  given = sorted(ids for _, ids in generate.prompts(setup))
+  for name in ("completions", "pairs"):
+    config.sample.prompts = str(tmp_path / f"{name}.jsonl")
+    again = generate.prompts(folders.asking(setup, config))
+    assert sorted(ids for _, ids in again) == given
+  config.data.train = config.sample.prompts
+  sections = config.tokenizer, config.data, config.audit
+  report, *_ = audit.audit(*sections, "pairs", False)
+  assert report["parts"][0]["examples"] == len(given)
+  assert not [check for check in report["checks"] if check["failed"]]
+
+
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
   """(torch model, its folder): it generates up to </s> or the end of a turn."""
@@ -438,6 +467,7 @@ def chats(folder, *overrides, model=None):
   )
 
 
+@pytest.mark.slow
 def test_greedy_samples_end_where_transformers_generate_does(chatty):
   """At the EOS, and at the end of turn that generation_config.json names."""
   import torch
@@ -463,6 +493,7 @@ def test_greedy_samples_end_where_transformers_generate_does(chatty):
   assert {1, 4} <= last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", [{"eos_token_id": 1}, None])
 def test_the_end_of_a_turn_ends_a_sample_though_no_file_of_the_model_names_it(
   generation, chatty, tmp_path
@@ -481,6 +512,7 @@ def test_the_end_of_a_turn_ends_a_sample_though_no_file_of_the_model_names_it(
   assert drawn(setup, base) == drawn(whole, base)
 
 
+@pytest.mark.slow
 def test_what_an_end_of_turn_ended_is_ended_when_it_comes_back(
   chatty, tmp_path
 ):
@@ -501,6 +533,8 @@ def test_what_an_end_of_turn_ended_is_ended_when_it_comes_back(
   examples, _ = tokenize.encode(
     records, setup.tokenizer, setup.data, sources.Policy("error")
   )
-  for example, row in zip(examples, rows, strict=True):
+  given = generate.prompts(setup)
+  for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
+    assert example.prompt == given[number][1]
     assert example.completions == (row["tokens"],)
     assert example.ended == (row["finished"],)

@@ -140,9 +140,9 @@ def _writes_specials(record, example, tokenizer):
     prompt = example.prompt
     if prompt[0] == tokenizer.bos_id or prompt == [tokenizer.eos_id]:
       prompt = prompt[1:]
-    texts = [prompt]
+    texts = [prompt] if record.bos else []  # else a chat template wrote it
     for ids in example.completions:
-      texts.append(ids[:-1] if ids[-1] == tokenizer.eos_id else ids)
+      texts.append(ids[:-1] if ids[-1] in tokenizer.end_ids else ids)
   else:
     messages = [*record.prompt, *(m for (m,) in record.completions)]
     said = [text for message in messages for text in fields.texts(message)]
