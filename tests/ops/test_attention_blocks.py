@@ -12,6 +12,8 @@ from dpo_jax.ops import attention
 from dpo_jax.ops.attention import blockwise, rule
 from tests import worlds
 
+pytestmark = pytest.mark.products
+
 BLOCK = 16
 
 
