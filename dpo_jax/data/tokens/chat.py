@@ -93,13 +93,9 @@ def render_record(record, tokenizer):
   end = end_of_turn(apply)
   specials = tuple(tokenizer.specials.values())
   ends = [_cut_behind_end(text, end, specials) for text in completions]
-  for text, reply in zip(completions, record.completions, strict=True):
-    if text.strip() == end.strip() and not any(fields.texts(reply[0])):
-      raise fields.BadRecord(
-        "template",
-        "the chat template writes nothing of the reply but its end; it does "
-        f"not read {', '.join(map(repr, sorted(set(reply[0]) - _KNOWN)))}",
-      )
+  for text, (reply,) in zip(completions, record.completions, strict=True):
+    if not any(fields.texts(reply)):
+      _check_written(prompt + text, record.prompt, reply, speak)
   whole = [prompt + text for text in completions]
   remarks = [*record.remarks, *_not_written(record, whole, speak, apply)]
   if left_out:
@@ -196,13 +192,30 @@ def _common(whole, texts, prompt, speak, encode):
   return whole[:size]
 
 
-def _cut_behind_end(text, end, specials):
-  """(completion without white space behind its end, whether it has one).
+def _check_written(text, prompt, reply, speak):
+  """Raises BadRecord if the text has nothing of a reply without a content."""
+  try:
+    bare = speak([*prompt, {"role": reply["role"], "content": ""}], False)
+  except fields.BadRecord:  # it cannot do without
+    return
+  if bare == text:
+    raise fields.BadRecord(
+      "template",
+      "the chat template writes nothing of the reply; it does not read "
+      f"{', '.join(map(repr, sorted(set(reply) - _KNOWN)))}",
+    )
 
-  Calls of tools may end in another token than answers do.
+
+def _cut_behind_end(text, end, specials):
+  """(completion without what follows its end, whether it has one).
+
+  The first special token ends a turn: behind Phi-3's "<|end|>" is an EOS that
+  no sample reaches. Calls of tools may end in another token than answers do.
   """
   if end.strip() and text.endswith(end):
-    return text.removesuffix(end) + end.rstrip(), True
+    words = [(end.index(x), -len(x)) for x in specials if x and x in end]
+    start, size = min(words, default=(len(end), 0))
+    return text.removesuffix(end) + end[: start - size].rstrip(), True
   if text.rstrip().endswith(specials):
     return text.rstrip(), True
   return text.removesuffix(end), False
