@@ -4,6 +4,7 @@ A reader is a function path that yields (origin, row). What is wrong with one
 row is a BadRecord in its place; what is wrong with the file is an error.
 """
 
+import ast
 import csv
 import hashlib
 import io
@@ -13,7 +14,7 @@ import json
 from etils import epath
 
 from dpo_jax import store
-from dpo_jax.data.read import fields
+from dpo_jax.data.read import fields, wording
 
 # Columns of a .csv whose cells are JSON, as they hold no text.
 _JSON_COLUMNS = {
@@ -131,12 +132,14 @@ def _csv_row(names, cells):
       row[name] = json.loads(row[name])
     except (ValueError, RecursionError) as error:
       # A class by its name, which SFT does not look at, or True; messages may
-      # be Python's repr of them (shapes.py).
+      # be Python's repr of them (shapes.py). So do libraries write lists.
       if name in ("label", "messages"):
         continue
-      return fields.BadRecord(
-        "invalid JSON", f"field {name!r} is not JSON: {error}"
-      )
+      row[name] = wording.parsed(row[name], ast.literal_eval)
+      if row[name] is None:
+        return fields.BadRecord(
+          "invalid JSON", f"field {name!r} is not JSON: {error}"
+        )
   return row
 
 

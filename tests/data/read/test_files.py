@@ -205,6 +205,19 @@ def test_a_csv_cell_of_a_list_must_be_json(tmp_path):
   assert "is not JSON" in message
 
 
+def test_a_csv_cell_of_a_list_may_be_as_python_writes_it(tmp_path):
+  path = tmp_path / "my.csv"
+  path.write_text(
+    "prompt,completions,pairs,scores,bos\n"
+    """p,"[' it\\'s', "" b""]","[[0, 1]]","[1.0, None]",False\n"""
+  )
+  (row,) = [row for _, row in files.csv_rows(path)]
+  assert row == {
+    **{"prompt": "p", "completions": [" it's", " b"], "pairs": [[0, 1]]},
+    **{"scores": [1.0, None], "bos": False},
+  }
+
+
 def test_a_class_by_its_name_in_csv_is_ignored_by_sft_only(tmp_path):
   path = tmp_path / "my.csv"
   path.write_text("text,label\na,pos\n")
