@@ -96,4 +96,5 @@ def scores(row, completions):
       "bad scores",
       f"'scores' has {len(scores)} numbers for {len(completions)} completions",
     )
-  return tuple(fields.number({"scores": s}, "scores") for s in scores)
+  named = {f"scores[{k}]": score for k, score in enumerate(scores)}
+  return tuple(fields.number(named, name) for name in named)

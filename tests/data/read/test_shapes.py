@@ -42,6 +42,22 @@ PREFERENCE = {
     "JSON",
   ),
   "messages as Python writes them": (spelt(str, GIVEN), PAIR, "repr"),
+  "messages in JSON whose first key is another": (
+    {
+      name: json.dumps([{"id": 3, **message} for message in talk])
+      for name, talk in GIVEN.items()
+    },
+    (
+      ({"id": 3, **ASKED},),
+      (({"id": 3, **COLD},), ({"id": 3, **WARM},)),
+    ),
+    "JSON",
+  ),
+  "messages in JSON in JSON": (
+    spelt(json.dumps, spelt(json.dumps, WHOLE)),
+    PAIR,
+    "JSON",
+  ),
   "a text beside dialogues in JSON": (
     {"prompt": "Oslo?", **spelt(json.dumps, WHOLE)},
     PAIR,
@@ -93,6 +109,15 @@ PREFERENCE = {
     PAIR,
     "taken off",
   ),
+  "a prompt of text and whole dialogues of parts": (
+    {
+      "prompt": [ASKED],
+      "chosen": [user([{"type": "text", "text": "Oslo?"}]), COLD],
+      "rejected": [ASKED, WARM],
+    },
+    PAIR,
+    "taken off",
+  ),
   "messages, and replies of text": (
     {"prompt": [ASKED], "chosen": "Cold.", "rejected": "Warm."},
     PAIR,
@@ -105,6 +130,11 @@ PREFERENCE = {
   ),
   "a dialogue and a worse end": (
     {"messages": [ASKED, COLD], "rejected_response": "Warm."},
+    PAIR,
+    "another end",
+  ),
+  "a dialogue and a worse one": (
+    {"messages": [ASKED, COLD], "rejected_messages": [ASKED, WARM]},
     PAIR,
     "another end",
   ),
@@ -167,12 +197,16 @@ def test_pairs_of_another_shape_are_read_and_it_is_said_how(row, want, word):
   assert not any("is not read" in remark for remark in got.remarks)
 
 
-def test_the_scores_of_human_preferences_go_with_their_answers():
+@pytest.mark.parametrize("label", [0, 0.0, False, "0", "0.0", "False"])
+@pytest.mark.parametrize("scores", [(3, 7), ("3", "7.0")])
+def test_the_scores_of_human_preferences_go_with_their_answers(label, scores):
   row = {
-    **{"history": "Q?", "human_ref_A": "a", "human_ref_B": "b", "labels": 0},
-    **{"score_A": 3, "score_B": 7, "domain": "askcooking"},
+    **{"history": "Q?", "human_ref_A": "a", "human_ref_B": "b"},
+    **{"labels": label, "domain": "askcooking"},
+    **dict(zip(("score_A", "score_B"), scores, strict=True)),
   }
   got = records.make(row, "preference", "f:1")
+  assert got.completions == (" b", " a")
   assert got.scores == (7.0, 3.0)
   assert "column 'domain' is not read" in got.remarks
 
@@ -198,6 +232,11 @@ SINGLE = {
     {"prompt": "p", "completion": " c", "label": "TRUE"},
     "feedback",
     ("p", " c", 1.0),
+  ),
+  "feedback by a number in a text": (
+    {"prompt": "p", "completion": " c", "kto_tag": "-1"},
+    "feedback",
+    ("p", " c", -1.0),
   ),
   "an instruction and its output": (
     {"instruction": "Add.", "input": "2 2", "output": "4"},
@@ -272,6 +311,36 @@ REFUSED = {
     "preference",
     "wrong type",
     ("neither JSON nor Python's repr", "json.dumps"),
+  ),
+  "a reply in JSON that is cut short": (
+    {**spelt(json.dumps, GIVEN), "rejected": json.dumps([WARM])[:-3]},
+    "preference",
+    "wrong type",
+    ("one reply are messages written as text, another reply is not",),
+  ),
+  "a prompt in JSON that is cut short": (
+    {**spelt(json.dumps, GIVEN), "prompt": json.dumps([ASKED])[:-3]},
+    "preference",
+    "wrong type",
+    ("neither JSON nor Python's repr", "cut short"),
+  ),
+  "messages of which one reply alone is text": (
+    {**spelt(json.dumps, GIVEN), "rejected": "Warm."},
+    "preference",
+    "wrong type",
+    ("another reply is not",),
+  ),
+  "conversations with a role of their own": (
+    {"conversations": [HUMAN, {"from": "function_cal", "value": "{}"}]},
+    "sft",
+    "bad role",
+    ("'conversations'[1]: role 'function_cal' is not known", "gpt"),
+  ),
+  "feedback without its label": (
+    {"prompt": "p", "completion": "c", "label": None},
+    "feedback",
+    "missing field",
+    ("'label' is missing", "or one for preferences"),
   ),
   "two answers of which none is said to be better": (
     {"instruction": "Oslo?", "input": "", "output": ["Cold", "No"]},
@@ -362,8 +431,11 @@ BRIEF = {"role": "system", "content": "Be brief."}
     {"prompt": "Oslo?", "chosen": [COLD], "rejected": [WARM]},
   ],
 )
-def test_a_system_column_is_the_first_turn(column, row):
-  got = records.make({column: "Be brief.", **row}, "preference", "f:1")
+@pytest.mark.parametrize(
+  "system", ["Be brief.", [BRIEF], BRIEF, json.dumps([BRIEF]), str(BRIEF)]
+)
+def test_a_system_column_is_the_first_turn(column, row, system):
+  got = records.make({column: system, **row}, "preference", "f:1")
   assert got.prompt == (BRIEF, ASKED)
   assert got.completions == PAIR[1]
   assert any("system" in remark for remark in got.remarks)
@@ -405,7 +477,7 @@ TOOL = {"type": "function", "function": {"name": "weather"}}
 
 
 @pytest.mark.parametrize(
-  "tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]]
+  "tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], str([TOOL])]
 )
 def test_tools_are_a_list_or_its_json_and_go_with_messages(tools):
   for row, form in (
@@ -423,7 +495,7 @@ def test_tools_are_a_list_or_its_json_and_go_with_messages(tools):
 
 
 def test_no_tools_at_all_are_as_good_as_none():
-  for tools in ([], "[]", "", None):
+  for tools in ([], "[]", "", None, [None], "null", "None"):
     got = records.make({**GIVEN, "tools": tools}, "preference", "f:1")
     assert got.tools is None
     assert not got.remarks
@@ -490,9 +562,11 @@ def test_nulls_in_jsonl_are_missing_fields(tmp_path, row):
     *("messages", "completion", "system", "tools", "conversations", "history"),
   )
   path = tmp_path / "my.jsonl"
-  path.write_text(json.dumps({**dict.fromkeys(everything), **row}) + "\n")
-  (got,) = sources.load(str(path), "preference", sources.Policy("error"))
-  assert got == records.make(row, "preference", f"{path}:1")
+  for null in (None, [None, None]):
+    line = json.dumps({**dict.fromkeys(everything, null), **row})
+    path.write_text(f"{line}\n")
+    (got,) = sources.load(str(path), "preference", sources.Policy("error"))
+    assert got == records.make(row, "preference", f"{path}:1")
 
 
 def test_nulls_that_fill_up_a_table_are_missing_keys(tmp_path):
