@@ -1,6 +1,7 @@
 """Reading a field of a row: its type, its text, its messages."""
 
 import contextlib
+import json
 import math
 import numbers
 
@@ -67,6 +68,26 @@ def without_nulls(value, whole=()):
   if isinstance(value, list) and value and isinstance(value[0], dict | list):
     return [without_nulls(v, whole) for v in value]
   return value
+
+
+def from_json(text):
+  """The value of a JSON text.
+
+  Raises: ValueError for no JSON, and BadRecord for a key that is there twice.
+  """
+  return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs):
+  """A JSON object, of which no key may be given twice: one would be lost."""
+  out = dict(pairs)
+  if len(out) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise BadRecord(
+      "key twice", f"the key {twice!r} stands twice in one object; take one out"
+    )
+  return out
 
 
 def is_empty(value):

@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import itertools
-import json
 
 from etils import epath
 
@@ -57,6 +56,11 @@ def jsonl(path):
   """One JSON object a line; blank lines are passed over."""
   with _readable(path), epath.Path(path).open("rb") as file:
     for number, line in enumerate(file, 1):
+      if number == 1 and line.strip() == b"[":
+        raise ValueError(
+          f"{path}: is one JSON list; write one object a line (with jq: "
+          "jq -c '.[]' list.json > rows.jsonl)"
+        )
       if line.strip():
         yield f"{path}:{number}", _json_row(line)
 
@@ -64,7 +68,7 @@ def jsonl(path):
 def _json_row(line):
   """The row of a line, or the BadRecord that it is."""
   try:
-    return json.loads(line.rstrip(b"\n"), object_pairs_hook=_object)
+    return fields.from_json(line.rstrip(b"\n"))
   except UnicodeDecodeError as error:
     return fields.BadRecord("invalid UTF-8", f"not UTF-8: {error}")
   except fields.BadRecord as error:
@@ -72,18 +76,6 @@ def _json_row(line):
   except (ValueError, RecursionError) as error:
     hint = "" if line.endswith(b"\n") else "; the last line is cut short"
     return fields.BadRecord("invalid JSON", f"not JSON: {error}{hint}")
-
-
-def _object(pairs):
-  """A JSON object, of which no key may be given twice: one would be lost."""
-  out = dict(pairs)
-  if len(out) < len(pairs):
-    keys = [key for key, _ in pairs]
-    twice = next(key for key in keys if keys.count(key) > 1)
-    raise fields.BadRecord(
-      "key twice", f"the key {twice!r} stands twice in one object; take one out"
-    )
-  return out
 
 
 def csv_rows(path):
@@ -129,7 +121,9 @@ def _csv_row(names, cells):
   row = {k: v for k, v in zip(names, cells, strict=True) if v}
   for name in row.keys() & _JSON_COLUMNS:
     try:
-      row[name] = json.loads(row[name])
+      row[name] = fields.from_json(row[name])
+    except fields.BadRecord as error:
+      return error
     except (ValueError, RecursionError) as error:
       # A class by its name, which SFT does not look at, or True; messages may
       # be Python's repr of them (shapes.py). So do libraries write lists.

@@ -294,7 +294,7 @@ SHAPES = (
   ),
   Shape("one message read as a list of one", wording.from_one),
   Shape("'kto_tag' read as 'label'", _tagged, ("kto_tag",)),
-  Shape("label read from the text true or false", _label_of_text, ("label",)),
+  Shape("label read from a text", _label_of_text, ("label",)),
   Shape(
     "'history' and 'human_ref_…' read as a dialogue of Human and Assistant",
     *(_shp, ("history",)),

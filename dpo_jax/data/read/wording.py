@@ -5,7 +5,6 @@ there is nothing to change. They are entries of the table in shapes.py.
 """
 
 import ast
-import json
 import re
 
 from dpo_jax import lookup
@@ -74,7 +73,7 @@ def _is_message(value):
 
 def from_json(row):
   """Messages that are the text of their JSON."""
-  return _spelt(row, json.loads)
+  return _spelt(row, fields.from_json)
 
 
 def from_repr(row):
@@ -91,11 +90,14 @@ def parsed(text, *parsers):
   """What a text is the JSON or Python's repr of; None if it is neither.
 
   Args:
-    parsers: some of json.loads and ast.literal_eval; none means both.
+    parsers: some of fields.from_json and ast.literal_eval; none means both.
+  Raises: BadRecord for JSON with a key that is there twice.
   """
-  for parse in parsers or (json.loads, ast.literal_eval):
+  for parse in parsers or (fields.from_json, ast.literal_eval):
     try:
       value = parse(text.strip())
+    except fields.BadRecord:
+      raise
     except (ValueError, SyntaxError, RecursionError, MemoryError):
       continue
     again = isinstance(value, str) and _MAY_BE_LIST.match(value)
@@ -105,17 +107,27 @@ def parsed(text, *parsers):
 
 def talk(value):
   """The list of messages that a value is, or is the text of; else None."""
-  if isinstance(value, str) and _MAY_BE_LIST.match(value):
-    value = parsed(value)
+  if isinstance(value, str):
+    value = _read(value)
   value = [value] if _is_message(value) else value
   return value if is_talk(value) else None
 
 
+def _read(text, *parsers):
+  """`parsed` of a text that may be messages, or about anything."""
+  if not _MAY_BE_LIST.match(text):
+    return None
+  try:
+    return parsed(text, *parsers)
+  except fields.BadRecord:
+    if _LIKE_MESSAGES.match(text):
+      raise
+    return None
+
+
 def _spelt(row, parse):
   def read(value):
-    if not isinstance(value, str) or not _MAY_BE_LIST.match(value):
-      return value
-    made = parsed(value, parse)
+    made = _read(value, parse) if isinstance(value, str) else None
     return made if _is_message(made) or is_talk(made) else value
 
   made = changed(row, _MORE_TALKS, read)

@@ -203,6 +203,17 @@ def test_a_csv_cell_of_a_list_must_be_json(tmp_path):
   message = error_of(path)
   assert f"{path}:2: field " in message
   assert "is not JSON" in message
+  path.write_text('messages\n"[{""role"": 1, ""role"": 2}]"\n')
+  assert f"{path}:2: the key 'role' stands twice" in error_of(path, "sft")
+
+
+def test_a_file_that_is_one_list_says_so_once(tmp_path):
+  path = tmp_path / "my.jsonl"
+  path.write_text(json.dumps(PAIRS, indent=2))
+  for on_bad in ("error", "skip"):
+    assert "is one JSON list; write one object a line" in error_of(
+      path, on_bad=on_bad
+    )
 
 
 def test_a_csv_cell_of_a_list_may_be_as_python_writes_it(tmp_path):

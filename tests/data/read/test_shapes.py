@@ -291,6 +291,8 @@ ORDINARY = {
   "JSON of other roles": ('[{"role": "admin", "content": "x"}]', "[]"),
   "one answer is a list of messages": (json.dumps([COLD]), "I cannot."),
   "an object": ('{"content": "x"}', '{"content": "y"}'),
+  "an object with a key twice": ('{"a": 1, "a": 2}', '{"a": 1}'),
+  "an object cut short": ('{"id": 3, "from": "Oslo", ', '{"id": 3, "to": '),
 }
 
 
@@ -301,6 +303,7 @@ def test_text_that_begins_like_a_list_stays_text(one, other):
   assert got == records.Record("[Scene] Oslo", (one, other), ((0, 1),), "f:1")
 
 
+TWICE = '"content": "a", "content": "b"'
 # name: (row, form, reason, words).
 REFUSED = {
   "messages as numpy writes them": (
@@ -329,6 +332,18 @@ REFUSED = {
     "preference",
     "wrong type",
     ("another reply is not",),
+  ),
+  "messages in JSON with a key that is there twice": (
+    {**spelt(json.dumps, GIVEN), "prompt": f'{{"role": "user", {TWICE}}}'},
+    "preference",
+    "key twice",
+    ("the key 'content' stands twice",),
+  ),
+  "tools in JSON with a key that is there twice": (
+    {**GIVEN, "tools": f"[{{{TWICE}}}]"},
+    "preference",
+    "key twice",
+    ("the key 'content' stands twice",),
   ),
   "conversations with a role of their own": (
     {"conversations": [HUMAN, {"from": "function_cal", "value": "{}"}]},
