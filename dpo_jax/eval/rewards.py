@@ -170,8 +170,11 @@ def _hugging_face(name, logits_to_score):
       name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
     ).eval()
   except Exception as error:  # the hub, a damaged file, no torch: anything
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:  # which cannot be asked for here
+      reason = "it brings code of its own, which is never run"
     raise ValueError(
-      f"scorer {name}: cannot be loaded ({error}). It needs torch, and the "
+      f"scorer {name}: cannot be loaded ({reason}). It needs torch, and the "
       "hub's name of a sequence classifier or its local folder, with "
       "safetensors and without code of its own"
     ) from error
