@@ -40,7 +40,9 @@ class Scorer(NamedTuple):
   Attributes:
     name: short, for tables: the part of the spec before the colon.
     score: (prompts, completions), lists of str -> f64[n], higher is better. If
-      it has an attribute `of_draws`, that takes a list of generate.Draw.
+      it has an attribute `of_draws`, that takes a list of generate.Draw; if
+      `check`, that takes prompts and raises ValueError for those that are too
+      long for it, whatever is drawn behind them.
   """
 
   name: str
@@ -203,6 +205,11 @@ def _hugging_face(name, logits_to_score):
         out[rows] = logits_to_score(logits)
     return out
 
+  def check(prompts):
+    encoded = (_encoded(tokenizer, text)["input_ids"] for text in prompts)
+    _refuse_long(name, collections.Counter(map(len, encoded)), limit)
+
+  score.check = check
   try:  # what cannot score is found before anything is drawn
     score(["Is", "Is it", "Is it"], [" so?", " so?", " so."])
   except Exception as error:  # of a model's own code: anything
@@ -213,10 +220,15 @@ def _hugging_face(name, logits_to_score):
 def _encoded(tokenizer, text):
   """{name: list} of the inputs of a text, with one BOS at most.
 
-  A chat template writes one, and many tokenizers another in front.
+  A chat template writes one, and many tokenizers another in front. An empty
+  text is a BOS or EOS, as an empty prompt is in training.
   """
   inputs = tokenizer(text, truncation=False, padding=False, verbose=False)
   ids, bos = inputs["input_ids"], tokenizer.bos_token_id
+  if not ids:
+    first = tokenizer.eos_token_id if bos is None else bos
+    lone = {"input_ids": first or 0, "attention_mask": 1, "token_type_ids": 0}
+    return {key: [lone[key]] for key in inputs}
   twice = bos is not None and ids[:2] == [bos, bos]
   return {key: values[twice:] for key, values in inputs.items()}
 
@@ -299,6 +311,16 @@ def _implicit(folder):
     )
 
   def of(records):
+    examples = encoded(records)
+    loader = forward.loader_of(setup, examples)
+    ratios = np.zeros(len(examples))
+    for params, sign in ((policy, 1.0), (ref, -1.0)):
+      with jax.default_matmul_precision(setup.precision):
+        for index, logps in forward.token_logps(setup, params, loader):
+          ratios[index] += sign * math.fsum(logps)
+    return beta * ratios
+
+  def encoded(records):
     examples, changed = tokenize.encode(
       records, setup.tokenizer, limits, sources.Policy("error")
     )
@@ -308,15 +330,13 @@ def _implicit(folder):
         f"scorer implicit:{folder}: {cut} texts are longer than its model can "
         f"read: {limits.max_prompt_length} tokens of prompt, {room} after"
       )
-    loader = forward.loader_of(setup, examples)
-    ratios = np.zeros(len(examples))
-    for params, sign in ((policy, 1.0), (ref, -1.0)):
-      with jax.default_matmul_precision(setup.precision):
-        for index, logps in forward.token_logps(setup, params, loader):
-          ratios[index] += sign * math.fsum(logps)
-    return beta * ratios
+    return examples
 
-  score.of_draws = of_draws
+  def check(prompts):
+    bare = sources.Record("", ("",), (), "a prompt", bos=False)
+    encoded([bare._replace(prompt=prompt) for prompt in prompts])
+
+  score.of_draws, score.check = of_draws, check
   return score
 
 
