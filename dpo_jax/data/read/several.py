@@ -1,8 +1,11 @@
 """The form of a row with several completions, and what compares them."""
 
+import math
+
 from dpo_jax.data.read import fields
 
-MOST_RANKED = 256  # completions: 32,640 pairs
+MOST_RANKED = 256  # completions
+MOST_PAIRS = math.comb(MOST_RANKED, 2)  # of one record: 32,640
 
 
 def completions(row):
@@ -46,6 +49,12 @@ def pairs(row, completions):
   pairs = fields.field(row, "pairs", list)
   if not pairs:
     raise fields.BadRecord("empty", "field 'pairs' is empty")
+  if len(pairs) > MOST_PAIRS:
+    raise fields.BadRecord(
+      "bad pair",
+      f"field 'pairs' has {len(pairs):,} comparisons, a record at most "
+      f"{MOST_PAIRS:,}: they are computed at once; split it into records",
+    )
   count = len(completions)
   for pair in pairs:
     good = isinstance(pair, list) and len(pair) == 2

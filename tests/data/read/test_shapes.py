@@ -406,6 +406,15 @@ REFUSED = {
     "bad ranking",
     ("2 to 256 completions, not 257", "'pairs'"),
   ),
+  "comparisons by the hundred thousand": (
+    {
+      **{"prompt": "p", "completions": ["a", "b"]},
+      "pairs": [[0, 1]] * (several.MOST_PAIRS + 1),
+    },
+    "preference",
+    "bad pair",
+    ("has 32,641 comparisons, a record at most 32,640",),
+  ),
   "tools that are no list": (
     {**GIVEN, "tools": '"weather"'},
     "preference",
