@@ -208,6 +208,7 @@ def _sft(row, origin):
     prompt, sides = _sides(row, ("completion",))
   elif "completions" in row:
     prompt, sides = several.completions(row)
+    sides = sides[several.best(row, sides) :]
   else:
     prompt, sides = _sides(row, ("chosen",))
   return Record(prompt, sides[:1], (), origin)

@@ -69,6 +69,19 @@ def pairs(row, completions):
   return tuple(map(tuple, pairs))
 
 
+def best(row, completions):
+  """The index of the completion that no other is better than, by the row.
+
+  The first of those, and of all where nothing compares them.
+  """
+  if "ranking" in row:
+    return ranking(row, completions)[0]
+  compared = pairs(row, completions) if "pairs" in row else ()
+  losers = {loser for _, loser in compared}
+  winners = [winner for winner, _ in compared if winner not in losers]
+  return min(winners, default=compared[0][0] if compared else 0)
+
+
 def check_different(pairs, completions):
   """Raises BadRecord for a pair of completions that say the same."""
   for one, other in pairs:

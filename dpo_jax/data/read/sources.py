@@ -38,7 +38,7 @@ many rows have it.
                     "bos", false where no BOS is put in front of the text
     feedback        label or preference
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
-                    preferences, of which it takes the first completion
+                    preferences, of which it takes the best completion
     prompt          {"prompt"} of any of these
     label           {"text", "label"}, {"prompt", "completion", "label"},
                     {"messages", "label"}; the label is a finite number, a bool,
