@@ -30,7 +30,7 @@ import numpy as np
 from dpo_jax import lookup
 from dpo_jax.config import saved
 from dpo_jax.data.read import sources
-from dpo_jax.data.tokens import tokenize
+from dpo_jax.data.tokens import tokenize, vocabulary
 from dpo_jax.run import build, forward, trained
 
 
@@ -172,13 +172,10 @@ def _hugging_face(name, logits_to_score):
       name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
     ).eval()
   except Exception as error:  # the hub, a damaged file, no torch: anything
-    reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:  # which cannot be asked for here
-      reason = "it brings code of its own, which is never run"
     raise ValueError(
-      f"scorer {name}: cannot be loaded ({reason}). It needs torch, and the "
-      "hub's name of a sequence classifier or its local folder, with "
-      "safetensors and without code of its own"
+      f"scorer {name}: cannot be loaded ({vocabulary.why(error)}). It needs "
+      "torch, and the hub's name of a sequence classifier or its local folder, "
+      "with safetensors and without code of its own"
     ) from error
   limit = _longest(tokenizer, model)
   # Without a padding token causal models refuse more texts than one.
@@ -311,7 +308,7 @@ def _implicit(folder):
     )
 
   def of(records):
-    examples = encoded(records)
+    examples = _encoded_whole(records, setup, limits, folder)
     loader = forward.loader_of(setup, examples)
     ratios = np.zeros(len(examples))
     for params, sign in ((policy, 1.0), (ref, -1.0)):
@@ -320,24 +317,28 @@ def _implicit(folder):
           ratios[index] += sign * math.fsum(logps)
     return beta * ratios
 
-  def encoded(records):
-    examples, changed = tokenize.encode(
-      records, setup.tokenizer, limits, sources.Policy("error")
-    )
-    cut = changed["completion cut"] + changed["prompt cut"]
-    if cut:
-      raise ValueError(
-        f"scorer implicit:{folder}: {cut} texts are longer than its model can "
-        f"read: {limits.max_prompt_length} tokens of prompt, {room} after"
-      )
-    return examples
-
   def check(prompts):
     bare = sources.Record("", ("",), (), "a prompt", bos=False)
-    encoded([bare._replace(prompt=prompt) for prompt in prompts])
+    records = [bare._replace(prompt=prompt) for prompt in prompts]
+    _encoded_whole(records, setup, limits, folder)
 
   score.of_draws, score.check = of_draws, check
   return score
+
+
+def _encoded_whole(records, setup, limits, folder):
+  """The examples of records; raises ValueError for one that would be cut."""
+  examples, changed = tokenize.encode(
+    records, setup.tokenizer, limits, sources.Policy("error")
+  )
+  cut = changed["completion cut"] + changed["prompt cut"]
+  if cut:
+    raise ValueError(
+      f"scorer implicit:{folder}: {cut} texts are longer than its model can "
+      f"read: {limits.max_prompt_length} tokens of prompt, "
+      f"{limits.max_completion_length} after"
+    )
+  return examples
 
 
 SCORERS = {

@@ -289,7 +289,7 @@ def _conversations(row, names):
       f"{' and '.join(map(repr, names))} differ before their last message; a "
       "comparison is of two replies to one prompt",
     )
-  if "prompt" in row:  # some data sets repeat what the user said, as text
+  if row.get("prompt"):  # some data sets repeat what the user said, as text
     said = fields.field(row, "prompt", str).strip()
     if said not in ["".join(fields.texts(m)).strip() for m in prompt]:
       raise fields.BadRecord(

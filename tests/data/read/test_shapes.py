@@ -547,6 +547,25 @@ def test_messages_keep_what_they_hold_and_lose_nulls_only():
   )
 
 
+@pytest.mark.parametrize("write", [json.dumps, lambda calls: calls])
+def test_calls_are_a_list_or_its_json(write):
+  reply = {"role": "assistant", "content": "", "tool_calls": write([CALL])}
+  got = records.make({"messages": [ASKED, reply]}, "sft", "f:1")
+  assert got.completions[0][0]["tool_calls"] == [CALL]
+  for calls in ("weather", '"weather"', "{", CALL, [None], write([3])):
+    bad = {"messages": [ASKED, {**reply, "tool_calls": calls}]}
+    with pytest.raises(fields.BadRecord, match="must be a list of calls"):
+      records.make(bad, "sft", "f:1")
+  none = {**COLD, "tool_calls": ""}
+  got = records.make({"messages": [ASKED, none]}, "sft", "f:1")
+  assert got.completions == (({**COLD, "tool_calls": []},),)
+
+
+def test_a_prompt_that_is_empty_says_nothing_beside_whole_dialogues():
+  got = records.make({"prompt": "", **WHOLE}, "preference", "f:1")
+  assert (got.prompt, got.completions, got.remarks) == (*PAIR, ())
+
+
 def test_arguments_of_a_call_keep_their_nulls():
   call = {"function": {"name": "weather", "arguments": {"city": None}}}
   reply = {"role": "assistant", "tool_calls": [call]}
