@@ -85,10 +85,15 @@ def csv_rows(path):
   (_, names), *rows = _csv_lines(path, text) or [(1, [])]
   if not names:
     raise ValueError(f"{path}: is empty; its first line must name the columns")
-  if len(set(names)) < len(names):
-    raise ValueError(f"{path}:1: two columns have one name: {names}")
+  _check_names(f"{path}:1", names)
   for line, cells in rows:
     yield f"{path}:{line}", _csv_row(names, cells)
+
+
+def _check_names(where, names):
+  """Raises ValueError if two columns have one name: one would be lost."""
+  if len(set(names)) < len(names):
+    raise ValueError(f"{where}: two columns have one name: {names}")
 
 
 def _csv_lines(path, text):
@@ -159,6 +164,7 @@ def parquet(path):
     raise ValueError(
       f"{path}: not a whole Parquet file: {' '.join(str(error).split())}"
     ) from error
+  _check_names(path, table.column_names)
   batches = table.to_batches(max_chunksize=1024)
   every = itertools.chain.from_iterable(b.to_pylist() for b in batches)
   for number, row in enumerate(every, 1):

@@ -238,10 +238,13 @@ def test_a_class_by_its_name_in_csv_is_ignored_by_sft_only(tmp_path):
   )
 
 
-def test_two_csv_columns_of_one_name_are_an_error(tmp_path):
+def test_two_columns_of_one_name_are_an_error(tmp_path):
   path = tmp_path / "my.csv"
   path.write_text("text,text\na,b\n")
   assert f"{path}:1: two columns" in error_of(path, "sft")
+  path = tmp_path / "my.parquet"
+  pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
+  assert f"{path}: two columns have one name" in error_of(path, "sft")
 
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])
