@@ -88,6 +88,7 @@ def test_import_export_import_changes_no_bit(name, world, tmp_path):
   again, _, back = read(second)
   jax.tree.map(np.testing.assert_array_equal, bits(params), bits(back))
   assert again.config == checkpoint.config
+  assert "auto_map" not in again.raw  # its code is not there
   files = [
     safetensors.numpy.load_file(folder / "model.safetensors")
     for folder in (first, second)
