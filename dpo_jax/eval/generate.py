@@ -156,6 +156,9 @@ def write(setup, params, identity, workdir):
     raise ValueError("sample.labels needs a scorer: set sample.scorers")
   workdir = epath.Path(workdir)
   path, given = workdir / "completions.jsonl", prompts(setup)
+  for check in [getattr(s.score, "check", None) for s in scorers]:
+    if check is not None:
+      check([text for text, _ in given])
   digest = hashlib.blake2b(repr(given).encode(), digest_size=8).hexdigest()
   ends = setup.tokenizer.end_ids
   identity = {**identity, "prompts": digest}

@@ -30,7 +30,7 @@ import numpy as np
 from dpo_jax import lookup
 from dpo_jax.config import saved
 from dpo_jax.data.read import sources
-from dpo_jax.data.tokens import tokenize
+from dpo_jax.data.tokens import tokenize, vocabulary
 from dpo_jax.run import build, forward, trained
 
 
@@ -40,7 +40,9 @@ class Scorer(NamedTuple):
   Attributes:
     name: short, for tables: the part of the spec before the colon.
     score: (prompts, completions), lists of str -> f64[n], higher is better. If
-      it has an attribute `of_draws`, that takes a list of generate.Draw.
+      it has an attribute `of_draws`, that takes a list of generate.Draw; if
+      `check`, that takes prompts and raises ValueError for those that are too
+      long for it, whatever is drawn behind them.
   """
 
   name: str
@@ -171,9 +173,9 @@ def _hugging_face(name, logits_to_score):
     ).eval()
   except Exception as error:  # the hub, a damaged file, no torch: anything
     raise ValueError(
-      f"scorer {name}: cannot be loaded ({error}). It needs torch, and the "
-      "hub's name of a sequence classifier or its local folder, with "
-      "safetensors and without code of its own"
+      f"scorer {name}: cannot be loaded ({vocabulary.why(error)}). It needs "
+      "torch, and the hub's name of a sequence classifier or its local folder, "
+      "with safetensors and without code of its own"
     ) from error
   limit = _longest(tokenizer, model)
   # Without a padding token causal models refuse more texts than one.
@@ -200,6 +202,11 @@ def _hugging_face(name, logits_to_score):
         out[rows] = logits_to_score(logits)
     return out
 
+  def check(prompts):
+    encoded = (_encoded(tokenizer, text)["input_ids"] for text in prompts)
+    _refuse_long(name, collections.Counter(map(len, encoded)), limit)
+
+  score.check = check
   try:  # what cannot score is found before anything is drawn
     score(["Is", "Is it", "Is it"], [" so?", " so?", " so."])
   except Exception as error:  # of a model's own code: anything
@@ -210,10 +217,15 @@ def _hugging_face(name, logits_to_score):
 def _encoded(tokenizer, text):
   """{name: list} of the inputs of a text, with one BOS at most.
 
-  A chat template writes one, and many tokenizers another in front.
+  A chat template writes one, and many tokenizers another in front. An empty
+  text is a BOS or EOS, as an empty prompt is in training.
   """
   inputs = tokenizer(text, truncation=False, padding=False, verbose=False)
   ids, bos = inputs["input_ids"], tokenizer.bos_token_id
+  if not ids:
+    first = tokenizer.eos_token_id if bos is None else bos
+    lone = {"input_ids": first or 0, "attention_mask": 1, "token_type_ids": 0}
+    return {key: [lone[key]] for key in inputs}
   twice = bos is not None and ids[:2] == [bos, bos]
   return {key: values[twice:] for key, values in inputs.items()}
 
@@ -296,15 +308,7 @@ def _implicit(folder):
     )
 
   def of(records):
-    examples, changed = tokenize.encode(
-      records, setup.tokenizer, limits, sources.Policy("error")
-    )
-    cut = changed["completion cut"] + changed["prompt cut"]
-    if cut:
-      raise ValueError(
-        f"scorer implicit:{folder}: {cut} texts are longer than its model can "
-        f"read: {limits.max_prompt_length} tokens of prompt, {room} after"
-      )
+    examples = _encoded_whole(records, setup, limits, folder)
     loader = forward.loader_of(setup, examples)
     ratios = np.zeros(len(examples))
     for params, sign in ((policy, 1.0), (ref, -1.0)):
@@ -313,8 +317,28 @@ def _implicit(folder):
           ratios[index] += sign * math.fsum(logps)
     return beta * ratios
 
-  score.of_draws = of_draws
+  def check(prompts):
+    bare = sources.Record("", ("",), (), "a prompt", bos=False)
+    records = [bare._replace(prompt=prompt) for prompt in prompts]
+    _encoded_whole(records, setup, limits, folder)
+
+  score.of_draws, score.check = of_draws, check
   return score
+
+
+def _encoded_whole(records, setup, limits, folder):
+  """The examples of records; raises ValueError for one that would be cut."""
+  examples, changed = tokenize.encode(
+    records, setup.tokenizer, limits, sources.Policy("error")
+  )
+  cut = changed["completion cut"] + changed["prompt cut"]
+  if cut:
+    raise ValueError(
+      f"scorer implicit:{folder}: {cut} texts are longer than its model can "
+      f"read: {limits.max_prompt_length} tokens of prompt, "
+      f"{limits.max_completion_length} after"
+    )
+  return examples
 
 
 SCORERS = {

@@ -1,13 +1,14 @@
 """The fields of a checkpoint's config.json, read strictly.
 
 Defaults are those of transformers' own config classes. A field that nothing
-reads is an error, as what it changes would be missing, unless one of three
+reads is an error, as what it changes would be missing, unless one of these
 rules says that it changes nothing:
 
 - its name tells where the file came from ("unsloth_…", "…_version", "…_path"),
   or of training, tokens, types and kernels (_SILENT);
 - its value is null or empty: it says nothing;
-- it is about quantisation, and false.
+- it is about quantisation or says what is used, and false;
+- its value is words ("my-data"), and its name is of no part of a model.
 """
 
 import copy
@@ -26,6 +27,7 @@ _SILENT = re.compile(
       r"architectures|auto_map|author|license|model_type|transformers\.js_config",
       # Training.
       r".*(dropout|pdrop|layerdrop)(_prob|_rate|_p)?|initializer_.*|init_std",
+      r"train(ing|er)?_.*|neftune_.*|wandb_.*|keys_to_ignore_.*",
       r"gradient_checkpointing|(.*_)?loss(_.*)?|problem_type|pretraining_tp",
       # Tokens and labels; generation.
       r".*_token_(id|index)|tokenizer_.*|id2label|label2id|task_specific_params",
@@ -44,8 +46,17 @@ _SILENT = re.compile(
     )
   )
 )
-# Names of how weights may be held: off, they say that they are not.
-_OFF = re.compile(r".*(quant|load_in_|bnb_|gptq|awq).*")
+# Names of how weights may be held, and of what a model may have that a decoder
+# has not: off, they say that it is not so.
+_OFF = re.compile(
+  r".*(quant|load_in_|bnb_|gptq|awq).*"
+  r"|use_(?!(.*_)?(rope|rotary|position|norm|bias|mask)).*"
+)
+# Names of parts of a model, which words too can change ("layernorm").
+_PARTS = re.compile(
+  r".*(quant|norm|activation|type|rope|rotary|position|attn|attention|mlp"
+  r"|layer|head|embed|bias|mask|scal|hidden|cache).*|(.*_)?act"
+)
 
 
 # What files call the fields of a ModelConfig.
@@ -117,7 +128,12 @@ class Fields:
     """Whether a field that nothing reads changes nothing, by the rules."""
     value = self._values.get(name)
     off = value is False and _OFF.fullmatch(name)
-    return value in (None, "", [], {}) or off or _SILENT.fullmatch(name)
+    words = value if isinstance(value, list) else [value]
+    words = all(isinstance(x, str) for x in words) and not _PARTS.fullmatch(
+      name
+    )
+    nothing = value in (None, "", [], {})
+    return nothing or off or words or _SILENT.fullmatch(name)
 
 
 def only(where, name, value, allowed):

@@ -68,7 +68,15 @@ def open_folder(folder):
     raise ValueError(f"{folder}: {error}") from error
   files, shapes = _files(folder), {}
   for file in files:
-    shapes |= _header(file)
+    header = _header(file)
+    twice = sorted(shapes.keys() & header.keys())
+    if twice:
+      raise ValueError(
+        f"{folder}: {twice[0]} is in two files, {file.name} and one before it; "
+        "delete those of an older checkpoint"
+      )
+    shapes |= header
+  _warn_of_code(folder, raw)
   bare = not any(name.startswith(family.prefix) for name in shapes)
   ignored = {name for name in shapes if re.search(_BUFFERS, name)}
   heads = {"lm_head.weight", "embed_out.weight"} & set(shapes)
@@ -95,6 +103,18 @@ def open_folder(folder):
   ends = tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)
   table = family.table
   return Checkpoint(raw, config, vocab_size, table, shapes, read, where, ends)
+
+
+def _warn_of_code(folder, raw):
+  """Says so where a checkpoint brings code that would compute it."""
+  names = raw.get("auto_map")
+  code = [n for n in names or () if n.startswith("AutoModel")]
+  if code:
+    warnings.warn(
+      f"{folder}: auto_map of config.json names code for {code[0]}; it is not "
+      f"run, the weights are read as those of a {raw['model_type']}",
+      stacklevel=3,
+    )
 
 
 def generation(folder, raw):

@@ -20,6 +20,8 @@ from dpo_jax.models import axes, fields, keys, lora
 from dpo_jax.models import write as write_lib
 
 _PREFIX = "base_model.model."
+_NAMES = "a list of names, or one pattern"
+_RANKS = "an object of patterns, each with a number above 0"
 # Of adapter_config.json: what must have one of these values, where it is there.
 _ONLY = {
   "peft_type": ("LORA",),
@@ -189,11 +191,7 @@ def _opened(folder):
       fields.only(path, field, about[field], allowed)
   for field in sorted(about.keys() - _ONLY.keys() - _READ):
     fields.only(path, field, about[field] or None, (None,))
-  for field in ("r", "lora_alpha"):
-    if not isinstance(about.get(field), int | float) or about[field] <= 0:
-      raise ValueError(
-        f"{path}: {field} = {about.get(field)!r} must be a number above 0"
-      )
+  _check_forms(path, about)
   file = folder / "adapter_model.safetensors"
   if not file.exists():
     raise ValueError(f"{folder} holds no adapter_model.safetensors")
@@ -203,7 +201,48 @@ def _opened(folder):
     raise ValueError(f"{file} is damaged or cut short: {error}") from error
   if not tensors:
     raise ValueError(f"{file} holds no tensor: there is nothing to merge")
+  for name, x in tensors.items():
+    if not np.all(np.isfinite(x.astype(np.float32))):
+      raise ValueError(f"{file}: {name} holds numbers that are not finite")
+  if not any(np.any(x) for name, x in tensors.items() if "lora_B" in name):
+    text = "all of lora_B is zero, so the adapter changes nothing"
+    warnings.warn(f"{file}: {text}", stacklevel=4)
   return about, tensors, file
+
+
+def _check_forms(path, about):
+  """Raises ValueError for a field of the config that has another form."""
+
+  def number(value):
+    return isinstance(value, int | float) and value is not True and value > 0
+
+  def names(value):
+    if isinstance(value, str):
+      re.compile(value)
+      return True
+    value = [] if value is None else value
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+  def patterns(value):
+    value = {} if value is None else value
+    return isinstance(value, dict) and all(
+      re.compile(x) and number(n) for x, n in value.items()
+    )
+
+  for field, good, what in (
+    ("r", lambda x: number(x) and isinstance(x, int), "a whole number above 0"),
+    ("lora_alpha", number, "a number above 0"),
+    *((f"{x}_modules", names, _NAMES) for x in ("target", "exclude")),
+    *((f"{x}_pattern", patterns, _RANKS) for x in ("rank", "alpha")),
+  ):
+    try:
+      fits = good(about.get(field))
+    except re.error:
+      fits = False
+    if not fits:
+      raise ValueError(
+        f"{path}: {field} = {about.get(field)!r:.60} must be {what}"
+      )
 
 
 def _check_targets(about, file, tensors, inner, outer):

@@ -56,7 +56,9 @@ def write(folder, params, config, vocab_size, raw, dtype):
   if split.is_sharded:
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     write_json(folder / "model.safetensors.index.json", index)
-  named = {k: v for k, v in raw.items() if k != "torch_dtype"}
+  # Code that auto_map names is not in the folder, nor was it run.
+  left_out = ("torch_dtype", "auto_map")
+  named = {k: v for k, v in raw.items() if k not in left_out}
   named = origin.without_folders(named)  # "_name_or_path", and the like
   write_json(folder / "config.json", {**named, "dtype": dtype})
 

@@ -319,6 +319,30 @@ def test_labels_need_a_scorer(setup, params, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_scorer_sees_the_prompts_before_anything_is_drawn(
+  setup, params, monkeypatch, tmp_path
+):
+  seen = []
+
+  def make(_):
+    def check(prompts):
+      seen.extend(prompts)
+      raise ValueError("too long")
+
+    def score(prompts, completions):
+      raise AssertionError
+
+    score.check = check
+    return score
+
+  monkeypatch.setitem(rewards.SCORERS, "short", make)
+  here = at(setup, "sample.scorers=short:1")
+  with pytest.raises(ValueError, match="too long"):
+    generate.write(here, params, IDENTITY, tmp_path)
+  assert seen == [text for text, _ in generate.prompts(here)]
+  assert not (tmp_path / "completions.jsonl").exists()
+
+
 @pytest.fixture
 def codes(monkeypatch):
   """A scorer of any bytes: `codes:N` is the sum of their codes modulo N."""

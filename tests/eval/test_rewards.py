@@ -250,6 +250,9 @@ def test_an_implicit_reward_refuses_a_text_that_its_model_cannot_read(trained):
   score = rewards.load(f"implicit:{trained[0]}").score
   with pytest.raises(ValueError, match="1 texts are longer than"):
     score(["The plot"] * 2, [" fine", " long" * 500])
+  score.check(["The plot"])
+  with pytest.raises(ValueError, match=r"a prompt: field 'prompt' has"):
+    score.check(["The plot", "The plot " * 200])
 
 
 def test_scorers_of_one_kind_have_names_of_their_own(tmp_path):
@@ -456,6 +459,24 @@ def test_a_scorer_that_cannot_score_is_refused_when_it_is_loaded(tmp_path):
   reward_model(tmp_path, longest=2)
   with pytest.raises(ValueError, match=r"cannot score .*longer than"):
     rewards.load(f"model:{tmp_path}")
+
+
+@pytest.mark.slow
+def test_prompts_that_are_too_long_are_found_before_anything_is_drawn(tmp_path):
+  reward_model(tmp_path, longest=8)
+  score = rewards.load(f"model:{tmp_path}").score
+  score.check([" ".join(WORDS[2:4])])
+  long = " ".join([WORDS[2]] * 8)  # and a BOS
+  with pytest.raises(ValueError, match="1 texts are longer than"):
+    score.check([WORDS[2], long])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_an_empty_text_is_scored_as_one_bos(adds_bos, tmp_path):
+  model = reward_model(tmp_path, adds_bos=adds_bos)
+  got = rewards.load(f"model:{tmp_path}").score([""], [""])
+  np.testing.assert_allclose(got, logits_of(model, [[0]])[:, 0], atol=1e-5)
 
 
 @pytest.mark.slow

@@ -195,6 +195,14 @@ PROVENANCE = {
   "residual_dropout": 0.1,
   "vision_token_id": 5,
   "use_flash_attention_2": True,
+  "training_args": {"lr": 1e-5},
+  "keys_to_ignore_at_inference": ["past_key_values"],
+  "use_sliding_window": False,
+  "use_mrope": False,
+  "base_model": "mine/base",
+  "datasets": ["a", "b"],
+  "llamafactory": "0.9",
+  "created_at": "2025-01-01",
   "quantization_config": None,
   "_load_in_4bit": False,
   "quantization": False,
@@ -211,7 +219,31 @@ CHANGES = {
   "num_experts_per_token": 2,
   "quantization": "int8",
   "something_newer": 0,
+  "norm_type": "layernorm",
+  "hidden_activation": "relu",
+  "use_rope": False,
+  "use_something": True,
+  "sizes": ["a", 2],
 }
+
+
+def test_code_that_a_checkpoint_brings_is_not_run_and_it_is_said(tmp_path):
+  parity.write(small(), tmp_path)
+  path = tmp_path / "config.json"
+  raw = json.loads(path.read_text())
+  path.write_text(
+    json.dumps({**raw, "auto_map": {"AutoModelForCausalLM": "mine.Model"}})
+  )
+  with pytest.warns(UserWarning, match="not run, the weights are read as"):
+    hf.open_folder(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+  parity.write(small(), tmp_path, files=2)
+  first, second = sorted(tmp_path.glob("model-*.safetensors"))
+  second.write_bytes(first.read_bytes())
+  with pytest.raises(ValueError, match=rf"in two files, {second.name}"):
+    hf.open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", PROVENANCE)

@@ -88,6 +88,7 @@ def test_import_export_import_changes_no_bit(name, world, tmp_path):
   again, _, back = read(second)
   jax.tree.map(np.testing.assert_array_equal, bits(params), bits(back))
   assert again.config == checkpoint.config
+  assert "auto_map" not in again.raw  # its code is not there
   files = [
     safetensors.numpy.load_file(folder / "model.safetensors")
     for folder in (first, second)
@@ -251,7 +252,13 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
     ([], ["c_attn", "w_pack"], "no tensor is of 'w_pack'"),
     ([], ["q_proj", "lm_head"], "no tensor is of 'lm_head'"),
     ([], {"r": 5}, r"lora_A\.weight is \[3, 48\], it must be \[5, 48\]"),
-    ([], {"r": None}, "r = None must be a number"),
+    ([], {"r": None}, "r = None must be a whole number"),
+    ([], {"r": 3.0}, r"r = 3\.0 must be a whole number"),
+    ([], {"lora_alpha": "6"}, "lora_alpha = '6' must be a number above 0"),
+    ([], {"target_modules": "("}, r"target_modules = '\(' must be a list"),
+    ([], {"exclude_modules": [3]}, r"exclude_modules = \[3\] must be a list"),
+    ([], {"rank_pattern": {"(": 2}}, "rank_pattern = .* must be an object"),
+    ([], {"alpha_pattern": {"q": "x"}}, "alpha_pattern = .* must be an object"),
     ([], {"arrow_config": {"top_k": 3}}, "arrow_config = .* not supported"),
     ([], {"use_newer_lora": True}, "use_newer_lora = True is not supported"),
   ],
@@ -277,6 +284,25 @@ def test_an_adapter_that_lacks_something_never_merges_as_nothing(
   with pytest.raises(ValueError, match=message) as caught:
     peft.read(tmp_path, *where)
   assert str(tmp_path) in str(caught.value)
+
+
+def test_an_adapter_that_changes_nothing_or_is_not_finite_is_told(
+  world, tmp_path
+):
+  _, checkpoint, _, params = world("meta-llama/Llama-3.2-1B")
+  where = about_of(checkpoint, params)
+  peft.write(tmp_path, adapter_of(params), *where, options())
+  file = tmp_path / "adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  new = {n: x * ("lora_A" in n) for n, x in tensors.items()}
+  safetensors.numpy.save_file(new, file)
+  with pytest.warns(UserWarning, match="the adapter changes nothing"):
+    peft.read(tmp_path, *where)
+  name = f"{Q}A.weight"
+  bad = {**tensors, name: np.full_like(tensors[name], np.inf)}
+  safetensors.numpy.save_file(bad, file)
+  with pytest.raises(ValueError, match=rf"{name} holds numbers that are not"):
+    peft.read(tmp_path, *where)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])

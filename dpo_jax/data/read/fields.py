@@ -1,12 +1,15 @@
 """Reading a field of a row: its type, its text, its messages."""
 
 import contextlib
+import json
 import math
 import numbers
 
 from dpo_jax import lookup
 
-ROLES = ("system", "user", "assistant", "tool")
+# Of some templates only, which must then write what they say.
+RARE_ROLES = ("developer", "function", "ipython")
+ROLES = ("system", "user", "assistant", "tool", *RARE_ROLES)
 # A message may have these in place of a content.
 INSTEAD = (
   *("tool_calls", "function_call"),
@@ -67,6 +70,26 @@ def without_nulls(value, whole=()):
   if isinstance(value, list) and value and isinstance(value[0], dict | list):
     return [without_nulls(v, whole) for v in value]
   return value
+
+
+def from_json(text):
+  """The value of a JSON text.
+
+  Raises: ValueError for no JSON, and BadRecord for a key that is there twice.
+  """
+  return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs):
+  """A JSON object, of which no key may be given twice: one would be lost."""
+  out = dict(pairs)
+  if len(out) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise BadRecord(
+      "key twice", f"the key {twice!r} stands twice in one object; take one out"
+    )
+  return out
 
 
 def is_empty(value):
@@ -165,6 +188,8 @@ def _message(message):
       f"role {role!r} is not known{lookup.nearest(role, ROLES)} "
       f"(allowed: {', '.join(ROLES)})",
     )
+  if "tool_calls" in message:
+    message = {**message, "tool_calls": _calls(message["tool_calls"])}
   if any(message.get(key) for key in INSTEAD):
     message = {"role": role, "content": "", **message}
   if isinstance(message.get("content"), list):
@@ -172,6 +197,23 @@ def _message(message):
   else:
     field(message, "content", str, "text")
   return message
+
+
+def _calls(value):
+  """The calls of a message: a list, or the JSON of one, as tables have it."""
+  calls = value
+  if isinstance(value, str):
+    try:
+      calls = from_json(value) or [] if value.strip() else []
+    except (ValueError, RecursionError):
+      calls = None
+  if isinstance(calls, list) and all(isinstance(c, dict) for c in calls):
+    return calls
+  raise BadRecord(
+    "bad tool calls",
+    "field 'tool_calls' must be a list of calls (objects), or the JSON of one, "
+    f"not {value!r:.40}",
+  )
 
 
 def _check_parts(parts):

@@ -4,16 +4,16 @@ A reader is a function path that yields (origin, row). What is wrong with one
 row is a BadRecord in its place; what is wrong with the file is an error.
 """
 
+import ast
 import csv
 import hashlib
 import io
 import itertools
-import json
 
 from etils import epath
 
 from dpo_jax import store
-from dpo_jax.data.read import fields
+from dpo_jax.data.read import fields, wording
 
 # Columns of a .csv whose cells are JSON, as they hold no text.
 _JSON_COLUMNS = {
@@ -56,6 +56,11 @@ def jsonl(path):
   """One JSON object a line; blank lines are passed over."""
   with _readable(path), epath.Path(path).open("rb") as file:
     for number, line in enumerate(file, 1):
+      if number == 1 and line.strip() == b"[":
+        raise ValueError(
+          f"{path}: is one JSON list; write one object a line (with jq: "
+          "jq -c '.[]' list.json > rows.jsonl)"
+        )
       if line.strip():
         yield f"{path}:{number}", _json_row(line)
 
@@ -63,7 +68,7 @@ def jsonl(path):
 def _json_row(line):
   """The row of a line, or the BadRecord that it is."""
   try:
-    return json.loads(line.rstrip(b"\n"), object_pairs_hook=_object)
+    return fields.from_json(line.rstrip(b"\n"))
   except UnicodeDecodeError as error:
     return fields.BadRecord("invalid UTF-8", f"not UTF-8: {error}")
   except fields.BadRecord as error:
@@ -73,18 +78,6 @@ def _json_row(line):
     return fields.BadRecord("invalid JSON", f"not JSON: {error}{hint}")
 
 
-def _object(pairs):
-  """A JSON object, of which no key may be given twice: one would be lost."""
-  out = dict(pairs)
-  if len(out) < len(pairs):
-    keys = [key for key, _ in pairs]
-    twice = next(key for key in keys if keys.count(key) > 1)
-    raise fields.BadRecord(
-      "key twice", f"the key {twice!r} stands twice in one object; take one out"
-    )
-  return out
-
-
 def csv_rows(path):
   """Rows below a line of column names; an empty cell is a missing field."""
   # What is not UTF-8 becomes lone surrogates, which the record is checked for.
@@ -92,10 +85,15 @@ def csv_rows(path):
   (_, names), *rows = _csv_lines(path, text) or [(1, [])]
   if not names:
     raise ValueError(f"{path}: is empty; its first line must name the columns")
-  if len(set(names)) < len(names):
-    raise ValueError(f"{path}:1: two columns have one name: {names}")
+  _check_names(f"{path}:1", names)
   for line, cells in rows:
     yield f"{path}:{line}", _csv_row(names, cells)
+
+
+def _check_names(where, names):
+  """Raises ValueError if two columns have one name: one would be lost."""
+  if len(set(names)) < len(names):
+    raise ValueError(f"{where}: two columns have one name: {names}")
 
 
 def _csv_lines(path, text):
@@ -128,15 +126,19 @@ def _csv_row(names, cells):
   row = {k: v for k, v in zip(names, cells, strict=True) if v}
   for name in row.keys() & _JSON_COLUMNS:
     try:
-      row[name] = json.loads(row[name])
+      row[name] = fields.from_json(row[name])
+    except fields.BadRecord as error:
+      return error
     except (ValueError, RecursionError) as error:
       # A class by its name, which SFT does not look at, or True; messages may
-      # be Python's repr of them (shapes.py).
+      # be Python's repr of them (shapes.py). So do libraries write lists.
       if name in ("label", "messages"):
         continue
-      return fields.BadRecord(
-        "invalid JSON", f"field {name!r} is not JSON: {error}"
-      )
+      row[name] = wording.parsed(row[name], ast.literal_eval)
+      if row[name] is None:
+        return fields.BadRecord(
+          "invalid JSON", f"field {name!r} is not JSON: {error}"
+        )
   return row
 
 
@@ -162,6 +164,7 @@ def parquet(path):
     raise ValueError(
       f"{path}: not a whole Parquet file: {' '.join(str(error).split())}"
     ) from error
+  _check_names(path, table.column_names)
   batches = table.to_batches(max_chunksize=1024)
   every = itertools.chain.from_iterable(b.to_pylist() for b in batches)
   for number, row in enumerate(every, 1):

@@ -6,15 +6,14 @@ message of the assistant, and all before it is the prompt.
 """
 
 import itertools
-import json
 from typing import Any, NamedTuple
 
 from dpo_jax import lookup
-from dpo_jax.data.read import fields, several, shapes
+from dpo_jax.data.read import fields, several, shapes, wording
 
 _WANTED = {
   "preference": '{"prompt", "chosen", "rejected"}',
-  "feedback": '{"prompt", "completion", "label"}',
+  "feedback": '{"prompt", "completion", "label"} or one for preferences',
   "sft": '{"prompt", "completion"}, {"messages"} or {"text"}',
   "label": '{"prompt", "completion", "label"} or {"text", "label"}',
   "prompt": '{"prompt"}',
@@ -94,8 +93,13 @@ def make(row, form, origin):
 
 
 def _there(row):
-  """The fields of a row that are there: a null is not."""
-  return {k: v for k, v in row.items() if v is not None}
+  """The fields of a row that are there: a null is not, nor a list of them."""
+  return {
+    k: v
+    for k, v in row.items()
+    if v is not None
+    and not (isinstance(v, list) and v and not any(x is not None for x in v))
+  }
 
 
 def _not_read(row):
@@ -123,17 +127,25 @@ def _odd(record):
 
 
 def _tools(row):
-  """The tools of a row: a list, or the JSON of one; None if it is empty."""
+  """The tools of a row: a list, or the JSON of one; None if it is empty.
+
+  As with messages, the text may be Python's repr too.
+  """
+
+  def read(text):
+    if text.strip() in ("", "null", "None"):
+      return []
+    made = wording.parsed(text)
+    if made is None:
+      raise fields.BadRecord(
+        "bad tools", f"field 'tools' is a text that is not JSON: {text!r:.40}"
+      )
+    return made
+
   tools = row["tools"]
-  try:
-    if isinstance(tools, str):
-      tools = json.loads(tools) if tools.strip() else []
-    if isinstance(tools, list):
-      tools = [json.loads(t) if isinstance(t, str) else t for t in tools]
-  except (ValueError, RecursionError) as error:
-    raise fields.BadRecord(
-      "bad tools", f"field 'tools' is a text that is not JSON: {error}"
-    ) from error
+  tools = read(tools) if isinstance(tools, str) else tools
+  if isinstance(tools, list):
+    tools = [read(t) if isinstance(t, str) else t for t in tools]
   if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
     raise fields.BadRecord(
       "bad tools",
@@ -181,7 +193,9 @@ def _preference(row, origin):
 
 
 def _feedback(row, origin):
-  compared = "label" not in row or "chosen" in row
+  compared = "chosen" in row or (
+    "label" not in row and any(n in row for n in ("rejected", "completions"))
+  )
   return (_preference if compared else _label)(row, origin)
 
 
@@ -194,6 +208,7 @@ def _sft(row, origin):
     prompt, sides = _sides(row, ("completion",))
   elif "completions" in row:
     prompt, sides = several.completions(row)
+    sides = sides[several.best(row, sides) :]
   else:
     prompt, sides = _sides(row, ("chosen",))
   return Record(prompt, sides[:1], (), origin)
@@ -274,7 +289,7 @@ def _conversations(row, names):
       f"{' and '.join(map(repr, names))} differ before their last message; a "
       "comparison is of two replies to one prompt",
     )
-  if "prompt" in row:  # some data sets repeat what the user said, as text
+  if row.get("prompt"):  # some data sets repeat what the user said, as text
     said = fields.field(row, "prompt", str).strip()
     if said not in ["".join(fields.texts(m)).strip() for m in prompt]:
       raise fields.BadRecord(

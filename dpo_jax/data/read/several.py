@@ -1,8 +1,11 @@
 """The form of a row with several completions, and what compares them."""
 
+import math
+
 from dpo_jax.data.read import fields
 
-MOST_RANKED = 256  # completions: 32,640 pairs
+MOST_RANKED = 256  # completions
+MOST_PAIRS = math.comb(MOST_RANKED, 2)  # of one record: 32,640
 
 
 def completions(row):
@@ -46,6 +49,12 @@ def pairs(row, completions):
   pairs = fields.field(row, "pairs", list)
   if not pairs:
     raise fields.BadRecord("empty", "field 'pairs' is empty")
+  if len(pairs) > MOST_PAIRS:
+    raise fields.BadRecord(
+      "bad pair",
+      f"field 'pairs' has {len(pairs):,} comparisons, a record at most "
+      f"{MOST_PAIRS:,}: they are computed at once; split it into records",
+    )
   count = len(completions)
   for pair in pairs:
     good = isinstance(pair, list) and len(pair) == 2
@@ -58,6 +67,19 @@ def pairs(row, completions):
       )
   check_different(pairs, completions)
   return tuple(map(tuple, pairs))
+
+
+def best(row, completions):
+  """The index of the completion that no other is better than, by the row.
+
+  The first of those, and of all where nothing compares them.
+  """
+  if "ranking" in row:
+    return ranking(row, completions)[0]
+  compared = pairs(row, completions) if "pairs" in row else ()
+  losers = {loser for _, loser in compared}
+  winners = [winner for winner, _ in compared if winner not in losers]
+  return min(winners, default=compared[0][0] if compared else 0)
 
 
 def check_different(pairs, completions):
@@ -96,4 +118,5 @@ def scores(row, completions):
       "bad scores",
       f"'scores' has {len(scores)} numbers for {len(completions)} completions",
     )
-  return tuple(fields.number({"scores": s}, "scores") for s in scores)
+  named = {f"scores[{k}]": score for k, score in enumerate(scores)}
+  return tuple(fields.number(named, name) for name in named)

@@ -7,13 +7,18 @@ tried in turn, so a row may pass through several. What cannot be told for sure
 """
 
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from dpo_jax.data.read import fields, wording
 
 _TURN = "\n\nAssistant:"
+# Whether answer A is the better one, as tables write it.
+_FIRST = {"1": True, "1.0": True, "true": True}
+_FIRST |= {"0": False, "0.0": False, "false": False}
 _TRUTH = {"true": True, "false": False}
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
 class Shape(NamedTuple):
@@ -51,9 +56,10 @@ def standard(row):
 
 def _label_of_text(row):
   label = row.get("label")
-  if isinstance(label, str) and label.strip().lower() in _TRUTH:
-    return {**row, "label": _TRUTH[label.strip().lower()]}
-  return None
+  text = label.strip().lower() if isinstance(label, str) else ""
+  if text in _TRUTH:
+    return {**row, "label": _TRUTH[text]}
+  return {**row, "label": float(text)} if _NUMBER.fullmatch(text) else None
 
 
 def _tagged(row):
@@ -69,23 +75,24 @@ def _renamed(row, **names):
 def _shp(row):
   """Stanford Human Preferences, as the original repository frames it."""
   answers = "human_ref_A", "human_ref_B"
-  label = str(row.get("labels"))
-  if label not in ("0", "1") or "history" not in row:
+  first = _FIRST.get(str(row.get("labels")).lower())
+  if first is None or "history" not in row:
     return None
   if not all(isinstance(row.get(name), str) for name in answers):
     return None
-  better, worse = "BA"[int(label)], "AB"[int(label)]
+  better, worse = "AB" if first else "BA"
   made = {
     "prompt": f"\n\nHuman: {row['history']}{_TURN}",
     "chosen": f" {row[f'human_ref_{better}']}",
     "rejected": f" {row[f'human_ref_{worse}']}",
   }
-  scores = [row.get("score_A"), row.get("score_B")]
-  if None not in scores:
-    made["score_chosen"] = row[f"score_{better}"]
-    made["score_rejected"] = row[f"score_{worse}"]
+  for name, side in (("score_chosen", better), ("score_rejected", worse)):
+    score = row.get(f"score_{side}")
+    text = isinstance(score, str) and _NUMBER.fullmatch(score.strip())
+    made[name] = float(score) if text else score
   used = {"history", *answers, "labels", "score_A", "score_B"}
-  return {**made, **{k: v for k, v in row.items() if k not in used}}
+  made |= {k: v for k, v in row.items() if k not in used}
+  return {k: v for k, v in made.items() if v is not None}
 
 
 def _helpful_harmless(row):
@@ -148,21 +155,18 @@ def _both_answers(theirs, row):
 
 
 def _rejected_beside_messages(row):
-  """A conversation with the better reply, and a worse one as text."""
+  """A conversation with the better reply, and a worse one: text, or whole."""
   talk, worse = row.get("messages"), row.get("rejected_response")
-  if (
-    not isinstance(worse, str)
-    or not wording.is_talk(talk)
-    or wording.replies(row)
-  ):
+  if not wording.is_talk(talk) or wording.replies(row):
     return None
-  made = {k: v for k, v in row.items() if k != "rejected_response"}
-  talks = {
-    "chosen": talk,
-    "rejected": [*talk[:-1], {"role": "assistant", "content": worse}],
-  }
-  del made["messages"]
-  return {**made, **talks}
+  other = row.get("rejected_messages")
+  if isinstance(worse, str):
+    other = [*talk[:-1], {"role": "assistant", "content": worse}]
+  if not wording.is_talk(other):
+    return None
+  used = ("messages", "rejected_response", "rejected_messages")
+  made = {k: v for k, v in row.items() if k not in used}
+  return {**made, "chosen": talk, "rejected": other}
 
 
 def _messages_before(row):
@@ -192,7 +196,14 @@ def _whole_behind_prompt(row):
 
 
 def _said(talk):
-  return [(message["role"], message.get("content")) for message in talk]
+  return [(m["role"], _joined(m.get("content"))) for m in talk]
+
+
+def _joined(content):
+  """The text of a content, be it one or parts of text."""
+  if not fields.holds_messages(content):
+    return content
+  return "".join(str(dict(part).get("text")) for part in content)
 
 
 def _text_behind_messages(row):
@@ -219,8 +230,14 @@ def _message_behind_text(row):
 def _system(row):
   """(name, text) of the column for the system turn; None if it says nothing."""
   for name in _SYSTEM:
-    if name in row and fields.field(row, name, str).strip():
-      return name, row[name]
+    if name not in row:
+      continue
+    turns = wording.talk(row[name]) or ()
+    text = row[name]
+    if [turn.get("role") for turn in turns] == ["system"]:
+      text = turns[0].get("content")
+    if fields.field({name: text}, name, str).strip():
+      return name, text
   return None
 
 
@@ -277,7 +294,7 @@ SHAPES = (
   ),
   Shape("one message read as a list of one", wording.from_one),
   Shape("'kto_tag' read as 'label'", _tagged, ("kto_tag",)),
-  Shape("label read from the text true or false", _label_of_text, ("label",)),
+  Shape("label read from a text", _label_of_text, ("label",)),
   Shape(
     "'history' and 'human_ref_…' read as a dialogue of Human and Assistant",
     *(_shp, ("history",)),
@@ -307,7 +324,7 @@ SHAPES = (
     *(_answer, _ANSWERED),
   ),
   Shape(
-    "'messages' read as 'chosen', 'rejected_response' as another end of it",
+    "'messages' read as 'chosen', 'rejected_…' as another end of it",
     _rejected_beside_messages,
   ),
   Shape("'messages' read as 'prompt'", _messages_before),

@@ -6,7 +6,8 @@ them or their labels. A spec names where they come from:
     my.jsonl        one JSON object a line
     my.csv          the first line names the columns; an empty cell is a missing
                     field; "completions", "pairs", "messages", "tokens",
-                    "ranking", "label" and the scores hold JSON
+                    "ranking", "label" and the scores hold JSON, or Python's
+                    repr
     my.parquet      one row a record
     hf:NAME_OR_FOLDER[@CONFIG][:SPLIT]
                     a Hugging Face data set, of the hub or saved in a folder;
@@ -22,8 +23,9 @@ them or their labels. A spec names where they come from:
 A notebook adds its own: SOURCES["mine"] = lambda: rows, where rows are dicts or
 a datasets.Dataset; a function of one argument gets what follows "mine:".
 
-The forms of a row. A null is a missing field. Fields that no form names are not
-read; training and the audit name each, and say how many rows have it.
+The forms of a row. A null is a missing field, as is a list of nulls. Fields
+that no form names are not read; training and the audit name each, and say how
+many rows have it.
 
     preference      {"prompt", "chosen", "rejected"}
                     {"prompt", "completions": [...],
@@ -36,11 +38,11 @@ read; training and the audit name each, and say how many rows have it.
                     "bos", false where no BOS is put in front of the text
     feedback        label or preference
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
-                    preferences, of which it takes the first completion
+                    preferences, of which it takes the best completion
     prompt          {"prompt"} of any of these
     label           {"text", "label"}, {"prompt", "completion", "label"},
                     {"messages", "label"}; the label is a finite number, a bool,
-                    or the text true or false
+                    or the text of one
 
 Messages may stand for text: "prompt" is a list of them and each completion a
 list of one, of the assistant. Without a "prompt" (or with a text there that

@@ -5,21 +5,27 @@ there is nothing to change. They are entries of the table in shapes.py.
 """
 
 import ast
-import json
 import re
 
+from dpo_jax import lookup
 from dpo_jax.data.read import fields
 
 REPLIES = ("chosen", "rejected", "completion")
 _TALKS = ("prompt", "messages", *REPLIES)  # where messages may stand
 _MORE_TALKS = (*_TALKS, "conversations", "conversation")
+_BEFORE = ("prompt", "messages", "conversations", "conversation")
 _ROLES = {
   **{role: role for role in fields.ROLES},
   **{"human": "user", "gpt": "assistant", "chatgpt": "assistant"},
   **{"model": "assistant", "bot": "assistant", "observation": "tool"},
 }
+_MAY_BE_LIST = re.compile(r"""\s*("?\s*[\[{]|array\()""")
+# The beginning of messages, whatever comes after it.
 _LIKE_MESSAGES = re.compile(
-  r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]"""
+  r"""\s*(array\()?\[?\s*\{\s*['"]((role|content|from|value)['"]|"""
+  r"""\w+['"]\s*:.*['"](role|from)['"]\s*:\s*['"](system|user|assistant|human"""
+  r"""|gpt)['"])""",
+  re.DOTALL,
 )
 
 
@@ -46,7 +52,7 @@ def may_talk(row):
   """Whether messages, or texts that may be of messages, are in a row."""
   values = [row[name] for name in _MORE_TALKS if name in row]
   return any(
-    not isinstance(x, str) or x.lstrip()[:1] in ("[", "{")
+    not isinstance(x, str) or _MAY_BE_LIST.match(x)
     for x in values + replies(row)
   )
 
@@ -67,7 +73,7 @@ def _is_message(value):
 
 def from_json(row):
   """Messages that are the text of their JSON."""
-  return _spelt(row, json.loads)
+  return _spelt(row, fields.from_json)
 
 
 def from_repr(row):
@@ -76,51 +82,89 @@ def from_repr(row):
   Raises: BadRecord for text that begins like messages and is neither.
   """
   made = _spelt(row, ast.literal_eval)
-  if made is None:
-    _refuse_damaged(row)
+  _refuse_damaged(made or row)
   return made
+
+
+def parsed(text, *parsers):
+  """What a text is the JSON or Python's repr of; None if it is neither.
+
+  Args:
+    parsers: some of fields.from_json and ast.literal_eval; none means both.
+  Raises: BadRecord for JSON with a key that is there twice.
+  """
+  for parse in parsers or (fields.from_json, ast.literal_eval):
+    try:
+      value = parse(text.strip())
+    except fields.BadRecord:
+      raise
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+      continue
+    again = isinstance(value, str) and _MAY_BE_LIST.match(value)
+    return parsed(value, parse) if again else value
+  return None
+
+
+def talk(value):
+  """The list of messages that a value is, or is the text of; else None."""
+  if isinstance(value, str):
+    value = _read(value)
+  value = [value] if _is_message(value) else value
+  return value if is_talk(value) else None
+
+
+def _read(text, *parsers):
+  """`parsed` of a text that may be messages, or about anything."""
+  if not _MAY_BE_LIST.match(text):
+    return None
+  try:
+    return parsed(text, *parsers)
+  except fields.BadRecord:
+    if _LIKE_MESSAGES.match(text):
+      raise
+    return None
 
 
 def _spelt(row, parse):
   def read(value):
-    if not isinstance(value, str) or not _LIKE_MESSAGES.match(value):
-      return value
-    parsed = _parsed(value, parse)
-    return parsed if _is_message(parsed) or is_talk(parsed) else value
+    made = _read(value, parse) if isinstance(value, str) else None
+    return made if _is_message(made) or is_talk(made) else value
 
   made = changed(row, _MORE_TALKS, read)
   if made is None:
     return None
   said = changed(row, REPLIES, read) or row
-  if said is not row and any(isinstance(x, str) for x in replies(said)):
-    return None  # one answer is text, so the other may be text about JSON
-  return made
-
-
-def _parsed(text, *parsers):
-  for parse in parsers:
-    try:
-      return parse(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-      continue
-  return None
-
-
-def _refuse_damaged(row):
-  # All of them: one answer may well be text about messages.
-  whole = [row[n] for n in ("messages", "conversations") if n in row]
-  texts = replies(row) or whole
-  if texts and all(
-    isinstance(x, str)
-    and _LIKE_MESSAGES.match(x)
-    and _parsed(x, json.loads, ast.literal_eval) is None
-    for x in texts
+  if said is row or not any(isinstance(x, str) for x in replies(said)):
+    return made
+  if replies(made) != replies(row) and any(
+    made.get(name) is not row.get(name) for name in _BEFORE
   ):
     raise fields.BadRecord(
       "wrong type",
-      f"{texts[0]!r:.40} begins like messages and is neither JSON nor Python's "
-      "repr of them; write lists as JSON (json.dumps), or save as .jsonl or "
-      ".parquet",
+      "the prompt and one reply are messages written as text, another reply is "
+      "not; write all replies in one way",
+    )
+  return None  # one answer is text, so the other may be text about JSON
+
+
+def _refuse_damaged(row):
+  """Raises BadRecord for text that must be messages and cannot be read."""
+  said, before = replies(row), [row[n] for n in _BEFORE if n in row]
+  damaged = [
+    x
+    for x in said + before
+    if isinstance(x, str) and _LIKE_MESSAGES.match(x) and parsed(x) is None
+  ]
+  # Of a single answer it is not sure: it may be text about messages.
+  whole = said or [x for n, x in row.items() if n in _BEFORE[1:]]
+  if damaged and (
+    any(map(is_talk, said + before)) or all(x in damaged for x in whole)
+  ):
+    raise fields.BadRecord(
+      "wrong type",
+      f"{damaged[0]!r:.40} begins like messages and is neither JSON nor "
+      "Python's repr of them, or was cut short; write lists as JSON "
+      "(json.dumps), or save as .jsonl or .parquet",
     )
 
 
@@ -144,12 +188,32 @@ def from_columns(row):
 
 
 def from_conversations(row):
-  """Messages in a field of another name."""
-  for name in ("conversations", "conversation"):
+  """Messages in a field of another name.
+
+  Raises: BadRecord for one that has roles of its own, and is all there is.
+  """
+  for name in _BEFORE[2:]:
     if "messages" not in row and is_talk(row.get(name)):
       made = {k: v for k, v in row.items() if k != name}
       return {**made, "messages": row[name]}
+    if fields.holds_messages(row.get(name)) and row.keys().isdisjoint(
+      (*_TALKS, "text", "completions")
+    ):
+      _check_roles(row[name], name)
   return None
+
+
+def _check_roles(messages, name):
+  for k, message in enumerate(messages):
+    role = isinstance(message, dict) and message.get(
+      "role", message.get("from")
+    )
+    if isinstance(role, str) and role not in _ROLES:
+      raise fields.BadRecord(
+        "bad role",
+        f"field {name!r}[{k}]: role {role!r} is not known"
+        f"{lookup.nearest(role, _ROLES)} (allowed: {', '.join(_ROLES)})",
+      )
 
 
 def from_other_words(row):

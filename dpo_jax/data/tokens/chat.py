@@ -1,10 +1,9 @@
 """Messages to text, by the tokenizer's own chat template.
 
-The template gets the messages whole, and the tools with them. The text of a
-completion is what it adds to the prompt. It ends in the template's own end of
-turn ("<|im_end|>"), without the white space that follows it there; that token
-is scored and no EOS is put behind it, be it the EOS or not. Where a template
-writes no end of turn, one EOS is the end.
+The template gets messages and tools whole. The text of a completion is what it
+adds to the prompt. It ends in the template's own end of turn ("<|im_end|>"),
+without what follows it there; that token is scored and no EOS is put behind it,
+be it the EOS or not. Where a template writes no end, one EOS is the end.
 """
 
 import datetime
@@ -15,6 +14,7 @@ import re
 from typing import NamedTuple
 
 from dpo_jax.data.read import fields, records
+from dpo_jax.data.tokens import unread
 
 
 class Rendered(NamedTuple):
@@ -46,7 +46,6 @@ class Prompt(NamedTuple):
 # Where templates write the date. Llama 3's own writes this without a clock.
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _DAY = datetime.date(2024, 7, 26)
-_KNOWN = {"role", "content"}  # keys that every template reads
 _ASKED = [{"role": "user", "content": "question"}]  # of a probe
 
 
@@ -93,15 +92,12 @@ def render_record(record, tokenizer):
   end = end_of_turn(apply)
   specials = tuple(tokenizer.specials.values())
   ends = [_cut_behind_end(text, end, specials) for text in completions]
-  for text, reply in zip(completions, record.completions, strict=True):
-    if text.strip() == end.strip() and not any(fields.texts(reply[0])):
-      raise fields.BadRecord(
-        "template",
-        "the chat template writes nothing of the reply but its end; it does "
-        f"not read {', '.join(map(repr, sorted(set(reply[0]) - _KNOWN)))}",
-      )
+  for text, (reply,) in zip(completions, record.completions, strict=True):
+    if not any(fields.texts(reply)):
+      unread.check_reply(prompt + text, record.prompt, reply, speak)
   whole = [prompt + text for text in completions]
-  remarks = [*record.remarks, *_not_written(record, whole, speak, apply)]
+  joined = not _reads_parts(apply)
+  remarks = [*record.remarks, *unread.remarks(record, whole, speak, joined)]
   if left_out:
     remarks.append(
       f"trained without {left_out!r}, which the chat template puts before a "
@@ -197,57 +193,18 @@ def _common(whole, texts, prompt, speak, encode):
 
 
 def _cut_behind_end(text, end, specials):
-  """(completion without white space behind its end, whether it has one).
+  """(completion without what follows its end, whether it has one).
 
-  Calls of tools may end in another token than answers do.
+  The first special token ends a turn: behind Phi-3's "<|end|>" is an EOS that
+  no sample reaches. Calls of tools may end in another token than answers do.
   """
   if end.strip() and text.endswith(end):
-    return text.removesuffix(end) + end.rstrip(), True
+    words = [(end.index(x), -len(x)) for x in specials if x and x in end]
+    start, size = min(words, default=(len(end), 0))
+    return text.removesuffix(end) + end[: start - size].rstrip(), True
   if text.rstrip().endswith(specials):
     return text.rstrip(), True
   return text.removesuffix(end), False
-
-
-def _not_written(record, texts, speak, apply_template):
-  """Yields remarks on what of messages and tools a template does not write.
-
-  What it reads is what changes its text when it is left out.
-  """
-  talks = [[*record.prompt, *reply] for reply in record.completions]
-
-  def reads(keys, **more):
-    try:
-      without = [
-        speak([_without(keys, m) for m in talk], False, **more)
-        for talk in talks
-      ]
-    except fields.BadRecord:  # it cannot do without
-      return True
-    return without != texts
-
-  pairs = (pair for talk in talks for m in talk for pair in m.items())
-  keys = {key for key, value in pairs if not fields.is_empty(value)} - _KNOWN
-  if keys and reads(keys):
-    keys = {key for key in keys if not reads({key})}
-  for key in sorted(keys):
-    yield f"message key {key!r} is not read by the chat template"
-  if record.tools and not reads((), tools=None):
-    yield "column 'tools' is not read by the chat template"
-  parts = any(isinstance(m["content"], list) for talk in talks for m in talk)
-  if parts and not _reads_parts(apply_template):
-    yield "parts of text joined, which the chat template does not read"
-  changed = {
-    message["role"]
-    for talk, text in zip(talks, texts, strict=True)
-    for message in talk
-    if not all(said.strip() in text for said in fields.texts(message))
-  }
-  for role in sorted(changed):
-    yield f"turn of the {role} that the chat template does not write as it is"
-
-
-def _without(keys, message):
-  return {key: value for key, value in message.items() if key not in keys}
 
 
 @functools.lru_cache(maxsize=8)

@@ -40,10 +40,17 @@ def load(name):
   except Exception as error:  # a damaged file raises anything
     where = "folder" if epath.Path(name).exists() else "hub name"
     raise ValueError(
-      f"tokenizer = {name!r} cannot be loaded as a {where}: {error}. Use "
+      f"tokenizer = {name!r} cannot be loaded as a {where}: {why(error)}. Use "
       "'bytes', a Hugging Face name, 'gguf:FILE', or a folder with "
       "tokenizer.json and tokenizer_config.json, without code of its own"
     ) from error
+
+
+def why(error):
+  """An error of transformers as one line, without advice that is none here."""
+  if "trust_remote_code" in str(error):  # which cannot be set
+    return "it brings code of its own, which is never run"
+  return " ".join(str(error).split()).rstrip(".")
 
 
 def identity(hf):

@@ -203,6 +203,30 @@ def test_a_csv_cell_of_a_list_must_be_json(tmp_path):
   message = error_of(path)
   assert f"{path}:2: field " in message
   assert "is not JSON" in message
+  path.write_text('messages\n"[{""role"": 1, ""role"": 2}]"\n')
+  assert f"{path}:2: the key 'role' stands twice" in error_of(path, "sft")
+
+
+def test_a_file_that_is_one_list_says_so_once(tmp_path):
+  path = tmp_path / "my.jsonl"
+  path.write_text(json.dumps(PAIRS, indent=2))
+  for on_bad in ("error", "skip"):
+    assert "is one JSON list; write one object a line" in error_of(
+      path, on_bad=on_bad
+    )
+
+
+def test_a_csv_cell_of_a_list_may_be_as_python_writes_it(tmp_path):
+  path = tmp_path / "my.csv"
+  path.write_text(
+    "prompt,completions,pairs,scores,bos\n"
+    """p,"[' it\\'s', "" b""]","[[0, 1]]","[1.0, None]",False\n"""
+  )
+  (row,) = [row for _, row in files.csv_rows(path)]
+  assert row == {
+    **{"prompt": "p", "completions": [" it's", " b"], "pairs": [[0, 1]]},
+    **{"scores": [1.0, None], "bos": False},
+  }
 
 
 def test_a_class_by_its_name_in_csv_is_ignored_by_sft_only(tmp_path):
@@ -214,10 +238,13 @@ def test_a_class_by_its_name_in_csv_is_ignored_by_sft_only(tmp_path):
   )
 
 
-def test_two_csv_columns_of_one_name_are_an_error(tmp_path):
+def test_two_columns_of_one_name_are_an_error(tmp_path):
   path = tmp_path / "my.csv"
   path.write_text("text,text\na,b\n")
   assert f"{path}:1: two columns" in error_of(path, "sft")
+  path = tmp_path / "my.parquet"
+  pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
+  assert f"{path}: two columns have one name" in error_of(path, "sft")
 
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])

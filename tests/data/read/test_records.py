@@ -121,7 +121,7 @@ GOOD = {
   "ranked": (RANKED, "preference", (*PAIR[:2], ((1, 0),))),
   "explicit for SFT": (EXPLICIT, "sft", ONE),
   "implicit for SFT": (IMPLICIT, "sft", ONE),
-  "ranked for SFT": (RANKED, "sft", ONE),
+  "ranked for SFT": (RANKED, "sft", (ONE[0], ((DULL,),), ())),
   "a completion": ({"prompt": ASKED, "completion": [WARM]}, "sft", ONE),
   "messages": ({"messages": [*ASKED, WARM], "text": "t"}, "sft", ONE),
   "nulls in a message": (

@@ -42,6 +42,22 @@ PREFERENCE = {
     "JSON",
   ),
   "messages as Python writes them": (spelt(str, GIVEN), PAIR, "repr"),
+  "messages in JSON whose first key is another": (
+    {
+      name: json.dumps([{"id": 3, **message} for message in talk])
+      for name, talk in GIVEN.items()
+    },
+    (
+      ({"id": 3, **ASKED},),
+      (({"id": 3, **COLD},), ({"id": 3, **WARM},)),
+    ),
+    "JSON",
+  ),
+  "messages in JSON in JSON": (
+    spelt(json.dumps, spelt(json.dumps, WHOLE)),
+    PAIR,
+    "JSON",
+  ),
   "a text beside dialogues in JSON": (
     {"prompt": "Oslo?", **spelt(json.dumps, WHOLE)},
     PAIR,
@@ -93,6 +109,15 @@ PREFERENCE = {
     PAIR,
     "taken off",
   ),
+  "a prompt of text and whole dialogues of parts": (
+    {
+      "prompt": [ASKED],
+      "chosen": [user([{"type": "text", "text": "Oslo?"}]), COLD],
+      "rejected": [ASKED, WARM],
+    },
+    PAIR,
+    "taken off",
+  ),
   "messages, and replies of text": (
     {"prompt": [ASKED], "chosen": "Cold.", "rejected": "Warm."},
     PAIR,
@@ -105,6 +130,11 @@ PREFERENCE = {
   ),
   "a dialogue and a worse end": (
     {"messages": [ASKED, COLD], "rejected_response": "Warm."},
+    PAIR,
+    "another end",
+  ),
+  "a dialogue and a worse one": (
+    {"messages": [ASKED, COLD], "rejected_messages": [ASKED, WARM]},
     PAIR,
     "another end",
   ),
@@ -167,12 +197,16 @@ def test_pairs_of_another_shape_are_read_and_it_is_said_how(row, want, word):
   assert not any("is not read" in remark for remark in got.remarks)
 
 
-def test_the_scores_of_human_preferences_go_with_their_answers():
+@pytest.mark.parametrize("label", [0, 0.0, False, "0", "0.0", "False"])
+@pytest.mark.parametrize("scores", [(3, 7), ("3", "7.0")])
+def test_the_scores_of_human_preferences_go_with_their_answers(label, scores):
   row = {
-    **{"history": "Q?", "human_ref_A": "a", "human_ref_B": "b", "labels": 0},
-    **{"score_A": 3, "score_B": 7, "domain": "askcooking"},
+    **{"history": "Q?", "human_ref_A": "a", "human_ref_B": "b"},
+    **{"labels": label, "domain": "askcooking"},
+    **dict(zip(("score_A", "score_B"), scores, strict=True)),
   }
   got = records.make(row, "preference", "f:1")
+  assert got.completions == (" b", " a")
   assert got.scores == (7.0, 3.0)
   assert "column 'domain' is not read" in got.remarks
 
@@ -198,6 +232,11 @@ SINGLE = {
     {"prompt": "p", "completion": " c", "label": "TRUE"},
     "feedback",
     ("p", " c", 1.0),
+  ),
+  "feedback by a number in a text": (
+    {"prompt": "p", "completion": " c", "kto_tag": "-1"},
+    "feedback",
+    ("p", " c", -1.0),
   ),
   "an instruction and its output": (
     {"instruction": "Add.", "input": "2 2", "output": "4"},
@@ -252,6 +291,8 @@ ORDINARY = {
   "JSON of other roles": ('[{"role": "admin", "content": "x"}]', "[]"),
   "one answer is a list of messages": (json.dumps([COLD]), "I cannot."),
   "an object": ('{"content": "x"}', '{"content": "y"}'),
+  "an object with a key twice": ('{"a": 1, "a": 2}', '{"a": 1}'),
+  "an object cut short": ('{"id": 3, "from": "Oslo", ', '{"id": 3, "to": '),
 }
 
 
@@ -262,6 +303,7 @@ def test_text_that_begins_like_a_list_stays_text(one, other):
   assert got == records.Record("[Scene] Oslo", (one, other), ((0, 1),), "f:1")
 
 
+TWICE = '"content": "a", "content": "b"'
 # name: (row, form, reason, words).
 REFUSED = {
   "messages as numpy writes them": (
@@ -272,6 +314,48 @@ REFUSED = {
     "preference",
     "wrong type",
     ("neither JSON nor Python's repr", "json.dumps"),
+  ),
+  "a reply in JSON that is cut short": (
+    {**spelt(json.dumps, GIVEN), "rejected": json.dumps([WARM])[:-3]},
+    "preference",
+    "wrong type",
+    ("one reply are messages written as text, another reply is not",),
+  ),
+  "a prompt in JSON that is cut short": (
+    {**spelt(json.dumps, GIVEN), "prompt": json.dumps([ASKED])[:-3]},
+    "preference",
+    "wrong type",
+    ("neither JSON nor Python's repr", "cut short"),
+  ),
+  "messages of which one reply alone is text": (
+    {**spelt(json.dumps, GIVEN), "rejected": "Warm."},
+    "preference",
+    "wrong type",
+    ("another reply is not",),
+  ),
+  "messages in JSON with a key that is there twice": (
+    {**spelt(json.dumps, GIVEN), "prompt": f'{{"role": "user", {TWICE}}}'},
+    "preference",
+    "key twice",
+    ("the key 'content' stands twice",),
+  ),
+  "tools in JSON with a key that is there twice": (
+    {**GIVEN, "tools": f"[{{{TWICE}}}]"},
+    "preference",
+    "key twice",
+    ("the key 'content' stands twice",),
+  ),
+  "conversations with a role of their own": (
+    {"conversations": [HUMAN, {"from": "function_cal", "value": "{}"}]},
+    "sft",
+    "bad role",
+    ("'conversations'[1]: role 'function_cal' is not known", "gpt"),
+  ),
+  "feedback without its label": (
+    {"prompt": "p", "completion": "c", "label": None},
+    "feedback",
+    "missing field",
+    ("'label' is missing", "or one for preferences"),
   ),
   "two answers of which none is said to be better": (
     {"instruction": "Oslo?", "input": "", "output": ["Cold", "No"]},
@@ -322,6 +406,15 @@ REFUSED = {
     "bad ranking",
     ("2 to 256 completions, not 257", "'pairs'"),
   ),
+  "comparisons by the hundred thousand": (
+    {
+      **{"prompt": "p", "completions": ["a", "b"]},
+      "pairs": [[0, 1]] * (several.MOST_PAIRS + 1),
+    },
+    "preference",
+    "bad pair",
+    ("has 32,641 comparisons, a record at most 32,640",),
+  ),
   "tools that are no list": (
     {**GIVEN, "tools": '"weather"'},
     "preference",
@@ -362,8 +455,11 @@ BRIEF = {"role": "system", "content": "Be brief."}
     {"prompt": "Oslo?", "chosen": [COLD], "rejected": [WARM]},
   ],
 )
-def test_a_system_column_is_the_first_turn(column, row):
-  got = records.make({column: "Be brief.", **row}, "preference", "f:1")
+@pytest.mark.parametrize(
+  "system", ["Be brief.", [BRIEF], BRIEF, json.dumps([BRIEF]), str(BRIEF)]
+)
+def test_a_system_column_is_the_first_turn(column, row, system):
+  got = records.make({column: system, **row}, "preference", "f:1")
   assert got.prompt == (BRIEF, ASKED)
   assert got.completions == PAIR[1]
   assert any("system" in remark for remark in got.remarks)
@@ -405,7 +501,7 @@ TOOL = {"type": "function", "function": {"name": "weather"}}
 
 
 @pytest.mark.parametrize(
-  "tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]]
+  "tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], str([TOOL])]
 )
 def test_tools_are_a_list_or_its_json_and_go_with_messages(tools):
   for row, form in (
@@ -423,7 +519,7 @@ def test_tools_are_a_list_or_its_json_and_go_with_messages(tools):
 
 
 def test_no_tools_at_all_are_as_good_as_none():
-  for tools in ([], "[]", "", None):
+  for tools in ([], "[]", "", None, [None], "null", "None"):
     got = records.make({**GIVEN, "tools": tools}, "preference", "f:1")
     assert got.tools is None
     assert not got.remarks
@@ -449,6 +545,25 @@ def test_messages_keep_what_they_hold_and_lose_nulls_only():
       },
     ),
   )
+
+
+@pytest.mark.parametrize("write", [json.dumps, lambda calls: calls])
+def test_calls_are_a_list_or_its_json(write):
+  reply = {"role": "assistant", "content": "", "tool_calls": write([CALL])}
+  got = records.make({"messages": [ASKED, reply]}, "sft", "f:1")
+  assert got.completions[0][0]["tool_calls"] == [CALL]
+  for calls in ("weather", '"weather"', "{", CALL, [None], write([3])):
+    bad = {"messages": [ASKED, {**reply, "tool_calls": calls}]}
+    with pytest.raises(fields.BadRecord, match="must be a list of calls"):
+      records.make(bad, "sft", "f:1")
+  none = {**COLD, "tool_calls": ""}
+  got = records.make({"messages": [ASKED, none]}, "sft", "f:1")
+  assert got.completions == (({**COLD, "tool_calls": []},),)
+
+
+def test_a_prompt_that_is_empty_says_nothing_beside_whole_dialogues():
+  got = records.make({"prompt": "", **WHOLE}, "preference", "f:1")
+  assert (got.prompt, got.completions, got.remarks) == (*PAIR, ())
 
 
 def test_arguments_of_a_call_keep_their_nulls():
@@ -490,9 +605,11 @@ def test_nulls_in_jsonl_are_missing_fields(tmp_path, row):
     *("messages", "completion", "system", "tools", "conversations", "history"),
   )
   path = tmp_path / "my.jsonl"
-  path.write_text(json.dumps({**dict.fromkeys(everything), **row}) + "\n")
-  (got,) = sources.load(str(path), "preference", sources.Policy("error"))
-  assert got == records.make(row, "preference", f"{path}:1")
+  for null in (None, [None, None]):
+    line = json.dumps({**dict.fromkeys(everything, null), **row})
+    path.write_text(f"{line}\n")
+    (got,) = sources.load(str(path), "preference", sources.Policy("error"))
+    assert got == records.make(row, "preference", f"{path}:1")
 
 
 def test_nulls_that_fill_up_a_table_are_missing_keys(tmp_path):

@@ -478,6 +478,36 @@ FORMS = {
     ("a",),
     (),
   ),
+  "SFT takes the winner": (
+    {
+      "prompt": "The plot is",
+      "completions": ["a", "b", "c"],
+      "pairs": [[1, 0], [2, 1]],
+    },
+    "sft",
+    ("c",),
+    (),
+  ),
+  "SFT takes the first of a ranking": (
+    {
+      "prompt": "The plot is",
+      "completions": ["a", "b", "c"],
+      "ranking": [1, 0, 2],
+    },
+    "sft",
+    ("b",),
+    (),
+  ),
+  "SFT takes one of those that beat each other in a circle": (
+    {
+      "prompt": "The plot is",
+      "completions": ["a", "b"],
+      "pairs": [[1, 0], [0, 1]],
+    },
+    "sft",
+    ("b",),
+    (),
+  ),
   "completion": (
     {"prompt": "The plot is", "completion": "a"},
     "sft",

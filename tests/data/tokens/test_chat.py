@@ -163,6 +163,36 @@ def test_an_end_of_turn_that_is_the_eos_is_the_only_end(loaded):
   assert (eos, tokenizer.specials[end]) == (tokenizer.eos_id, "<|im_end|>")
 
 
+def test_of_two_ends_the_first_ends_a_reply(loaded):
+  """As in Phi-3's template: no sample gets to the EOS behind its "<|end|>"."""
+  tokenizer = loaded["chatml"]
+  write = tokenizer.apply_template
+
+  def template(messages, add_generation_prompt):
+    text = write(messages, add_generation_prompt=add_generation_prompt)
+    return text if add_generation_prompt else f"{text}<|eos|>"
+
+  example, changed = encode(RECORD, tokenizer._replace(apply_template=template))
+  assert example == encode(RECORD, tokenizer)[0]
+  assert not changed
+
+
+def test_a_reply_of_which_the_template_writes_only_its_head_is_refused(loaded):
+  """It writes the head of a thought in front of every reply, and no calls."""
+
+  def template(messages, add_generation_prompt):
+    text = loaded["chatml"].apply_template(
+      messages, add_generation_prompt=add_generation_prompt
+    )
+    head, reply, rest = text.rpartition("assistant\n")
+    return text if add_generation_prompt else f"{head}{reply}<think>{rest}"
+
+  call = {"role": "assistant", "content": "", "tool_calls": [{"name": "w"}]}
+  record = RECORD._replace(completions=((call,), (DULL,)))
+  with pytest.raises(ValueError, match=r"nothing of the reply.*'tool_calls'"):
+    encode(record, loaded["chatml"]._replace(apply_template=template))
+
+
 def test_without_an_end_of_turn_one_eos_is_added(loaded):
   tokenizer, last, changed = ends(loaded, "open")
   assert last == [tokenizer.eos_id] * 2

@@ -222,6 +222,28 @@ def test_a_turn_that_a_template_leaves_out_is_counted(loaded):
   )
 
 
+def test_a_rare_role_is_written_by_the_template_or_refused(loaded):
+  tokenizer, hf = loaded["chatml"]
+  row = {**ROWS["turns"], "prompt": [{"role": "developer", "content": "Be."}]}
+  row["prompt"] += ROWS["turns"]["prompt"]
+  record = records.make(row, "preference", "my.jsonl:3")
+  example, changed = test_chat.encode(record, tokenizer)
+  assert not changed
+  whole = hf.apply_chat_template(
+    [*row["prompt"], *row["chosen"]], tokenize=True, return_dict=False
+  )
+  (newline,) = tokenizer.encode(["\n"])
+  assert [*example.prompt, *example.completions[0], *newline] == whole
+  write = tokenizer.apply_template
+
+  def template(messages, add_generation_prompt):
+    messages = [m for m in messages if m["role"] != "developer"]
+    return write(messages, add_generation_prompt=add_generation_prompt)
+
+  with pytest.raises(ValueError, match="leaves out turns of the 'developer'"):
+    test_chat.encode(record, tokenizer._replace(apply_template=template))
+
+
 def test_parts_of_text_are_joined_unless_the_template_knows_them(loaded):
   parts = [{"type": "text", "text": word} for word in ("Os", "lo?")]
   row = {"prompt": [user(parts)], "chosen": [COLD], "rejected": [WARM]}

@@ -345,7 +345,9 @@ def test_code_that_a_tokenizer_brings_is_never_run(tmp_path, monkeypatch):
   (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
   asked = io.StringIO("y\n" * 9)
   monkeypatch.setattr("sys.stdin", asked)
-  with pytest.raises(ValueError, match="without code of its own"):
+  with pytest.raises(ValueError, match="without code of its own") as caught:
     tokenize.load(str(tmp_path))
+  assert "which is never run" in str(caught.value)
+  assert "trust_remote_code" not in str(caught.value)  # it is no way out here
   assert not marker.exists()
   assert asked.tell() == 0
