@@ -260,13 +260,13 @@ def run(name, options, overrides):
   if not verb.config and "config" not in options:
     config = source = None
   elif spec is None:
-    raise ValueError(f"{name} needs --config")
+    raise ValueError(f"{name} needs --config, for example --config dpo")
   else:
     source = load.load(spec, overrides, options.get("sweep", ()))
     config = source.config
     workdir = config.get("workdir") if workdir is None else workdir
   if workdir is None and verb.folder:
-    raise ValueError(f"{name} needs --workdir")
+    raise ValueError(f"{name} needs --workdir, the folder of a run or sweep")
   if verb.folder:
     preflight.folder(workdir)
   if verb.reads is not None:

@@ -117,6 +117,8 @@ def test_bad_records_are_skipped_and_counted_if_the_config_says_so(
     ("--config=configs/dpo.py:los=ipo", "did you mean 'loss'?"),
     ("--config=configs/dpo.py:loss=ipso", "did you mean 'ipo'?"),
     ("--wrokdir=x", "did you mean 'workdir'?"),
+    ("--profil --config=dpo", "did you mean 'profile'?"),
+    ("--profile=3", "--profile=3: --profile takes no value"),
     ("train", "unexpected argument 'train'"),
     ("--config.optim.name=adam", "did you mean 'adamw'?"),
     ("--config.optim.name=adamw", "field of optim (adamw) = 'decay'"),
