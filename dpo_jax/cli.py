@@ -116,7 +116,8 @@ def main(argv=None):
     return 1
   except KeyboardInterrupt as stopped:
     logging.disable()  # of what threads fail at that the exit cuts short
-    print("interrupted; the same command goes on from here", file=sys.stderr)
+    said = "interrupted; the same command goes on from what is saved"
+    print(said, file=sys.stderr)
     return getattr(stopped, "exit_code", 130)
 
 
