@@ -264,8 +264,11 @@ def test_sample_draws_from_a_run_and_goes_on_where_it_is(swept, capsys):
   words = ["sample", f"--workdir={workdir}/beta=5.0"]
   words += ["--config.sample.count=2", "--config.sample.draws=3"]
   assert cli.main(words) == 0
-  assert capsys.readouterr().out.count(" ⟶") == 3
+  out = capsys.readouterr().out
+  assert out.count(" ⟶") == 3
+  assert all(c.isprintable() or c == "\n" for c in out)
   path = workdir / "beta=5.0/completions.jsonl"
+  assert f"6 completions in {path}\n" in out
   before = path.read_bytes()
   assert len(before.splitlines()) == 6
   assert cli.main(words) == 0
