@@ -193,14 +193,14 @@ def _at_equal_length(sweep, row):
   there = row[measures.AT_LENGTH]
   if reward is None:
     return ""
-  ours = f" So its r* of {reward:.2f} is partly a matter of length"
   if there is None:
-    return f"{ours}."
+    return f" Its r* of {reward:.2f} may be partly a matter of length."
+  # Which of the two is higher, and by more than its error, is the reader's.
   length, _ = sweep.reference.mean("length")
   se = "" if there["se"] is None else f" ± {there['se']:.2f}"
   return (
-    f"{ours}: at the reference's mean length, {length:.1f} tokens, it is "
-    f"{there['mean']:.2f}{se}."
+    f" Its r* is {reward:.2f}; at the reference's mean length, {length:.1f} "
+    f"tokens, {there['mean']:.2f}{se}."
   )
 
 
