@@ -33,6 +33,7 @@ be left out where the config has one, and for audit. --version says which
 dpo_jax this is.
 """
 
+import logging
 import os
 import re
 import sys
@@ -40,6 +41,9 @@ import sys
 import dpo_jax
 from dpo_jax import lookup, progress, verbs
 from dpo_jax.config import load
+
+_FLAGS = ("profile", "verbose")  # they take no value
+_OPTIONS = ("config", "sweep", "workdir", *_FLAGS)
 
 
 def _parse(argv):
@@ -50,10 +54,12 @@ def _parse(argv):
     if not word.startswith("--"):
       raise ValueError(f"unexpected argument {word!r}")
     name, given, value = word[2:].partition("=")
-    if word == "--profile":
-      overrides.append("log.profile=true")
-      continue
-    if word == "--verbose":
+    if not name.startswith("config."):
+      lookup.lookup(_OPTIONS, name, "option")
+    if name in _FLAGS:
+      if given:
+        raise ValueError(f"{word}: --{name} takes no value")
+      overrides += ["log.profile=true"] if name == "profile" else []
       continue
     if not given:
       value = next(words, None)
@@ -64,7 +70,6 @@ def _parse(argv):
     elif name == "sweep":
       options.setdefault(name, []).append(value)
     else:
-      lookup.lookup(("config", "sweep", "workdir"), name, "option")
       options[name] = value
   return options, overrides
 
@@ -110,7 +115,9 @@ def main(argv=None):
     )
     return 1
   except KeyboardInterrupt as stopped:
-    print("interrupted; the same command goes on from here", file=sys.stderr)
+    logging.disable()  # of what threads fail at that the exit cuts short
+    said = "interrupted; the same command goes on from what is saved"
+    print(said, file=sys.stderr)
     return getattr(stopped, "exit_code", 130)
 
 

@@ -112,10 +112,15 @@ def sweep(config, overrides, workdir):
     a point may then set its argument: {"arg": "loss=simpo", "loss.beta": 2.0}.
   Returns: report.Table, a list of dicts that shows itself as the table; with
     page, the path of report.html, and figures.
-  Raises: ValueError as `sweeps.sweep`; KeyboardInterrupt if a signal stopped
-    it: the same call goes on.
+  Raises: ValueError as `sweeps.sweep`, and for points that are no dicts;
+    KeyboardInterrupt if a signal stopped it: the same call goes on.
   """
-  at = None
+  at, overrides = None, list(overrides)
+  if not all(isinstance(point, dict) for point in overrides):
+    raise ValueError(
+      "the points of a sweep are a list of dicts, [{'loss.beta': 0.05}, "
+      "{'loss.beta': 0.1}]"
+    )
   if isinstance(config, str):
     source = load.load(config, ())
     config, at = source.config, source.at
@@ -247,7 +252,7 @@ def sample(
   }
   point = {f"sample.{k}": v for k, v in asked.items() if v is not None}
   config, workdir = _named(run)
-  setup = build_lib.prepare_model(load.at(config, point))
+  setup = build_lib.prepare_model(load.at(config, point, "sample"))
   if not prompts:
     return []
   # A completion does not depend on the batch it is drawn in.
@@ -288,7 +293,7 @@ def evaluate(run, overrides=None, *, params=None):
   Raises: ValueError if the config names nothing to evaluate on.
   """
   config, workdir = _named(run)
-  config = load.at(config, overrides or {})
+  config = load.at(config, overrides or {}, "evaluate")
   measured = build_lib.prepare_measured(config)
   setup = measured.setup
   base = trained.initial(setup)

@@ -7,7 +7,7 @@ import re
 from etils import epath
 
 from dpo_jax import lookup, store
-from dpo_jax.config import saved
+from dpo_jax.config import origin, saved
 from dpo_jax.data.read import sources
 from dpo_jax.ops import losses
 from dpo_jax.run import checks
@@ -50,6 +50,16 @@ def config(config, reads):
     if flat[field] is not None or field == "data.train":
       for _, source in sources.parse(flat[field], field):
         _source(source, field)
+
+
+def start(config):
+  """Refuses to start from the folder of a run that is none."""
+  name = config.get("init_from")
+  if name is not None and origin.parse(name)[0] is None:
+    try:
+      saved.saved_config(name)
+    except ValueError as error:
+      raise ValueError(f"init_from = {name!r}: {error}") from error
 
 
 def _source(source, field):

@@ -133,7 +133,11 @@ def sample(config, workdir, _source):
   }
   rows = generate.write(setup, policy, identity, workdir)
   for row in rows[:3]:
-    print(f"{row['prompt']} ⟶{row['completion']}")
+    shown = f"{row['prompt']} ⟶{row['completion']}"
+    # A policy may write what moves a terminal's cursor, or worse.
+    print("".join(c if c.isprintable() or c == "\n" else "�" for c in shown))
+  path = epath.Path(workdir) / "completions.jsonl"
+  print(f"{len(rows):,} completion{'s' * (len(rows) != 1)} in {path}")
   return 0
 
 
@@ -151,6 +155,7 @@ def sweep(config, workdir, source):
   configs = [source.at(point) for point in chosen]
   for config_of_point in configs:
     preflight.config(config_of_point, (*_DATA, "sample.prompts"))
+    preflight.start(config_of_point)
   _reach(configs)
   from dpo_jax import sweeps
 
@@ -228,7 +233,8 @@ def fields(name, options, overrides):
   if not VERBS[name].config:
     return []
   config = load.load_config(options.get("config", "base"), overrides)
-  notes = help.comments(load.shipped()["base"].read_text())
+  base = load.shipped()["base"].read_text(encoding="utf-8")
+  notes = help.comments(base)
   notes |= help.entries(inspect.getsource(optimizers), "optim")
   return [help.page(config, notes)]
 
@@ -260,17 +266,19 @@ def run(name, options, overrides):
   if not verb.config and "config" not in options:
     config = source = None
   elif spec is None:
-    raise ValueError(f"{name} needs --config")
+    raise ValueError(f"{name} needs --config, for example --config dpo")
   else:
     source = load.load(spec, overrides, options.get("sweep", ()))
     config = source.config
     workdir = config.get("workdir") if workdir is None else workdir
   if workdir is None and verb.folder:
-    raise ValueError(f"{name} needs --workdir")
+    raise ValueError(f"{name} needs --workdir, the folder of a run or sweep")
   if verb.folder:
     preflight.folder(workdir)
   if verb.reads is not None:
     preflight.config(config, verb.reads)
+  if name == "train":
+    preflight.start(config)
   if config is not None:
     _reach([config])
   host.keep_pages()

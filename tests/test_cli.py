@@ -117,6 +117,8 @@ def test_bad_records_are_skipped_and_counted_if_the_config_says_so(
     ("--config=configs/dpo.py:los=ipo", "did you mean 'loss'?"),
     ("--config=configs/dpo.py:loss=ipso", "did you mean 'ipo'?"),
     ("--wrokdir=x", "did you mean 'workdir'?"),
+    ("--profil --config=dpo", "did you mean 'profile'?"),
+    ("--profile=3", "--profile=3: --profile takes no value"),
     ("train", "unexpected argument 'train'"),
     ("--config.optim.name=adam", "did you mean 'adamw'?"),
     ("--config.optim.name=adamw", "field of optim (adamw) = 'decay'"),
@@ -262,8 +264,11 @@ def test_sample_draws_from_a_run_and_goes_on_where_it_is(swept, capsys):
   words = ["sample", f"--workdir={workdir}/beta=5.0"]
   words += ["--config.sample.count=2", "--config.sample.draws=3"]
   assert cli.main(words) == 0
-  assert capsys.readouterr().out.count(" ⟶") == 3
+  out = capsys.readouterr().out
+  assert out.count(" ⟶") == 3
+  assert all(c.isprintable() or c == "\n" for c in out)
   path = workdir / "beta=5.0/completions.jsonl"
+  assert f"6 completions in {path}\n" in out
   before = path.read_bytes()
   assert len(before.splitlines()) == 6
   assert cli.main(words) == 0

@@ -292,6 +292,19 @@ def test_a_point_of_a_spec_may_be_another_loss(tmp_path):
   assert found == ["dpo", "ipo"]
 
 
+def test_points_are_a_list_of_dicts_and_overrides_may_be_one(tmp_path):
+  with pytest.raises(ValueError, match="points of a sweep are a list of dicts"):
+    dj.sweep("dpo:smoke", {"loss.beta": [0.05, 0.1]}, tmp_path)
+  assert dj.load_config("dpo:smoke", {"loss.beta": 0.3}).loss.beta == 0.3
+  for named, call in (
+    ("load_config", lambda point: dj.load_config("dpo:smoke", point)),
+    ("evaluate", lambda point: dj.evaluate(load(), point)),
+  ):
+    message = f"{named} sets loss.bta, .* did you mean 'loss.beta'"
+    with pytest.raises(ValueError, match=message):
+      call({"loss.bta": 0.3})
+
+
 def test_a_sweep_that_is_stopped_stops_the_cells_below(tmp_path, monkeypatch):
   monkeypatch.setattr(sweeps, "sweep", lambda *args, **options: 130)
   with pytest.raises(KeyboardInterrupt):

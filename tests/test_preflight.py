@@ -1,6 +1,7 @@
 """Mistakes that are found before anything heavy is imported."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -34,6 +35,10 @@ HEAVY = "{'jax', 'flax', 'optax', 'transformers', 'orbax', 'datasets'}"
      "loss.beta = -1.0 must be above 0"),
     ("sweep --config=dpo --config.data.train=toy --sweep data.train=toy,a.csv",
      "a.csv: cannot be read"),
+    ("train --config=dpo --config.data.train=toy --config.init_from=old",
+     "init_from = 'old': old/config.json: no such file; is old the folder"),
+    ("sweep --config=dpo --config.data.train=toy --sweep init_from=old,older",
+     "init_from = 'old': old/config.json: no such file"),
     ("train --config=dpo --config.data.train=toy --workdir=my.jsonl/run",
      "--workdir my.jsonl/run: my.jsonl is a file; name a folder"),
   ],
@@ -87,6 +92,23 @@ def test_what_the_system_refuses_later_is_one_line_too(
   assert error.strerror in said
   assert "--workdir" in said
   assert len(said.splitlines()) == 1
+
+
+def test_after_an_interrupt_no_thread_says_what_it_failed_at(
+  monkeypatch, capsys
+):
+  """Orbax logs a traceback of each save that the end of the process cuts."""
+
+  def run(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(cli.verbs, "run", run)
+  try:
+    assert cli.main(["train"]) == 130
+    assert not logging.getLogger("absl").isEnabledFor(logging.CRITICAL)
+  finally:
+    logging.disable(logging.NOTSET)
+  assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_message_of_several_lines_is_one(monkeypatch, capsys):

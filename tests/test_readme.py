@@ -82,9 +82,10 @@ def test_every_command_is_accepted_away_from_the_checkout(
   row = {"prompt": "a", "chosen": " b", "rejected": " c"}
   for name in ("my", "held_out", "chat"):
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-  run = tmp_path / "runs/chat/config.json"
-  run.parent.mkdir(parents=True)
-  run.write_text(json.dumps(load.load_config("dpo:smoke").to_dict()))
+  for name in ("chat", "sft"):
+    run = tmp_path / "runs" / name / "config.json"
+    run.parent.mkdir(parents=True)
+    run.write_text(json.dumps(load.load_config("dpo:smoke").to_dict()))
   begun = []
 
   def begins(*args, **kwargs):

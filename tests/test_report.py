@@ -426,6 +426,10 @@ def test_a_sweep_without_sampling_lacks_no_samples(tmp_path):
   assert "the sweep names no prompts (sample.prompts)" in text
   assert ": no " not in text
   assert "640 held-out pairs" in text
+  # Nor is anything said of columns that are not there.
+  caption = content.captions(folder.read(tmp_path))["table"]
+  assert caption.startswith("Of the held-out comparisons")
+  assert not any(word in caption for word in ("±", "log-ratio", "share ended"))
   table = report.table(report.rows(tmp_path), "text")
   assert re.search(r"^beta=0\.05 +– +– +0\.\d+ +0\.\d+ +-\d", table, re.M)
 
@@ -539,6 +543,22 @@ def test_smoothing_is_a_centred_mean_that_skips_gaps():
     (values[39] + sum(values[41:44])) / 4, rel=1e-12
   )
   assert math.isnan(smoothed[40])
+
+
+def test_axes_show_no_share_above_one_no_half_step_and_no_rounding():
+  metrics = {
+    "loss": ([1], [0.6931473]),
+    "rewards/accuracies": ([1], [1.0]),
+    "drift/chosen": ([1], [-1e-6]),
+    "drift/rejected": ([1], [5e-7]),
+  }
+  fig = figures.curves([figures.Line("a", "#000000", metrics)], wide=True)
+  fig.draw_without_rendering()
+  loss, accuracy, drift = fig.axes
+  assert accuracy.get_ylim()[1] < 1.02
+  assert all(tick == int(tick) for tick in loss.get_xticks())
+  assert drift.get_ylim()[1] - drift.get_ylim()[0] > 0.9
+  assert not drift.yaxis.get_offset_text().get_text()
 
 
 def test_names_of_marks_cover_no_mark_and_no_other_name():

@@ -61,14 +61,14 @@ def page(config, notes):
     section = path.partition(".")[0]
     return [order.index(x) if x in notes else -1 for x in (section, path)]
 
-  lines, before = [], None
+  lines, before, inside = [], None, ""
   for path in sorted(flat, key=place):
     section, dot, _ = path.partition(".")
     if dot and section != before and notes.get(section):
       lines += ["", *textwrap.wrap(f"{section}: {notes[section]}", _WIDTH)]
-    elif section != before and (dot or "." in (before or "")):
+    elif section != before and (dot or inside):
       lines.append("")
-    before = section
+    before, inside = section, dot
     lines += _line(f"{path}={flat[path]}", notes.get(path, ""))
   return "\n".join(lines).strip()
 

@@ -26,10 +26,12 @@ def load_config(spec, overrides=()):
     spec: "file.py" or "file.py:argument" of its `get_config`; in the place of
       a file, the name of a config that comes with the package, "dpo:loss=ipo";
       or the config.json of a run.
-    overrides: "loss.beta=0.2" and the like.
+    overrides: "loss.beta=0.2" and the like, or {"loss.beta": 0.2, …}.
   Raises: ValueError for an unknown file, argument or key, nearest spelling
     shown.
   """
+  if isinstance(overrides, dict):
+    return at(load(spec, ()).config, overrides, "load_config")
   return load(spec, overrides).config
 
 
@@ -168,7 +170,8 @@ def shipped():
   """{name: file} of the configs that come with the package."""
   (folder,) = importlib.import_module("dpo_jax.configs").__path__
   files = sorted(pathlib.Path(folder).glob("*.py"))
-  return {p.stem: p for p in files if "\ndef get_config(" in p.read_text()}
+  texts = {p: p.read_text(encoding="utf-8") for p in files}
+  return {p.stem: p for p in files if "\ndef get_config(" in texts[p]}
 
 
 def file_of(name):
@@ -231,21 +234,23 @@ def swept(overrides):
     yield from (arg.partition("=")[0] for arg in args)
 
 
-def at(config, overrides):
+def at(config, overrides, who="the sweep"):
   """A copy of a config with {"loss.beta": 0.1, …} set.
 
+  Args:
+    who: sets them, for messages.
   Raises: ValueError for a field that is not there, or of another type.
   """
   config, fields = copy.deepcopy(config), saved.flatten(config.to_dict())
   if "arg" in overrides:
     raise ValueError(
-      f"the sweep sets the argument {overrides['arg']}, which is of a file and "
+      f"{who} sets the argument {overrides['arg']}, which is of a file and "
       "not of a config: give sweeps.sweep the `at` of its load.Source"
     )
   for key, value in overrides.items():
     if key not in fields:
       raise ValueError(
-        f"the sweep sets {key}, which is not a field of the config"
+        f"{who} sets {key}, which is not a field of the config"
         f"{lookup.nearest(key, fields)}"
       )
     node, name = _place(config, key)
@@ -253,7 +258,7 @@ def at(config, overrides):
       node[name] = value
     except TypeError as error:
       raise ValueError(
-        f"the sweep sets {key} = {value!r}, which must be of type "
+        f"{who} sets {key} = {value!r}, which must be of type "
         f"{node.get_type(name).__name__}"
       ) from error
   return config

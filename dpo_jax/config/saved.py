@@ -57,6 +57,9 @@ def upgraded(config):
   return config
 
 
+_MOST = 8  # fields that a message names
+
+
 def check_config(saved, current, where):
   """Refuses a config of another policy than the one that a run trains.
 
@@ -68,6 +71,12 @@ def check_config(saved, current, where):
     current = {k: v for k, v in current.items() if k != "reference"}
   changed = differences(saved, current, fields.POLICY)
   if changed:
+    # Other parameters to start from follow from what the user has set.
+    set_here = [line for line in changed if not line.startswith("reference.")]
+    changed = set_here or changed
+    if len(changed) > _MOST:
+      more = f"{len(changed) - _MOST} more"
+      changed = [*changed[:_MOST], more]
     raise ValueError(
       f"{where} belongs to a run with another config: {'; '.join(changed)}. "
       "Use a new --workdir, or set these fields back"

@@ -151,12 +151,12 @@ def cell(texts):
 
 
 def remarks(sweep):
-  """Lines about rewards of samples that ended unlike the reference's."""
+  """Lines about what does not compare with the reference as it seems to."""
   start = sweep.reference
   share = start and measures.ended(start)
+  lines = _other_starts(sweep)
   if share is None:
-    return []
-  lines = []
+    return lines
   for entry in sweep.entries:
     row = measures.of(sweep, entry.runs)
     ours = _mean(row["ended"])
@@ -171,20 +171,36 @@ def remarks(sweep):
   return lines
 
 
+def _other_starts(sweep):
+  """[] or a line: which runs began from another policy than the reference."""
+  start = sweep.reference and sweep.reference.evaluation.get("reference")
+  others = [
+    run.name
+    for run in sweep.runs
+    if run.evaluation.get("reference") not in (None, start)
+  ]
+  if not start or not others:
+    return []
+  return [
+    f"{', '.join(others)}: began from other parameters than the reference "
+    "shown here; KL, log-ratio and Δ log p are from where each run began."
+  ]
+
+
 def _at_equal_length(sweep, row):
   """What is left of a reward that texts of another length earned."""
   reward = _mean(row[sweep.rewards[0]]) if sweep.rewards else None
   there = row[measures.AT_LENGTH]
   if reward is None:
     return ""
-  ours = f" So its r* of {reward:.2f} is partly a matter of length"
   if there is None:
-    return f"{ours}."
+    return f" Its r* of {reward:.2f} may be partly a matter of length."
+  # Which of the two is higher, and by more than its error, is the reader's.
   length, _ = sweep.reference.mean("length")
   se = "" if there["se"] is None else f" ± {there['se']:.2f}"
   return (
-    f"{ours}: at the reference's mean length, {length:.1f} tokens, it is "
-    f"{there['mean']:.2f}{se}."
+    f" Its r* is {reward:.2f}; at the reference's mean length, {length:.1f} "
+    f"tokens, {there['mean']:.2f}{se}."
   )
 
 
@@ -225,7 +241,7 @@ def captions(sweep):
     "± 1 standard error over prompts, whose draws count as one: of this "
     "trained policy, not of training it again with another seed."
   )
-  one = over
+  one, over = over, over if sweep.sampled else ""
   if sweep.seeded:
     over = (
       "± 1 standard error over seeds where a number of seeds stands behind the "
@@ -238,7 +254,7 @@ def captions(sweep):
     "frontier": "Each run's own samples: their mean reward r* over their "
     f"sequence KL(π‖π_ref){joined}. Bars: {one}{diamond} "
     "Up is more reward, left is closer to the reference.",
-    "table": f"{truth}{over} {_columns(sweep)}",
+    "table": " ".join([truth + over, *_columns(sweep)]).strip(),
     "curves": "Thin: what was logged. Thick: its mean over a centred window of "
     f"{figures.SMOOTHING:.0%} of the run's logged steps. Gaps: values that "
     "were not finite. Losses of different β, or of different kinds, are "
@@ -248,27 +264,36 @@ def captions(sweep):
 
 
 def _columns(sweep):
-  """What the columns of the table are, of those that need a word."""
-  length, _ = sweep.reference.mean("length") if sweep.reference else (None, 0)
-  equal = (
-    ""
-    if length is None or not sweep.rewards
-    else (
+  """What the columns of the table are, of those there that need a word."""
+  rows = [measures.of(sweep, entry.runs) for entry in sweep.entries]
+  there = {key for row in rows for key in row if row[key] is not None}
+  said = []
+  if measures.AT_LENGTH in there:
+    length, _ = sweep.reference.mean("length")
+    said.append(
       "r* at equal length: by a least-squares line through a policy's own "
       "samples, r = a + b (n − L), what it earns at the reference's mean "
       f"length L = {length:.1f} tokens: a, the mean of r less b times that of "
-      "n − L, with its error clustered by prompt and L taken as given. "
+      "n − L, with its error clustered by prompt and L taken as given."
     )
-  )
-  return (
-    f"{equal}log-ratio: mean of log π − log π_ref over the samples, the plain "
-    "estimate of the KL. Of the held-out comparisons: the loss; the accuracy, "
-    "the share whose chosen completion has the higher implicit reward (in "
-    "brackets Wilson's 95% interval, over prompts where a prompt has several "
-    "comparisons); and Δ log p, the mean of log π − log π_ref, or log p where "
-    "there is no reference, in nats. share ended: of the samples, those that "
-    "ended before the limit."
-  )
+  if "log_ratio" in there:
+    said.append(
+      "log-ratio: mean of log π − log π_ref over the samples, the plain "
+      "estimate of the KL."
+    )
+  if there & {*measures.HELD_OUT, *measures.DRIFT}:
+    said.append(
+      "Of the held-out comparisons: the loss; the accuracy, the share whose "
+      "chosen completion has the higher implicit reward (in brackets Wilson's "
+      "95% interval, over prompts where a prompt has several comparisons); and "
+      "Δ log p, the mean of log π − log π_ref, or log p where there is no "
+      "reference, in nats."
+    )
+  if "ended" in there:
+    said.append(
+      "share ended: of the samples, those that ended before the limit."
+    )
+  return said
 
 
 def score(sweep, sample):

@@ -133,6 +133,7 @@ def frontier(marks, reference, title, *, joined, wide):
       zorder=3,
     )
   ax.margins(0.09, 0.16)
+  _widen(ax)
   fig.draw_without_rendering()
   labels.write(fig, ax, marks, path, reference, size)
   return fig
@@ -169,9 +170,14 @@ def curves(runs, *, wide, legend=False):
   # Few evaluations must not look like a whole run: the axes are the same.
   steps = [s for line in runs for s, _ in line.metrics.values() if len(s)]
   edges = min(s[0] for s in steps), max(s[-1] for s in steps)
-  for ax in axes[: len(panels)]:
+  for ax, (_, names) in zip(axes, panels, strict=False):
     ax.update_datalim([(edge, 0) for edge in edges], updatey=False)
     ax.autoscale_view(scaley=False)
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
+    if "rewards/accuracies" in names[0]:  # no share is above 1
+      ax.set_ylim(top=min(ax.get_ylim()[1], 1.01))
+    else:
+      _widen(ax)
   for ax in axes[max(0, len(panels) - columns) : len(panels)]:
     ax.set_xlabel("training step", fontsize=size)
   if legend:
@@ -241,6 +247,13 @@ def _figure(inches, rows, columns, size):
     ax.locator_params(axis="x", nbins=6)
     ax.locator_params(axis="y", nbins=5)
   return fig, axes
+
+
+def _widen(ax):
+  """Values that differ by rounding alone are level, not a curve of noise."""
+  low, high = ax.get_ylim()
+  if high - low < 1e-5 * max(1, abs(low), abs(high)):
+    ax.set_ylim(low - 0.5, high + 0.5)
 
 
 def _curve(ax, steps, values, color, style):

@@ -10,13 +10,19 @@ from dpo_jax.report import folder
 
 UNKNOWN = "not recorded"
 _SEEDS = (*folder.SEEDS, "sample.seed")
+# Said of all runs alike too: what they were made from.
+_FROM = (
+  *("init_from", "data.train", "data.eval", "sample.prompts"),
+  *("data.batch_size", "optim.learning_rate"),
+)
 _MADE_WITH = ("commit", "dpo_jax", "python", "jax", "device")
 
 
 def facts(sweep):
   """What the runs share, and what they differ in.
 
-  Returns: (alike, heads, body): [(what, value)] that holds for all runs, and a
+  Returns: (alike, heads, body): [(what, value)] that holds for all runs, of the
+    configs' fields those that say what a run was made from; and a
     table of the rest: "run" and what differs, a list a run of its name and
     values. Of one run all is alike. All are strings.
   """
@@ -29,7 +35,11 @@ def facts(sweep):
     for key in named
     if key not in _SEEDS
   }
-  values = {k: v for k, v in values.items() if len(set(v)) > 1}
+  values = {
+    key: texts
+    for key, texts in values.items()
+    if len(set(texts)) > 1 or (key in _FROM and texts[0] != "null")
+  }
   if not all(configs):
     values = {"config": [UNKNOWN] * len(configs)}
   values |= {key: [row[key] for row in rows] for key in rows[0]}

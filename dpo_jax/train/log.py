@@ -1,6 +1,7 @@
 """Metrics as JSON lines and on the console: progress, ETA, speed, MFU."""
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -59,10 +60,12 @@ def _shown(values, names):
   ]
 
 
+@functools.cache
 def peak_flops():
   """(FLOP/s of all devices, whose): the maker's figure, or a measured matmul.
 
   Fake CPU devices share one processor, so there the measurement counts once.
+  It is taken once: the runs of a sweep are shares of one and the same.
   """
   devices = jax.devices()
   for part, peak in PEAK_FLOPS:
@@ -253,7 +256,9 @@ class Logger:
     done = round(20 * number / max(1, self._total))
     bar = "█" * done + "·" * (20 - done)
     (begin, first), eta = self._begin, "?"
-    if number > first:
+    if number >= self._total:
+      eta = progress.duration(0)
+    elif number > first:
       rate = (self._now() - begin) / (number - first)
       eta = progress.duration(rate * (self._total - number))
     return "  ".join([f"{bar} {number}/{self._total}", *parts, f"ETA {eta}"])

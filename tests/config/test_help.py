@@ -58,5 +58,9 @@ def test_fields_of_a_section_stand_together():
   lines = help.page(config, notes).splitlines()
   (rise,) = (line for line in lines if line.startswith("optim.warmup="))
   assert rise.endswith(" rise")
+  # A field of no section does not read as one of the section above it.
+  for name in ("workdir", "precision"):
+    (place,) = (i for i, line in enumerate(lines) if line.startswith(name))
+    assert lines[place - 1] == ""
   names = [n for n, x in enumerate(lines) if x.startswith("optim.")]
   assert names[-1] - names[0] == len(names) - 1

@@ -94,3 +94,13 @@ def test_a_damaged_config_of_a_run_is_named(text, tmp_path):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(ValueError, match=r"config\.json is damaged"):
     saved_lib.saved_config(tmp_path)
+
+
+def test_of_many_fields_that_differ_the_first_are_named_and_no_parameters():
+  config = {f"field_{i:02}": 0 for i in range(12)} | {"reference": {"w": 1}}
+  now = {key: 1 for key in config} | {"reference": {"w": 2}}
+  with pytest.raises(ValueError) as caught:
+    saved_lib.check_config(config, now, "here")
+  assert "field_07 (saved 0, now 1); 4 more. Use" in str(caught.value)
+  with pytest.raises(ValueError, match=r"config: reference\.w \(saved 1"):
+    saved_lib.check_config(config, config | {"reference": {"w": 2}}, "here")

@@ -149,9 +149,8 @@ def test_samples_that_were_cut_off_are_said_beside_the_reward(tmp_path):
   (line,) = content.remarks(sweep)
   assert line == (
     "beta=0.1: 10% of the samples ended before the limit of 40 tokens, of the "
-    f"reference's 60%. So its r* of {reward:.2f} is partly a matter of length: "
-    f"at the reference's mean length, {length:.1f} tokens, it is "
-    f"{(length - 20) / 10:.2f} ± 0.00."
+    f"reference's 60%. Its r* is {reward:.2f}; at the reference's mean length, "
+    f"{length:.1f} tokens, {(length - 20) / 10:.2f} ± 0.00."
   )
   page = made_up.Page(report.write(tmp_path)).text
   assert page.index("Reward over KL") < page.index(line)

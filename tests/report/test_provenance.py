@@ -60,6 +60,7 @@ def test_what_all_runs_share_is_said_once_and_the_rest_run_by_run(tmp_path):
   record(tmp_path, 1.0, made_with=MADE_WITH | {"jax": "0.11.0"})
   alike, heads, body = provenance.facts(folder.read(tmp_path))
   assert dict(alike) == {
+    "data.train": "<my>.jsonl",
     "init_seed": "3",
     "data.seed": "4",
     "sample.seed": "5",
@@ -71,6 +72,11 @@ def test_what_all_runs_share_is_said_once_and_the_rest_run_by_run(tmp_path):
     "tokens/s (median)": "3,500",
   }
   assert heads == ["run", "loss.beta", "jax"]
+  # What is not set says nothing.
+  for beta in (0.1, 1.0):
+    record(tmp_path, beta, config=config_of(beta, init_from=None))
+  alike, *_ = provenance.facts(folder.read(tmp_path))
+  assert "init_from" not in dict(alike)
   assert body == [("beta=0.1", "0.1", "0.10.2"), ("beta=1.0", "1.0", "0.11.0")]
 
 

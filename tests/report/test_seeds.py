@@ -126,6 +126,20 @@ def test_every_caption_of_errors_says_what_they_are_over(tmp_path, seeds):
     assert again == (len(seeds) == 1)
 
 
+def test_runs_that_began_elsewhere_than_the_reference_are_named(tmp_path):
+  build(tmp_path, betas=(0.1,))
+  assert not any(
+    "began from" in line for line in content.remarks(folder.read(tmp_path))
+  )
+  for name, start in (("reference", 0), *((f"{s}", s) for s in SEEDS)):
+    path = name if name == "reference" else f"beta=0.1,init_seed={name}"
+    values = made_up.saved(tmp_path, path, "evaluation.json")
+    values["reference"] = {"embed": start}
+    made_up.lines(tmp_path / path / "evaluation.json", [values])
+  line, *_ = content.remarks(folder.read(tmp_path))
+  assert line.startswith("beta=0.1,init_seed=1, beta=0.1,init_seed=2: began")
+
+
 def test_the_page_has_samples_of_one_seed_and_the_seeds_under_their_mean(
   tmp_path,
 ):

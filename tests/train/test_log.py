@@ -97,6 +97,13 @@ def test_a_line_has_its_time_and_how_long_it_took_to_get_there(
     assert f"  {part}" in line
 
 
+def test_a_run_of_one_step_knows_when_it_is_done(tmp_path, clock, capsys):
+  logger = log.Logger(tmp_path, every=1, total=1, start=0)
+  metrics = {"loss": jax.block_until_ready(jax.numpy.float32(1))}
+  logger.step(1, metrics, STATS, 400)
+  assert capsys.readouterr().out.splitlines()[-1].endswith("ETA 0:00")
+
+
 def test_a_resumed_run_says_so(tmp_path, clock, capsys):
   log.Logger(tmp_path, every=1, total=4, start=0)
   assert "resumed" not in capsys.readouterr().out
