@@ -37,4 +37,4 @@ def __getattr__(name):
 
 
 def __dir__():
-  return sorted({*globals(), *_NAMES})
+  return sorted({*globals(), *_NAMES} - {"importlib"})

@@ -27,7 +27,8 @@ def folder(workdir):
     raise ValueError(f"--workdir {workdir}: {path} is a file; name a folder")
   if not os.access(path, os.W_OK | os.X_OK):
     raise ValueError(
-      f"--workdir {workdir}: {path} cannot be written to; name another folder"
+      f"--workdir {workdir}: {path} cannot be written to; name another folder, "
+      "or copy the run into one"
     )
 
 

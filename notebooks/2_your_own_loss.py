@@ -60,7 +60,7 @@ LOSSES["mine"] = Loss(mine, {"beta": 0.1, "slack": 0.1})
 config = dj.load_config("dpo:smoke,loss=mine")
 config.train.steps = 40
 config.log.every = 1
-result = dj.fit(config, "runs/mine")
+result = dj.fit(config, "runs/own_loss")
 result
 
 # %% [markdown]
@@ -89,7 +89,7 @@ def mine(policy_logps, ref_logps, *, beta, slack):
 
 LOSSES["mine"] = Loss(mine, {"beta": 0.1, "slack": 0.1})
 try:
-  dj.fit(config, "runs/mine")
+  dj.fit(config, "runs/own_loss")
 except ValueError as error:
   print(error)
 
@@ -99,7 +99,7 @@ except ValueError as error:
 # %%
 import matplotlib.pyplot as plt
 
-squared = dj.fit(config, "runs/mine_squared")
+squared = dj.fit(config, "runs/own_loss_squared")
 for name, one in (("distance", result), ("its square", squared)):
   rows = [row for row in one.history if row["kind"] == "train"]
   plt.plot([row["rewards/margins"] for row in rows], label=name)

@@ -129,6 +129,9 @@ def test_a_result_is_one_line_and_has_the_history(ran):
   assert len(repr(result)) < 120 + len(str(workdir))
   assert "\n" not in repr(result)
   assert f"{result.history[-2]['loss']:.4g}" in repr(result)
+  # As after a start that found the run finished, and evaluated nothing.
+  assert repr(result._replace(evaluation=None)) == repr(result)
+  assert "held out loss" in repr(result)
   kinds = [(row["step"], row["kind"]) for row in result.history]
   assert kinds == [(1, "train"), (2, "train"), (3, "train"), (3, "eval")]
   lines = (workdir / "metrics.jsonl").read_text().splitlines()

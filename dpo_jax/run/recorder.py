@@ -40,10 +40,13 @@ class Result(NamedTuple):
     return history(self.workdir)
 
   def __repr__(self):
-    trained = [row for row in self.history if row["kind"] == "train"]
-    parts = [f"step {row['step']}, {_shown(row)}" for row in trained[-1:]]
-    if self.evaluation is not None:
-      parts.append(f"held out {_shown(self.evaluation)}")
+    last = {row["kind"]: row for row in self.history}
+    parts = []
+    if "train" in last:
+      row = last["train"]
+      parts.append(f"step {row['step']}, {_shown(row)}")
+    if "eval" in last:  # of a start before this one too
+      parts.append(f"held out {_shown(last['eval'])}")
     return f"<{'; '.join([f'run {self.workdir}', *parts])}>"
 
 
