@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import shutil
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -27,3 +30,31 @@ def bounded_mappings():
   maps = pathlib.Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+  """The folder that `pip install .` copies to site-packages."""
+  root = tmp_path_factory.mktemp("installed")
+  names = ["setup.py", "pyproject.toml", "README.md", "dpo_jax", "configs"]
+  for name in names:
+    copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+    copy(ROOT / name, root / name)
+  command = [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"]
+  subprocess.run(command, check=True, cwd=root, capture_output=True)
+  for name in names:
+    path = root / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  return root / "lib"
+
+
+def run_installed(installed, folder, *words):
+  """stdout and stderr of a command with the installed package."""
+  env = {**os.environ, "PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
+  return subprocess.run(
+    [sys.executable, *words],
+    env=env,
+    cwd=folder,
+    capture_output=True,
+    text=True,
+  )

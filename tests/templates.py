@@ -4,6 +4,10 @@ import json
 
 from dpo_jax.data.tokens import bpe
 
+CHATML = (
+  "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+  "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 MARKS = ("<|im_start|>", "<|im_end|>")
 
 

@@ -1,5 +1,6 @@
 """The snippets of the README run as they stand."""
 
+import functools
 import json
 import re
 import shlex
@@ -11,7 +12,8 @@ import dpo_jax
 from dpo_jax import cli, sweeps, verbs
 from dpo_jax.config import load, saved
 from dpo_jax.ops import losses
-from tests import conftest
+from tests import conftest, templates
+from tests.models import parity
 
 README = (conftest.ROOT / "README.md").read_text()
 RESULTS = conftest.ROOT / "scripts/results"
@@ -103,6 +105,39 @@ def test_every_command_is_accepted_away_from_the_checkout(
       monkeypatch.setitem(verbs.VERBS, name, other)
   assert cli.main(words) == 0, capsys.readouterr().err
   assert len(begun) == 1
+
+
+@pytest.mark.slow
+def test_every_block_runs_where_no_checkout_is_in_sight(installed, tmp_path):
+  """With the installed package, in the README's order, in one folder."""
+  run = functools.partial(conftest.run_installed, installed, tmp_path)
+  model = tmp_path / "model"
+  model.mkdir()
+  name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+  parity.write(parity.small(name, vocab_size=300), model)
+  templates.write(model, templates.CHATML)
+  row = {"prompt": "a plot", "chosen": " of wit", "rejected": " of noise"}
+  talk = {"prompt": [{"role": "user", "content": "Is it dull?"}]}
+  for name, said in (("chosen", "No."), ("rejected", "Yes.")):
+    talk[name] = [{"role": "assistant", "content": said}]
+  for name, data in (("my", row), ("held_out", row), ("chat", talk)):
+    (tmp_path / f"{name}.jsonl").write_text((json.dumps(data) + "\n") * 64)
+  for words in commands():
+    words = [re.sub("hf:(NAME|.*/.*)", f"hf:{model}", word) for word in words]
+    if "--config.data.train=toy" in words:  # as many steps as a minute has
+      words.append("--config.train.steps=2")
+    done = run("-m", "dpo_jax", *words)
+    assert done.returncode == 0, (words, done.stdout[-500:], done.stderr)
+    assert "Traceback" not in done.stderr
+  for snippet in SNIPPETS:
+    done = run("-c", f"import dpo_jax as dj\n{snippet}")
+    assert done.returncode == 0, done.stderr
+  left = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("runs/*/*")}
+  assert left >= {
+    *("runs/mine/metrics.jsonl", "runs/dpo/metrics.jsonl"),
+    *("runs/chat/export", "runs/betas/report.html", "runs/losses/report.html"),
+    "runs/mine_smoke/metrics.jsonl",
+  }
 
 
 def test_the_spine_has_as_many_lines_as_the_readme_says():

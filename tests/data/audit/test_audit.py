@@ -11,19 +11,16 @@ from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import comparisons, tokenize
 from tests import templates
 
-CHATML = (
-  "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-  "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TEMPLATES = {
   None: None,
-  "chatml": CHATML,
+  "chatml": templates.CHATML,
   # A turn ends in what any text may hold.
-  "words": CHATML.replace("<|im_end|>", " The end"),
+  "words": templates.CHATML.replace("<|im_end|>", " The end"),
   # The end of turn is the EOS; the text begins with a BOS.
-  "eos": "{{ bos_token }}" + CHATML.replace("<|im_end|>", "{{ eos_token }}"),
+  "eos": "{{ bos_token }}"
+  + templates.CHATML.replace("<|im_end|>", "{{ eos_token }}"),
   # Every turn begins with a BOS.
-  "bos": CHATML.replace("<|im_start|>", "{{ bos_token }}").replace(
+  "bos": templates.CHATML.replace("<|im_start|>", "{{ bos_token }}").replace(
     "<|im_end|>", "{{ eos_token }}"
   ),
 }

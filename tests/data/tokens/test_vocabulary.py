@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dpo_jax.data.tokens import bpe, tokenize, vocabulary
+from tests import templates
 
 SENTENCES = [
   "the plot is warm and clever, and 1999 was long ago.",
@@ -29,10 +30,6 @@ TEXTS = (
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORD = "<repo>"  # an added token that a text may hold
-CHATML = (
-  "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-  "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PLAIN = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
 TURNS = [
   {"role": "user", "content": "How is the plot?"},
@@ -228,7 +225,9 @@ def test_a_gguf_tokenizer_and_its_template_survive_being_saved(
   original, tmp_path
 ):
   spec = write(
-    *(tmp_path / "a.gguf", original), bos="<|im_start|>", template=CHATML
+    *(tmp_path / "a.gguf", original),
+    bos="<|im_start|>",
+    template=templates.CHATML,
   )
   vocabulary.load(spec).save_pretrained(tmp_path / "saved")
   first, again = tokenize.load(spec), tokenize.load(str(tmp_path / "saved"))
@@ -242,12 +241,12 @@ def test_a_gguf_tokenizer_and_its_template_survive_being_saved(
 @pytest.mark.parametrize(
   ("bos", "template", "kept"),
   [
-    ("<|im_start|>", CHATML, False),
+    ("<|im_start|>", templates.CHATML, False),
     ("<|im_start|>", None, True),  # nothing says that it marks turns
-    ("<|endoftext|>", CHATML, True),
+    ("<|endoftext|>", templates.CHATML, True),
     ("<|endoftext|>", PLAIN, True),
     ("<|endoftext|>", "{{ raise_exception('no') }}", True),
-    (None, CHATML, False),
+    (None, templates.CHATML, False),
   ],
 )
 def test_a_bos_that_begins_every_turn_is_no_bos_for_text(
