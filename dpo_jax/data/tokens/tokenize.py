@@ -308,17 +308,19 @@ def _drawn(record, prompt, tokenizer):
 
 
 def _end(ids, tokenizer, ended, changed):
-  """The completion with exactly one EOS.
+  """The completion with exactly one end: the EOS, or what ends samples too.
 
-  Messages that their template ended keep that end, which may be the EOS.
+  Messages that their template ended keep that end, which may be the EOS; text
+  keeps an end that it brings, such as the one of a template that wrote it.
   """
   if ended:
     if ids[-1] not in tokenizer.end_ids:
       changed["end of turn at which no sample stops"] += 1
     return ids
-  while ids and ids[-1] == tokenizer.eos_id:
-    ids = ids[:-1]
-  return [*ids, tokenizer.eos_id]
+  last = tokenizer.eos_id
+  while ids and ids[-1] in tokenizer.end_ids:
+    last, ids = ids[-1], ids[:-1]
+  return [*ids, last]
 
 
 def _check(prompt, completions, pairs, tokenizer):
@@ -331,10 +333,15 @@ def _check(prompt, completions, pairs, tokenizer):
         f"first {tokenizer.vocab_size} only; take it out of the text",
       )
   for k, ids in enumerate(completions):
-    if tokenizer.eos_id in ids[:-1]:
+    inside = set(tokenizer.end_ids).intersection(ids[:-1])
+    if inside:
+      end = min(inside)
+      what = "EOS token"
+      if end != tokenizer.eos_id:
+        what = f"token {tokenizer.specials.get(end, end)}, which ends a sample"
       raise fields.BadRecord(
         "EOS inside",
-        f"the text of completion {k} contains the EOS token; take it out, a "
+        f"the text of completion {k} contains the {what}; take it out, a "
         "completion gets exactly one, at its end",
       )
   for winner, loser in pairs:
