@@ -308,10 +308,9 @@ def _drawn(record, prompt, tokenizer):
 
 
 def _end(ids, tokenizer, ended, changed):
-  """The completion with exactly one end: the EOS, or what ends samples too.
+  """The completion with exactly one end: the EOS, if it brings none.
 
-  Messages that their template ended keep that end, which may be the EOS; text
-  keeps an end that it brings, such as the one of a template that wrote it.
+  A template may have written another, for messages and within text.
   """
   if ended:
     if ids[-1] not in tokenizer.end_ids:
@@ -333,16 +332,12 @@ def _check(prompt, completions, pairs, tokenizer):
         f"first {tokenizer.vocab_size} only; take it out of the text",
       )
   for k, ids in enumerate(completions):
-    inside = set(tokenizer.end_ids).intersection(ids[:-1])
-    if inside:
-      end = min(inside)
-      what = "EOS token"
-      if end != tokenizer.eos_id:
-        what = f"token {tokenizer.specials.get(end, end)}, which ends a sample"
+    for end in set(tokenizer.end_ids).intersection(ids[:-1]):
+      known = {**tokenizer.specials, tokenizer.eos_id: "EOS"}
       raise fields.BadRecord(
         "EOS inside",
-        f"the text of completion {k} contains the {what}; take it out, a "
-        "completion gets exactly one, at its end",
+        f"the text of completion {k} contains the {known.get(end, end)} token; "
+        "take it out, a completion gets exactly one end, behind its text",
       )
   for winner, loser in pairs:
     if completions[winner] == completions[loser]:
