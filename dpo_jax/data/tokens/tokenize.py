@@ -95,7 +95,7 @@ def load(name):
     decode=lambda ids: hf.decode(
       ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     ),
-    vocab_size=len(hf),
+    vocab_size=max([len(hf), *(i + 1 for i in added)]),  # ids have gaps
     bos_id=None if marks_turns else hf.bos_token_id,
     eos_id=hf.eos_token_id,
     other_ends=chat.end_ids(template, encode, added),
