@@ -215,7 +215,9 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   ]
   completions = [ids[:limit] for ids in completions]
   prompt = _begin(prompt, text.templated, tokenizer, options, changed)
-  _check(prompt, completions, record.pairs, tokenizer)
+  # A whole text may hold turns; what follows a prompt is one of them.
+  ends = tokenizer.end_ids if record.prompt else (tokenizer.eos_id,)
+  _check(prompt, completions, record.pairs, ends, tokenizer)
   return comparisons.Example(
     number,
     record.source,
@@ -308,10 +310,7 @@ def _drawn(record, prompt, tokenizer):
 
 
 def _end(ids, tokenizer, ended, changed):
-  """The completion with exactly one end: the EOS, if it brings none.
-
-  A template may have written another, for messages and within text.
-  """
+  """The completion with one end: a template's that it brings, or the EOS."""
   if ended:
     if ids[-1] not in tokenizer.end_ids:
       changed["end of turn at which no sample stops"] += 1
@@ -322,7 +321,7 @@ def _end(ids, tokenizer, ended, changed):
   return [*ids, last]
 
 
-def _check(prompt, completions, pairs, tokenizer):
+def _check(prompt, completions, pairs, ends, tokenizer):
   """Raises BadRecord for tokens that cannot be trained on."""
   for ids in (prompt, *completions):
     if max(ids, default=0) >= tokenizer.vocab_size:
@@ -332,7 +331,7 @@ def _check(prompt, completions, pairs, tokenizer):
         f"first {tokenizer.vocab_size} only; take it out of the text",
       )
   for k, ids in enumerate(completions):
-    for end in set(tokenizer.end_ids).intersection(ids[:-1]):
+    for end in set(ends).intersection(ids[:-1]):
       known = {**tokenizer.specials, tokenizer.eos_id: "EOS"}
       raise fields.BadRecord(
         "EOS inside",

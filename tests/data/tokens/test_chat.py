@@ -185,6 +185,14 @@ def test_nothing_stands_behind_the_end_of_a_reply(loaded, mark):
     encode(record, loaded["chatml"])
 
 
+def test_a_whole_text_may_hold_turns_that_end(loaded):
+  tokenizer = loaded["chatml"]
+  talk = [USER, DULL, USER, WARM]
+  text = tokenizer.apply_template(talk, add_generation_prompt=False).rstrip()
+  example, _ = encode(records.Record("", (text,), (), "f:1"), tokenizer)
+  assert example.completions[0] == tokenizer.encode([text])[0]
+
+
 def test_of_two_ends_the_first_ends_a_reply(loaded):
   """As in Phi-3's template: no sample gets to the EOS behind its "<|end|>"."""
   tokenizer = loaded["chatml"]
