@@ -108,7 +108,7 @@ def _write(config, workdir, folder, about):
     dtype = config.export.dtype
     write.write(partial, params, model.config, model.vocab_size, raw, dtype)
   tokenizer = vocabulary.load(config.tokenizer)
-  tokenizer.save_pretrained(partial)
+  vocabulary.write(tokenizer, partial)
   generation = _generation(setup, tokenizer)
   write.write_json(partial / "generation_config.json", generation)
   write.write_json(partial / "dpo_jax.json", about)
@@ -145,7 +145,7 @@ def _generation(setup, tokenizer):
   there, ends = _origin(setup.source), setup.tokenizer.end_ids
   if there:
     ends = tuple(dict.fromkeys((*there.ends, *ends)))  # in its own order
-    found = hf.generation(there.where, there.raw)
+    found = origin.without_folders(hf.generation(there.where, there.raw))
   else:
     names = ("bos_token_id", "pad_token_id")
     ids = {name: getattr(tokenizer, name) for name in names}

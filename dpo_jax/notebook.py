@@ -269,6 +269,7 @@ def sample(
     with fields.at(where):
       texts.append(chat.prompt(record, template))
   given = tokenize.prompts(texts, setup.tokenizer, setup.data, policy)
+  generate.check(scorers, given)
   params = _policy(setup, workdir, params)
   drawn = generate.draws(setup, params, given)
   return [

@@ -358,6 +358,8 @@ def test_an_export_names_no_folder_of_this_machine(pretrained, tmp_path):
   raw = json.loads((base / "config.json").read_text())
   raw["_name_or_path"] = str(base)
   (base / "config.json").write_text(json.dumps(raw))
+  generation = {"eos_token_id": 0, "draft": str(base)}
+  (base / "generation_config.json").write_text(json.dumps(generation))
   config = on(base, f"data.train=toy:8 + 2*{path}", f"workdir={tmp_path}/run")
   folders.untrained(config, tmp_path / "run")
   folder = export.publish(config, tmp_path / "run")

@@ -27,6 +27,7 @@ def measure(setup, params, ref):
   options = setup.sample
   scorers = rewards.load_all(options.scorers)
   given = generate.prompts(setup)
+  generate.check(scorers, given)
   batches = -(-len(given) * options.draws // options.batch_size)
   drawn = [
     draw

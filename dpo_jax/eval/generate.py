@@ -82,6 +82,17 @@ def prompts(setup):
   return out
 
 
+def check(scorers, given):
+  """Raises ValueError for prompts that a scorer cannot read, drawn or not.
+
+  Args: list of rewards.Scorer; list of (text, ids), as `prompts` returns.
+  """
+  for scorer in scorers:
+    reads = getattr(scorer.score, "check", None)
+    if reads is not None:
+      reads([text for text, _ in given])
+
+
 def draws(setup, params, given, *, skip=0):
   """Yields batches of Draws, in order.
 
@@ -156,9 +167,7 @@ def write(setup, params, identity, workdir):
     raise ValueError("sample.labels needs a scorer: set sample.scorers")
   workdir = epath.Path(workdir)
   path, given = workdir / "completions.jsonl", prompts(setup)
-  for check in [getattr(s.score, "check", None) for s in scorers]:
-    if check is not None:
-      check([text for text, _ in given])
+  check(scorers, given)
   digest = hashlib.blake2b(repr(given).encode(), digest_size=8).hexdigest()
   ends = setup.tokenizer.end_ids
   identity = {**identity, "prompts": digest}

@@ -47,6 +47,7 @@ class Checkpoint(NamedTuple):
   ends: tuple[int, ...]
 
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that old checkpoints carry beside their parameters.
 _BUFFERS = r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$"
 
@@ -84,6 +85,7 @@ def open_folder(folder):
     _check_tied(folder, files, min(heads), family)
     ignored |= heads
   names = {n: n for n in shapes if n not in ignored}
+  _check_types(files, names)
   if bare:
     outside = ("lm_head.", "embed_out.")  # of the prefix
     names = {
@@ -134,6 +136,23 @@ def generation(folder, raw):
         f"{path}: eos_token_id = {ends!r} must be an id, or a list of ids"
       )
   return found
+
+
+def _check_types(files, names):
+  """Raises ValueError for tensors of integers or of 8 bits: they have scales.
+
+  Args: safetensors files, and the names of what is read.
+  """
+  for file in files:
+    with safetensors.safe_open(file, "np") as tensors:
+      for name in names.keys() & set(tensors.keys()):
+        kind = tensors.get_slice(name).get_dtype()
+        if kind not in _FLOATS:
+          raise ValueError(
+            f"{file}: {name} is of the type {kind} (allowed: "
+            f"{', '.join(_FLOATS)}): quantised weights are not supported; take "
+            "the unquantised checkpoint, and lora.base = 'int8' or 'nf4'"
+          )
 
 
 def _check_tied(folder, files, head, family):

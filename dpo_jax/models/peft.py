@@ -325,6 +325,6 @@ def _stacked(stacks, shapes, file):
 def _pattern(patterns, module, default):
   """The value of the first pattern that a module's name ends in."""
   for pattern, value in (patterns or {}).items():
-    if re.search(rf"(^|.*\.){pattern}$", module):
+    if re.match(rf"(.*\.)?({pattern})$", module):
       return value
   return default

@@ -149,6 +149,30 @@ def test_samples_that_are_not_of_the_policy_itself_have_no_kl(
   assert not any("kl" in row for row in rows)
 
 
+def test_a_scorer_sees_the_prompts_before_anything_is_drawn(
+  setup, trees, monkeypatch
+):
+  def make(_):
+    def check(prompts):
+      assert prompts == [text for text, _ in generate.prompts(setup)]
+      raise ValueError("too long")
+
+    def score(prompts, completions):
+      raise AssertionError
+
+    score.check = check
+    return score
+
+  def draw(*_, **__):
+    raise AssertionError
+
+  monkeypatch.setitem(rewards.SCORERS, "short", make)
+  here = folders.asking(setup, load("sample.scorers=short:2"))
+  programs = here.programs._replace(sample=draw)
+  with pytest.raises(ValueError, match="too long"):
+    frontier.measure(here._replace(programs=programs), *trees)
+
+
 def test_the_rows_are_the_draws_of_the_policy(setup, trees, measured):
   _, rows = measured
   given = generate.prompts(setup)

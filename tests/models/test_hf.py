@@ -238,6 +238,19 @@ def test_code_that_a_checkpoint_brings_is_not_run_and_it_is_said(tmp_path):
     hf.open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["I8", "F8_E4M3"])
+def test_weights_of_a_quantised_type_are_refused_by_name(kind, tmp_path):
+  """Cast as they are they would be other weights: their scales are lost."""
+  parity.write(small(), tmp_path)
+  name = "model.layers.0.mlp.up_proj.weight"
+  about = {"dtype": kind, "shape": [56, 48], "data_offsets": [0, 56 * 48]}
+  head = json.dumps({name: about}).encode()
+  content = len(head).to_bytes(8, "little") + head + bytes(56 * 48)
+  (tmp_path / "model.safetensors").write_bytes(content)
+  with pytest.raises(ValueError, match=rf"{name} is of the type {kind}"):
+    hf.open_folder(tmp_path)
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path):
   parity.write(small(), tmp_path, files=2)
   first, second = sorted(tmp_path.glob("model-*.safetensors"))

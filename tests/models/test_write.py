@@ -403,6 +403,25 @@ def test_peft_loads_our_adapter_with_equal_logits(adapted, tmp_path, capsys):
   assert np.max(np.abs(want - plain)) > 100 * CLOSE
 
 
+@pytest.mark.parametrize(
+  ("pattern", "want"),
+  [
+    *(("q_proj", 3), ("v_proj|q_proj", 3), ("layers.0.self_attn.q_proj", 3)),
+    *(("^model.layers.0.self_attn.q_proj", 3), (r"layers\..*", 3)),
+    # PEFT's patterns are of whole names, the alternatives too.
+    *(
+      ("_proj", 12),
+      ("o_proj|_proj", 12),
+      ("q_proj|v", 3),
+      ("v|self_attn", 12),
+    ),
+  ],
+)
+def test_patterns_name_modules_as_they_do_in_peft(pattern, want):
+  module = "model.layers.0.self_attn.q_proj"
+  assert peft._pattern({pattern: 3}, module, 12) == want
+
+
 @pytest.mark.slow
 def test_an_adapter_made_by_peft_is_read_with_equal_logits(adapted, tmp_path):
   """With a rank and an alpha of its own for one module of every layer."""

@@ -189,7 +189,11 @@ def _message(message):
       f"(allowed: {', '.join(ROLES)})",
     )
   if "tool_calls" in message:
-    message = {**message, "tool_calls": _calls(message["tool_calls"])}
+    calls = _calls(message["tool_calls"])
+    # Tables have an empty list where there is no call; templates that ask only
+    # whether the key is there would write calls, and leave the content out.
+    message = {k: v for k, v in message.items() if k != "tool_calls"}
+    message |= {"tool_calls": calls} if calls else {}
   if any(message.get(key) for key in INSTEAD):
     message = {"role": role, "content": "", **message}
   if isinstance(message.get("content"), list):

@@ -166,6 +166,10 @@ def parquet(path):
     ) from error
   _check_names(path, table.column_names)
   batches = table.to_batches(max_chunksize=1024)
-  every = itertools.chain.from_iterable(b.to_pylist() for b in batches)
-  for number, row in enumerate(every, 1):
-    yield f"{path}:{number}", fields.without_nulls(row)
+  # A map is an object, not a list of its items.
+  parts = (b.to_pylist(maps_as_pydicts="strict") for b in batches)
+  try:
+    for number, row in enumerate(itertools.chain.from_iterable(parts), 1):
+      yield f"{path}:{number}", fields.without_nulls(row)
+  except KeyError as error:
+    raise ValueError(f"{path}: a map has a key twice: {error}") from error

@@ -110,8 +110,13 @@ def _not_read(row):
 
 
 def _odd(record):
-  """Remarks on completions and comparisons that are read as they are."""
-  out = []
+  """Remarks on what is read as it is, and may be meant in another way."""
+  out, prompt = [], record.prompt
+  if not isinstance(prompt, str):
+    if prompt[-1]["role"] == "assistant":
+      out.append("prompt that ends in a turn of the assistant, not continued")
+  elif prompt.strip() and _repeated(prompt, record.completions):
+    out.append("prompt that every completion repeats at its beginning")
   for completion in record.completions:
     texts = [completion]
     if not isinstance(completion, str):
@@ -124,6 +129,10 @@ def _odd(record):
     out += ["comparison given both ways round"] * both
     out += ["comparison given twice"] * (len(record.pairs) - len(pairs))
   return out
+
+
+def _repeated(prompt, texts):
+  return bool(texts) and all(text.startswith(prompt) for text in texts)
 
 
 def _tools(row):

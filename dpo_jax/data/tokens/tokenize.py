@@ -95,7 +95,7 @@ def load(name):
     decode=lambda ids: hf.decode(
       ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     ),
-    vocab_size=len(hf),
+    vocab_size=max([len(hf), *(i + 1 for i in added)]),  # ids have gaps
     bos_id=None if marks_turns else hf.bos_token_id,
     eos_id=hf.eos_token_id,
     other_ends=chat.end_ids(template, encode, added),
@@ -215,7 +215,9 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
   ]
   completions = [ids[:limit] for ids in completions]
   prompt = _begin(prompt, text.templated, tokenizer, options, changed)
-  _check(prompt, completions, record.pairs, tokenizer)
+  # A whole text may hold turns; what follows a prompt is one of them.
+  ends = tokenizer.end_ids if record.prompt else (tokenizer.eos_id,)
+  _check(prompt, completions, record.pairs, ends, tokenizer)
   return comparisons.Example(
     number,
     record.source,
@@ -308,20 +310,18 @@ def _drawn(record, prompt, tokenizer):
 
 
 def _end(ids, tokenizer, ended, changed):
-  """The completion with exactly one EOS.
-
-  Messages that their template ended keep that end, which may be the EOS.
-  """
+  """The completion with one end: a template's that it brings, or the EOS."""
   if ended:
     if ids[-1] not in tokenizer.end_ids:
       changed["end of turn at which no sample stops"] += 1
     return ids
-  while ids and ids[-1] == tokenizer.eos_id:
-    ids = ids[:-1]
-  return [*ids, tokenizer.eos_id]
+  last = tokenizer.eos_id
+  while ids and ids[-1] in tokenizer.end_ids:
+    last, ids = ids[-1], ids[:-1]
+  return [*ids, last]
 
 
-def _check(prompt, completions, pairs, tokenizer):
+def _check(prompt, completions, pairs, ends, tokenizer):
   """Raises BadRecord for tokens that cannot be trained on."""
   for ids in (prompt, *completions):
     if max(ids, default=0) >= tokenizer.vocab_size:
@@ -331,11 +331,12 @@ def _check(prompt, completions, pairs, tokenizer):
         f"first {tokenizer.vocab_size} only; take it out of the text",
       )
   for k, ids in enumerate(completions):
-    if tokenizer.eos_id in ids[:-1]:
+    for end in set(ends).intersection(ids[:-1]):
+      known = {**tokenizer.specials, tokenizer.eos_id: "EOS"}
       raise fields.BadRecord(
         "EOS inside",
-        f"the text of completion {k} contains the EOS token; take it out, a "
-        "completion gets exactly one, at its end",
+        f"the text of completion {k} contains the {known.get(end, end)} token; "
+        "take it out, a completion gets exactly one end, behind its text",
       )
   for winner, loser in pairs:
     if completions[winner] == completions[loser]:

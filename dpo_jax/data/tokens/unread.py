@@ -3,6 +3,8 @@
 What it reads is what changes its text when it is taken away.
 """
 
+import json
+
 from dpo_jax.data.read import fields
 
 _KNOWN = {"role", "content"}  # keys that every template reads
@@ -52,6 +54,16 @@ def remarks(record, texts, speak, joined):
     yield f"message key {key!r} is not read by the chat template"
   if record.tools and not reads(list, tools=None):
     yield "column 'tools' is not read by the chat template"
+  quoted = (
+    json.dumps(arguments) in text and arguments not in text
+    for talk, text in zip(talks, texts, strict=True)
+    for arguments in _texts_of_calls(talk)
+  )
+  if any(quoted):
+    yield (
+      "arguments of a call are JSON in a text, which the chat template quotes; "
+      "give them as objects"
+    )
   parts = any(isinstance(m["content"], list) for talk in talks for m in talk)
   if parts and joined:
     yield "parts of text joined, which the chat template does not read"
@@ -71,6 +83,16 @@ def remarks(record, texts, speak, joined):
         "role that it writes",
       )
     yield f"turn of the {role} that the chat template does not write as it is"
+
+
+def _texts_of_calls(talk):
+  """Yields the arguments of the calls in some messages that are texts."""
+  for message in talk:
+    for call in message.get("tool_calls", ()):
+      function = call.get("function")
+      call = function if isinstance(function, dict) else call
+      if isinstance(call.get("arguments"), str):
+        yield call["arguments"]
 
 
 def _written(talk, speak, **more):

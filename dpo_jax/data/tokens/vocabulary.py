@@ -11,7 +11,7 @@ import os
 
 from etils import epath
 
-from dpo_jax import lookup
+from dpo_jax import lookup, store
 from dpo_jax.config import origin
 
 
@@ -72,6 +72,16 @@ def identity(hf):
   ]
   text = json.dumps(parts, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def write(hf, folder):
+  """Writes a transformers tokenizer, without the files that it came from."""
+  hf.save_pretrained(folder)
+  path = epath.Path(folder) / "tokenizer_config.json"
+  about = store.read_json(path)
+  named = [k for k in about if k.endswith(("_path", "_file", "_dir"))]
+  about = {k: v for k, v in about.items() if k not in named}
+  path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 def _bytes():

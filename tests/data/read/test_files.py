@@ -273,3 +273,35 @@ def test_parquet_rows_are_numbered_across_its_row_groups(tmp_path):
   records, _ = load(path, "sft")
   assert [r.origin for r in records] == [f"{path}:{n}" for n in range(1, 3001)]
   assert [r.completions for r in records] == [(f"t{n}",) for n in range(3000)]
+
+
+def test_a_map_of_parquet_is_an_object_as_in_jsonl(tmp_path):
+  """Not a list of its items, which a template would write as such."""
+  strings = pa.map_(pa.string(), pa.string())
+  call = pa.struct([("name", pa.string()), ("arguments", strings)])
+  message = pa.struct(
+    [
+      *(("role", pa.string()), ("content", pa.string())),
+      ("tool_calls", pa.list_(call)),
+    ]
+  )
+  calls = [{"name": "weather", "arguments": [("city", "Oslo")]}]
+  talk = [
+    {"role": "user", "content": "Oslo?"},
+    {"role": "assistant", "content": "", "tool_calls": calls},
+  ]
+  path = tmp_path / "my.parquet"
+  table = pa.table({"messages": pa.array([talk], pa.list_(message))})
+  pq.write_table(table, path)
+  ((_, row),) = files.parquet(path)
+  (call,) = row["messages"][1]["tool_calls"]
+  assert call == {"name": "weather", "arguments": {"city": "Oslo"}}
+
+
+def test_a_map_of_parquet_with_a_key_twice_is_an_error_with_its_name(tmp_path):
+  strings = pa.map_(pa.string(), pa.string())
+  path = tmp_path / "my.parquet"
+  table = pa.table({"prompt": pa.array([[("a", "1"), ("a", "2")]], strings)})
+  pq.write_table(table, path)
+  with pytest.raises(ValueError, match=r"my\.parquet: a map has a key twice"):
+    list(files.parquet(path))

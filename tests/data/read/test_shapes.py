@@ -556,9 +556,10 @@ def test_calls_are_a_list_or_its_json(write):
     bad = {"messages": [ASKED, {**reply, "tool_calls": calls}]}
     with pytest.raises(fields.BadRecord, match="must be a list of calls"):
       records.make(bad, "sft", "f:1")
-  none = {**COLD, "tool_calls": ""}
-  got = records.make({"messages": [ASKED, none]}, "sft", "f:1")
-  assert got.completions == (({**COLD, "tool_calls": []},),)
+  for none in ("", [], "[]"):  # templates may ask for the key alone
+    reply = {**COLD, "tool_calls": none}
+    got = records.make({"messages": [ASKED, reply]}, "sft", "f:1")
+    assert got.completions == ((COLD,),)
 
 
 def test_a_prompt_that_is_empty_says_nothing_beside_whole_dialogues():
@@ -650,3 +651,22 @@ def test_comparisons_and_completions_that_look_wrong_are_counted():
     "comparison given twice",
     "completion of white space only",
   ]
+
+
+@pytest.mark.parametrize(
+  ("row", "words"),
+  [
+    (
+      {"prompt": [ASKED, COLD], "chosen": [COLD], "rejected": [WARM]},
+      ("prompt that ends in a turn of the assistant, not continued",),
+    ),
+    (
+      {"prompt": "Oslo?", "chosen": "Oslo? Cold", "rejected": "Oslo? Warm"},
+      ("prompt that every completion repeats at its beginning",),
+    ),
+    ({"prompt": "Oslo?", "chosen": "Oslo? Cold", "rejected": "Warm"}, ()),
+    ({"prompt": "", "chosen": "Cold", "rejected": "Warm"}, ()),
+  ],
+)
+def test_a_prompt_that_may_be_meant_otherwise_is_counted(row, words):
+  assert records.make(row, "preference", "f:1").remarks == words

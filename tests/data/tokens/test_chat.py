@@ -163,6 +163,36 @@ def test_an_end_of_turn_that_is_the_eos_is_the_only_end(loaded):
   assert (eos, tokenizer.specials[end]) == (tokenizer.eos_id, "<|im_end|>")
 
 
+@pytest.mark.parametrize("more", ["", "<|eos|>", "<|im_end|>"])
+def test_text_that_a_template_wrote_keeps_its_end_and_gets_no_eos(loaded, more):
+  tokenizer = loaded["chatml"]
+  prompt = tokenizer.apply_template([USER], add_generation_prompt=True)
+  texts = tuple(f"{x['content']}<|im_end|>{more}" for x in (WARM, DULL))
+  text = records.Record(prompt, texts, ((0, 1),), "my.jsonl:3", bos=False)
+  asked, changed = encode(text, tokenizer)
+  want, _ = encode(RECORD, tokenizer)
+  assert asked == want
+  assert asked.ended == (True, True)
+  assert not changed
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|eos|>"])
+def test_nothing_stands_behind_the_end_of_a_reply(loaded, mark):
+  """No sample reaches it, be the end the EOS or that of the template."""
+  reply = {**WARM, "content": f"Warm.{mark} And more."}
+  record = RECORD._replace(completions=((reply,), (DULL,)))
+  with pytest.raises(ValueError, match="completion 0 contains the"):
+    encode(record, loaded["chatml"])
+
+
+def test_a_whole_text_may_hold_turns_that_end(loaded):
+  tokenizer = loaded["chatml"]
+  talk = [USER, DULL, USER, WARM]
+  text = tokenizer.apply_template(talk, add_generation_prompt=False).rstrip()
+  example, _ = encode(records.Record("", (text,), (), "f:1"), tokenizer)
+  assert example.completions[0] == tokenizer.encode([text])[0]
+
+
 def test_of_two_ends_the_first_ends_a_reply(loaded):
   """As in Phi-3's template: no sample gets to the EOS behind its "<|end|>"."""
   tokenizer = loaded["chatml"]

@@ -37,6 +37,10 @@ TEMPLATES = {
   "the EOS as the end": CHATML.replace("<|im_end|>", "{{ eos_token }}"),
   "agent": AGENT,
   "parts": PARTS,
+  # It writes all arguments as JSON, those that are the text of it too.
+  "quotes": AGENT.replace(
+    "c.function.arguments if c.function.arguments is string else ", ""
+  ),
 }
 
 
@@ -114,7 +118,7 @@ def test_ids_are_those_of_the_tokenizers_own_template(loaded, template, row):
     for side in ("chosen", "rejected")
   ]
   if rendered[0] == rendered[1] or (
-    template != "agent" and "" in contents(row)
+    template not in ("agent", "quotes") and "" in contents(row)
   ):
     policy = sources.Policy("skip")  # nothing of the reply is in the text
     with pytest.raises(ValueError, match="no usable record"):
@@ -200,6 +204,21 @@ def test_what_a_template_does_not_read_is_counted_once(loaded):
     "message key 'reasoning_content'",
   ):
     assert plain[f"{what} is not read by the chat template"] == 1
+
+
+def test_arguments_of_a_call_that_a_template_quotes_are_counted(loaded):
+  """As transformers does it, and as nobody means it: OpenAI has them so."""
+  word = "arguments of a call are JSON in a text"
+
+  def quoted(arguments, template):
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+    seen = counted(loaded, template, {**ROWS["turns"], "chosen": [reply]})
+    return sum(n for x, n in seen.items() if x.startswith(word))
+
+  assert quoted('{"city": "Oslo"}', "quotes") == 1
+  assert quoted({"city": "Oslo"}, "quotes") == 0
+  assert quoted('{"city": "Oslo"}', "agent") == 0
 
 
 def test_a_turn_that_a_template_leaves_out_is_counted(loaded):

@@ -350,3 +350,30 @@ def test_code_that_a_tokenizer_brings_is_never_run(tmp_path, monkeypatch):
   assert "trust_remote_code" not in str(caught.value)  # it is no way out here
   assert not marker.exists()
   assert asked.tell() == 0
+
+
+def test_ids_may_have_gaps_and_the_eos_lie_behind_them(tmp_path):
+  """Its end is a token of the tokenizer, not "of another use"."""
+  letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {**{c: i for i, c in enumerate(letters)}, "<|im_end|>": 271}
+  model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = decoders.ByteLevel()
+  model.add_special_tokens(["<|im_end|>"])
+  model.save(str(tmp_path / "tokenizer.json"))
+  kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+  text = json.dumps({**kind, "eos_token": "<|im_end|>"})
+  (tmp_path / "tokenizer_config.json").write_text(text)
+  got = tokenize.load(str(tmp_path))
+  assert (got.eos_id, got.vocab_size) == (271, 272)
+
+
+def test_a_tokenizer_is_written_without_the_files_it_came_from(tmp_path):
+  bpe.train(SENTENCES, 280, tmp_path)
+  path = tmp_path / "tokenizer_config.json"
+  about = json.loads(path.read_text())
+  path.write_text(json.dumps({**about, "cache_path": "/home/me/tokens"}))
+  vocabulary.write(vocabulary.load(str(tmp_path)), str(tmp_path / "out"))
+  assert "/home/me" not in (tmp_path / "out/tokenizer_config.json").read_text()
+  one, other = (tokenize.load(str(f)) for f in (tmp_path, tmp_path / "out"))
+  assert one.identity() == other.identity()
