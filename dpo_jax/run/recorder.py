@@ -66,8 +66,8 @@ def history(workdir):
 def _shown(metrics):
   """`loss 0.6123, accuracy 0.75` of metrics, as far as they are there."""
   names = {"loss": "loss", "rewards/accuracies": "accuracy"}
-  found = {name: metrics.get(key) for key, name in names.items()}
-  return ", ".join(f"{k} {v:.4g}" for k, v in found.items() if v is not None)
+  values = {name: metrics.get(key) for key, name in names.items()}
+  return ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
 
 
 class Recorder:
