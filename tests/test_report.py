@@ -434,6 +434,16 @@ def test_a_sweep_without_sampling_lacks_no_samples(tmp_path):
   assert re.search(r"^beta=0\.05 +– +– +0\.\d+ +0\.\d+ +-\d", table, re.M)
 
 
+def test_a_run_that_ended_in_nothing_finite_is_named(tmp_path):
+  build(tmp_path, betas=(0.1, 1.0), steps=5)
+  rows = [
+    {"step": s, "kind": "train", "skipped": n} for s, n in ((1, 0), (4, 3))
+  ]
+  lines(tmp_path / "b1.0/metrics.jsonl", rows)
+  (said,) = content.missing(folder.read(tmp_path))[:1]
+  assert said == "beta=1.0: its last 3 updates were not finite"
+
+
 def test_of_what_was_not_compared_no_pairs_and_no_accuracy_are_told(tmp_path):
   build(tmp_path, betas=(0.1,), sampled=False)
   path = tmp_path / "b0.1/evaluation.json"

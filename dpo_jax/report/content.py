@@ -146,6 +146,12 @@ def missing(sweep):
     due -= set() if _measured(run.config) else {"evaluation.json"}
     if due:
       lines.append(f"{run.name}: no {', no '.join(sorted(due))}")
+    _, skipped = run.metrics.get("skipped", ((), (0,)))
+    if skipped[-1] > 0:
+      count = (
+        f"{skipped[-1]:.0f} updates were" if skipped[-1] > 1 else "update was"
+      )
+      lines.append(f"{run.name}: its last {count} not finite")
   if lines:
     lines.append("The same dpo-jax sweep command goes on where it stopped.")
   if not sweep.sampled:

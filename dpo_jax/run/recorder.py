@@ -190,9 +190,11 @@ class Recorder:
   def _check(self, logged):
     limit = self._run.rhythm.max_skipped
     if logged and logged["skipped"] >= limit:
+      saved = self._checkpoints.steps()
+      kept = f"step {saved[0]} is kept" if saved else "nothing was saved yet"
       self._failure = FloatingPointError(
-        f"{logged['skipped']:.0f} updates in a row were not finite; the last "
-        f"checkpoint is kept in {self._workdir}"
+        f"{logged['skipped']:.0f} updates in a row were not finite; {kept} in "
+        f"{self._workdir}"
       )
 
 
