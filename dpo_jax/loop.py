@@ -111,8 +111,8 @@ def restore(run, workdir, stop, opened):
   checkpoints = opened.enter_context(
     checkpoint.Checkpointer(workdir, keep=run.rhythm.keep)
   )
-  there = checkpoints.restore(state, run.identity)
-  return run, state if there is None else there, checkpoints
+  saved = checkpoints.restore(state, run.identity)
+  return run, state if saved is None else saved, checkpoints
 
 
 def begin(run, workdir, stop=None):

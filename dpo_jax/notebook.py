@@ -44,6 +44,11 @@ def build(config):
 def batches(config):
   """Yields the batches of a config's training data, as dicts of arrays."""
   run = build_lib.prepare(config)
+  if run.feed.loader is None:
+    raise ValueError(
+      f"the batches of {run.algorithm.data!r} depend on the policy as it is "
+      "trained: `fit` makes them"
+    )
   for number in range(run.total):
     batch, _ = run.feed.loader.batch(number)
     yield jax.tree.map(jnp.asarray, batch)
@@ -99,7 +104,8 @@ def parallelize(config, step, state):
     state on the mesh, a copy; and the function that puts a batch there.
   """
   mesh, mode = build_lib.mesh_of(config)
-  spec = trained.partition_spec(mode)
+  heads = algos.make(config, apply=None).heads
+  spec = trained.partition_spec(mode, heads)
   state = run_lib.place(state, mesh_lib.shardings(mesh, state, spec))
   place = functools.partial(run_lib.place_batch, mesh=mesh, mode=mode)
   return run_lib.parallelize(step, mesh, mode, state), state, place
@@ -185,9 +191,9 @@ class Folder:
   def __repr__(self):
     step = checkpoint.latest_step(self.workdir)
     names = ("metrics", "evaluation", "samples")
-    there = [name for name in names if getattr(self, name)]
+    parts = [name for name in names if getattr(self, name)]
     about = f"step {step}" if step is not None else "no checkpoint"
-    return f"<{', '.join([f'run {self.workdir}: {about}', *there])}>"
+    return f"<{', '.join([f'run {self.workdir}: {about}', *parts])}>"
 
 
 def load_run(workdir):

@@ -98,6 +98,12 @@ def beside(configs, run):
   They share data and compiled functions, and what they start from unless
   init_seed gives each its own.
   """
+  if len(configs) > 1 and not run.feed.ahead:
+    raise ValueError(
+      f"sweep.together = {configs[0].sweep.together}: the batches of algo = "
+      f"{configs[0].algo!r} depend on the policy, so that no two points share "
+      "them; set it to 1"
+    )
   run = _kept(run)
   runs = [build.sharing(config, run) for config in configs]
   seeds = {config.init_seed for config in configs}
@@ -117,8 +123,7 @@ def _untraced(config):
   flat = saved.flatten(config.to_dict())
   numeric = base.numeric_fields(config.loss)
   traced = {f"loss.{name}" for name in numeric} | {"optim.learning_rate"}
-  # Of a mixture the heaviest term's metrics are reported.
-  order = [part.name for part in terms.of(config.loss)]
+  order = terms.names(config.loss)  # which term's metrics are reported
   return {**flat, **dict.fromkeys(traced), "loss order": order}
 
 

@@ -160,7 +160,9 @@ def sweep(config, workdir, source):
   from dpo_jax import sweeps
 
   code = sweeps.sweep(config, chosen, workdir, at=source.at)
-  return code or write_report(config, workdir, source)
+  if code <= 1:  # 1 is of points that failed, which the table shows as they are
+    write_report(config, workdir, source)
+  return code
 
 
 def write_report(_config, workdir, _source):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import dpo_jax
-from dpo_jax import cli
+from dpo_jax import cli, sweeps
 from dpo_jax.config import load
 from tests import conftest, folders
 
@@ -216,6 +216,21 @@ def test_a_sweep_ends_with_its_table_and_where_the_report_is(swept, capsys):
   assert [line.split()[0] for line in table[1:6]] == names
   assert table[6] == f"report: {workdir}/report.html"
   assert out.count("done before, skipped") == 5
+
+
+@pytest.mark.parametrize(("code", "written"), [(1, True), (130, False)])
+def test_a_sweep_whose_point_failed_has_its_report_all_the_same(
+  swept, code, written, monkeypatch
+):
+  """One that was stopped goes on, and has it at its end."""
+  words, workdir = swept
+  page = workdir / "report.html"
+  before = page.read_bytes()
+  page.unlink()
+  monkeypatch.setattr(sweeps, "sweep", lambda *args, **options: code)
+  assert cli.main(words) == code
+  assert page.exists() == written
+  page.write_bytes(before)
 
 
 def test_methods_and_seeds_are_points_of_a_command(tmp_path, capsys):

@@ -42,7 +42,8 @@ def imports(path):
   Those of functions too: what is imported late is imported all the same.
   """
   for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.ImportFrom) and node.module:
+    if isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path}:{node.lineno} imports by no whole name"
       if node.module.split(".")[0] == "dpo_jax":
         for alias in node.names:
           whole = f"{node.module}.{alias.name}"

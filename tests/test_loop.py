@@ -321,7 +321,9 @@ def test_training_stops_when_nothing_is_finite_and_keeps_what_was_saved(
   rhythm = run.rhythm._replace(log=every, evaluate=2, max_skipped=3)
   broken = {**run.hparams, "learning_rate": np.float32("inf")}
   run = run._replace(rhythm=rhythm, hparams=broken)
-  with pytest.raises(FloatingPointError, match=r"[34] updates in a row"):
+  with pytest.raises(
+    FloatingPointError, match=r"[34] updates .* nothing was saved"
+  ):
     loop.fit(config, tmp_path, run)
   assert rows_of(tmp_path)[-1]["skipped"] >= 3
 

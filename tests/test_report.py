@@ -434,6 +434,50 @@ def test_a_sweep_without_sampling_lacks_no_samples(tmp_path):
   assert re.search(r"^beta=0\.05 +– +– +0\.\d+ +0\.\d+ +-\d", table, re.M)
 
 
+def test_a_run_that_ended_in_nothing_finite_is_named(tmp_path):
+  build(tmp_path, betas=(0.1, 1.0), steps=5)
+  rows = [
+    {"step": s, "kind": "train", "skipped": n} for s, n in ((1, 0), (4, 3))
+  ]
+  lines(tmp_path / "b1.0/metrics.jsonl", rows)
+  (said,) = content.missing(folder.read(tmp_path))[:1]
+  assert said == "beta=1.0: its last 3 updates were not finite"
+
+
+def test_of_what_was_not_compared_no_pairs_and_no_accuracy_are_told(tmp_path):
+  build(tmp_path, betas=(0.1,), sampled=False)
+  path = tmp_path / "b0.1/evaluation.json"
+  means = {"loss": 4.8, "logps/chosen": -91.0}
+  lines(path, [{"comparisons": means, "count": 0, "examples": 64}])
+  sweep = folder.read(tmp_path)
+  assert content.facts(sweep) == "1 run · 64 held-out examples"
+  said = "Of the held-out examples: the loss; and the mean of log p, in nats."
+  assert content.captions(sweep)["table"] == said
+
+
+def test_curves_of_a_history_have_gaps_for_what_is_no_number():
+  rows = [
+    {"step": 1, "kind": "train", "loss": "cut"},
+    {"step": None, "kind": "eval", "loss": 0.5},
+    {"step": 2, "kind": "train", "loss": 0.25},
+  ]
+  steps, values = folder.curves(rows)["loss"]
+  assert steps == [1, 2]
+  assert math.isnan(values[0])
+  assert values[1] == 0.25
+
+
+@pytest.mark.parametrize("source", [None, "my.jsonl"])
+def test_an_evaluation_that_nobody_asked_for_is_not_missing(tmp_path, source):
+  build(tmp_path, betas=(0.1,), sampled=False)
+  (tmp_path / "b0.1/evaluation.json").unlink()
+  config = {"data": {"eval": source}, "sample": {"prompts": None}}
+  lines(tmp_path / "b0.1/config.json", [config])
+  said = " ".join(content.missing(folder.read(tmp_path)))
+  assert ("no evaluation.json" in said) == (source is not None)
+  assert ("goes on where it stopped" in said) == (source is not None)
+
+
 def test_values_that_are_not_numbers_are_dashes_and_no_marks(tmp_path):
   build(tmp_path)
   path = tmp_path / "b1.0" / "evaluation.json"

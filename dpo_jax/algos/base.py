@@ -163,8 +163,8 @@ def head_scores(outputs, batch, tokens):
   """
   if not tokens:
     return head_logps(outputs, batch), {}
-  found = logprobs.token_scores(*outputs, *_scored(batch))
-  return found.logps, {"entropy": found.entropy, "top1": found.top1}
+  scores = logprobs.token_scores(*outputs, *_scored(batch))
+  return scores.logps, {"entropy": scores.entropy, "top1": scores.top1}
 
 
 def per_token(sums, count, weights):

@@ -13,7 +13,7 @@ class Scored(NamedTuple):
   """A batch whose tokens were scored by policy and reference.
 
   Attributes:
-    batch: rows, see data.rows; prepared.
+    batch: rows, see data.batch.rows; prepared.
     token_logps, ref_token_logps: f32[R, S] in nats; zeros without a reference.
     outputs: (hidden, Head) of the policy.
     rng: typed key of the update.

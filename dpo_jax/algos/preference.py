@@ -66,7 +66,7 @@ def reference_logps(batch, frozen, extra, *, apply, outputs):
   """Adds ref_token_logps f32[R, S], unless the batch brings them.
 
   Args:
-    batch: rows, see data.rows.
+    batch: rows, see data.batch.rows.
     frozen: holds the reference as "ref", or
     extra: does, where it follows the policy.
     outputs: whether to add its (hidden, Head) too, as ref_outputs.
@@ -78,12 +78,12 @@ def reference_logps(batch, frozen, extra, *, apply, outputs):
   if params is None:
     raise ValueError(
       "the batch brings no ref_token_logps and there is no frozen reference: "
-      "give the loader its own (scoring.attach_reference), or set "
+      "give its loader them (run.forward.attach_reference), or set "
       "ref = 'frozen'"
     )
-  found = jax.lax.stop_gradient(apply(params, batch))
-  logps = jax.lax.stop_gradient(base.head_logps(found, batch))
-  more = {"ref_outputs": found} if outputs else {}
+  ref_outputs = jax.lax.stop_gradient(apply(params, batch))
+  logps = jax.lax.stop_gradient(base.head_logps(ref_outputs, batch))
+  more = {"ref_outputs": ref_outputs} if outputs else {}
   return {**batch, "ref_token_logps": logps, **more}
 
 
@@ -97,7 +97,7 @@ def features(
 
   Args:
     params: the policy.
-    batch: rows with ref_token_logps, see data.rows.
+    batch: rows with ref_token_logps, see data.batch.rows.
     rng: of this update, for losses that draw tokens.
     wanted: names of needs.NEEDS.
     tokens: whether to add the entropy and the top-1 hits of the scored tokens.
@@ -246,5 +246,5 @@ def _first(hparams, noise, *, parts):
     return out
 
   corners = [(0, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
-  found = jax.vmap(total)(noise * jnp.float32(corners))
-  return float(jnp.min(found)), float(found[0]), float(jnp.max(found))
+  losses = jax.vmap(total)(noise * jnp.float32(corners))
+  return float(jnp.min(losses)), float(losses[0]), float(jnp.max(losses))

@@ -59,10 +59,7 @@ def of(fields):
   """
   if fields.name != "mixture":
     return (_part(fields.name, fields, ""),)
-  names = [name for name in fields if name != "name"]
-  # The heaviest first: the reward metrics are its.
-  names.sort(key=lambda name: -fields[name].weight)
-  parts = tuple(_part(name, fields[name], f"{name}.") for name in names)
+  parts = tuple(_part(name, fields[name], f"{name}.") for name in names(fields))
   kinds = {kind_of_part(part) for part in parts} - {None}
   fits = len(kinds) == 1
   if None in map(kind_of_part, parts):  # it takes the first for the better
@@ -73,6 +70,17 @@ def of(fields):
       f"data: {sorted(p.loss.data for p in parts)}"
     )
   return parts
+
+
+def names(fields):
+  """Names of the terms of config.loss; they need not be those of LOSSES.
+
+  The heaviest first: the reward metrics are its.
+  """
+  if fields.name != "mixture":
+    return [fields.name]
+  parts = [name for name in fields if name != "name"]
+  return sorted(parts, key=lambda name: -fields[name].weight)
 
 
 def kind_of_part(part):

@@ -69,8 +69,8 @@ class Source(NamedTuple):
       )
     whole = ",".join(filter(None, (self.arg, arg)))
     spec = f"{self.path}:{arg}"
-    made = _made(self.module, self.path, whole)
-    return at(_with(made, spec, self.overrides), rest)
+    config = _made(self.module, self.path, whole)
+    return at(_with(config, spec, self.overrides), rest)
 
 
 def load(spec, overrides, axes=()):

@@ -53,10 +53,10 @@ def write(workdir):
       path.write_bytes(picture.png)
     elif path.exists():
       path.unlink()
-  found = _rows(sweep)
-  text = markdown.markdown(sweep, grid(found, "page"), pictures)
+  table_rows = _rows(sweep)
+  text = markdown.markdown(sweep, grid(table_rows, "page"), pictures)
   (workdir / "report.md").write_bytes(text.encode())
-  text = page.html(sweep, grid(found, "page"), pictures)
+  text = page.html(sweep, grid(table_rows, "page"), pictures)
   (workdir / "report.html").write_bytes(text.encode())
   return workdir / "report.html"
 
@@ -234,14 +234,7 @@ def training(name, history):
     name: of the run.
     history: rows of its metrics.jsonl, see run.recorder.history.
   """
-  curves = {}
-  for row in history:
-    prefix = "" if row["kind"] == "train" else "held_out/"
-    for key in row.keys() - {"step", "kind"}:
-      steps, values = curves.setdefault(prefix + key, ([], []))
-      steps.append(row["step"])
-      values.append(math.nan if row[key] is None else row[key])
-  line = figures.Line(name, figures.INK, curves)
+  line = figures.Line(name, figures.INK, folder.curves(history))
   drawn = figures.curves([line], wide=True)
   return {"curves": Picture(figures.png(drawn))} if drawn else {}
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.config import saved
 from dpo_jax.report import figures, folder, measures
 
 PROMPTS = 3
@@ -111,15 +112,26 @@ def facts(sweep):
   parts = [f"{count} run{'s' if count != 1 else ''}"]
   if sweep.reference:
     parts[0] += " and the reference"
+  held_out = "examples", "held-out examples"
+  if _of_pairs(sweep.runs):
+    held_out = "count", "held-out pairs"
   for key, what in (
     ("step", "updates"),
     ("samples", "samples a run"),
-    ("count", "held-out pairs"),
+    held_out,
   ):
     found = {run.evaluation.get(key) for run in sweep.runs} - {None}
     if len(found) == 1:
       parts.append(f"{found.pop():,} {what}")
   return " · ".join(parts)
+
+
+def _of_pairs(runs):
+  """Whether what is held out was compared: labels and texts are not."""
+  return any(
+    "rewards/accuracies" in run.evaluation.get("comparisons", {})
+    for run in runs
+  )
 
 
 def missing(sweep):
@@ -131,8 +143,15 @@ def missing(sweep):
       {"metrics.jsonl"} if run is sweep.reference else set()
     )
     due -= set() if sweep.sampled else {"samples.jsonl"}
+    due -= set() if _measured(run.config) else {"evaluation.json"}
     if due:
       lines.append(f"{run.name}: no {', no '.join(sorted(due))}")
+    _, skipped = run.metrics.get("skipped", ((), (0,)))
+    if skipped[-1] > 0:
+      count = (
+        f"{skipped[-1]:.0f} updates were" if skipped[-1] > 1 else "update was"
+      )
+      lines.append(f"{run.name}: its last {count} not finite")
   if lines:
     lines.append("The same dpo-jax sweep command goes on where it stopped.")
   if not sweep.sampled:
@@ -141,6 +160,13 @@ def missing(sweep):
       "(sample.prompts)."
     )
   return lines
+
+
+def _measured(config):
+  """Whether a config, or one that is not known, asks for an evaluation."""
+  fields = saved.flatten(config)
+  asked = [fields.get(key, "") for key in ("data.eval", "sample.prompts")]
+  return any(value is not None for value in asked)
 
 
 def cell(texts):
@@ -282,18 +308,30 @@ def _columns(sweep):
       "estimate of the KL."
     )
   if there & {*measures.HELD_OUT, *measures.DRIFT}:
-    said.append(
-      "Of the held-out comparisons: the loss; the accuracy, the share whose "
-      "chosen completion has the higher implicit reward (in brackets Wilson's "
-      "95% interval, over prompts where a prompt has several comparisons); and "
-      "Δ log p, the mean of log π − log π_ref, or log p where there is no "
-      "reference, in nats."
-    )
+    what = "comparisons" if _of_pairs(sweep.runs) else "examples"
+    parts = ["the loss"]
+    if "rewards/accuracies" in there:
+      parts.append(
+        "the accuracy, the share whose chosen completion has the higher "
+        "implicit reward (in brackets Wilson's 95% interval, over prompts "
+        "where a prompt has several comparisons)"
+      )
+    if there & {*measures.DRIFT}:
+      parts.append("Δ log p, the mean of log π − log π_ref, in nats")
+    elif there & {*measures.DRIFT.values()}:
+      parts.append("the mean of log p, in nats")
+    said.append(f"Of the held-out {what}: {_listed(parts)}.")
   if "ended" in there:
     said.append(
       "share ended: of the samples, those that ended before the limit."
     )
   return said
+
+
+def _listed(parts):
+  """`a; b; and c`."""
+  *others, last = parts
+  return "; ".join([*others, f"and {last}" if others else last])
 
 
 def score(sweep, sample):

@@ -219,10 +219,13 @@ def _lines(path):
   return [row for _, row in files.jsonl(path) if isinstance(row, dict)]
 
 
-def _curves(path):
-  """{metric: (steps, values)} of the lines of kind "train", then "eval"."""
+def curves(rows):
+  """{metric: (steps, values)} of rows of kind "train", then "eval".
+
+  Those of "eval" are called "held_out/NAME"; what is no finite number is NaN.
+  """
   curves = {}
-  rows = [row for row in _lines(path) if number(row.get("step")) is not None]
+  rows = [row for row in rows if number(row.get("step")) is not None]
   for kind, prefix in (("train", ""), ("eval", "held_out/")):
     logged = [row for row in rows if row.get("kind") == kind]
     steps = [row["step"] for row in logged]
@@ -236,7 +239,7 @@ def _curves(path):
 _READERS = {
   "evaluation.json": _json,
   "samples.jsonl": _lines,
-  "metrics.jsonl": _curves,
+  "metrics.jsonl": lambda path: curves(_lines(path)),
 }
 
 

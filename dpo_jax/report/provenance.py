@@ -31,16 +31,17 @@ def facts(sweep):
   # Fields that differ come first: they are what the sweep is about.
   named = dict.fromkeys(key for config in configs for key in config)
   values = {
-    key: [_text(c[key]) if key in c else "–" for c in configs]
+    key: [_text(c[key]) if key in c else "–" if c else UNKNOWN for c in configs]
     for key in named
     if key not in _SEEDS
   }
   values = {
     key: texts
     for key, texts in values.items()
-    if len(set(texts)) > 1 or (key in _FROM and texts[0] != "null")
+    for known in [{*texts} - {UNKNOWN}]
+    if len(known) > 1 or (key in _FROM and known != {"null"})
   }
-  if not all(configs):
+  if not any(configs):
     values = {"config": [UNKNOWN] * len(configs)}
   values |= {key: [row[key] for row in rows] for key in rows[0]}
   alike = [(k, v[0]) for k, v in values.items() if len(set(v)) == 1]

@@ -53,7 +53,7 @@ def mesh_of(config):
 
 
 def setup_on(config, mesh, mode):
-  """The Setup of a config on a mesh, in a mode of run.MODES."""
+  """The Setup of a config on a mesh, in a mode of parallel.run.MODES."""
   data, points = load.plain(config.data), config.sweep.together
   model, tokenizer = model_lib.build(
     config.model.to_dict(),
@@ -135,6 +135,7 @@ def prepare(config):
       f"algo = {config.algo!r} samples its own: set ref = 'frozen'"
     )
   total = total_steps(config, source.epoch)
+  checks.last_step(total, source.boundary, config.algo)
   optimizer = optim.make(config.optim, total)
   shapes = trained_lib.trained_shapes(setup)
   checks.freeze(config.optim.freeze, shapes, optimizer)
@@ -203,8 +204,9 @@ FEEDS = dict.fromkeys(comparisons.FORMS, loader_feed)
 
 def held_out_of(config, setup, algorithm):
   """The HeldOut of a config; None if it names no data.eval."""
-  if config.data.eval is None or not algorithm.held_out:
+  if config.data.eval is None:
     return None
+  checks.held_out(config, algorithm.held_out)
   rows = mesh_lib.row_parallelism(setup.mesh)
   read = functools.partial(
     feed.load, setup, algorithm, config.data.eval, "data.eval", rows

@@ -1,5 +1,7 @@
 """What a config must satisfy before it is built; `values` needs no jax."""
 
+import itertools
+
 from dpo_jax import lookup
 from dpo_jax.config import fields, saved
 from dpo_jax.data.read import sources
@@ -149,6 +151,31 @@ def pmap(options):
 
   if jax.process_count() > 1:
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
+
+
+def held_out(config, measured):
+  """Refuses data.eval of an algorithm by which nothing is `measured` on it."""
+  if not measured:
+    raise ValueError(
+      f"data.eval = {config.data.eval!r} has no effect with algo = "
+      f"{config.algo!r}, which measures nothing held out: set it to None"
+    )
+
+
+def last_step(total, boundary, algo):
+  """Refuses a run that ends where its feed cannot start again.
+
+  Args:
+    total: updates.
+    boundary: of its feed.Feed.
+    algo: of the config.
+  """
+  if not boundary(total):
+    later = next(filter(boundary, itertools.count(total)))
+    raise ValueError(
+      f"{total} steps end inside an iteration of algo = {algo!r}, where a "
+      f"checkpoint would lose what was drawn; set train.steps = {later}"
+    )
 
 
 def freeze(patterns, params, optimizer):

@@ -155,8 +155,8 @@ def _available(mesh):
   if jax.process_count() == 1:
     return mine
   # In MiB: f32 is what a gather keeps for certain.
-  found = np.float32(0 if mine is None else mine // 2**20)
-  least = int(multihost_utils.process_allgather(found).min())
+  known = np.float32(0 if mine is None else mine // 2**20)
+  least = int(multihost_utils.process_allgather(known).min())
   return least * 2**20 or None
 
 
@@ -166,7 +166,8 @@ def _fixed(setup, optimizer, extra):
   updated, _ = tree.split(shapes, optimizer.trains)
   moments = jax.eval_shape(optimizer.tx.init, updated)
   slots = tree.nbytes(moments) / tree.nbytes(updated)
-  kept = trained_lib.sharded(setup, jax.eval_shape(extra, shapes))
+  kept = {"extra": jax.eval_shape(extra, shapes)}  # as it lies in the state
+  kept = trained_lib.sharded(setup, kept)
   # Parameters, also those that are not updated; then what there is of the rest.
   of_a_point = _of_shards(shapes) + _of_shards(kept)
   of_a_point += (2 + slots) * _of_shards(updated)

@@ -66,8 +66,8 @@ def history(workdir):
 def _shown(metrics):
   """`loss 0.6123, accuracy 0.75` of metrics, as far as they are there."""
   names = {"loss": "loss", "rewards/accuracies": "accuracy"}
-  found = {name: metrics.get(key) for key, name in names.items()}
-  return ", ".join(f"{k} {v:.4g}" for k, v in found.items() if v is not None)
+  values = {name: metrics.get(key) for key, name in names.items()}
+  return ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
 
 
 class Recorder:
@@ -190,9 +190,11 @@ class Recorder:
   def _check(self, logged):
     limit = self._run.rhythm.max_skipped
     if logged and logged["skipped"] >= limit:
+      saved = self._checkpoints.steps()
+      kept = f"step {saved[0]} is kept" if saved else "nothing was saved yet"
       self._failure = FloatingPointError(
-        f"{logged['skipped']:.0f} updates in a row were not finite; the last "
-        f"checkpoint is kept in {self._workdir}"
+        f"{logged['skipped']:.0f} updates in a row were not finite; {kept} in "
+        f"{self._workdir}"
       )
 
 

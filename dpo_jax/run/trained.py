@@ -209,14 +209,14 @@ def initial(setup):
   if setup.base is not None:
     return setup.base
   source = setup.source
-  checkpoint_there = pretrained(source.spec)
+  published = pretrained(source.spec)
   if source.adapter is not None:
-    if checkpoint_there is None or origin.parse(source.spec)[0] != "hf":
+    if published is None or origin.parse(source.spec)[0] != "hf":
       raise ValueError("init_adapter needs its base: init_from = 'hf:…'")
-    params = hf.load(checkpoint_there, model_shapes(setup), "float32")
-    params = _with_peft(setup, checkpoint_there, params)
-  elif checkpoint_there is not None:
-    return hf.load(checkpoint_there, model_shapes(setup), source.held)
+    params = hf.load(published, model_shapes(setup), "float32")
+    params = _with_peft(setup, published, params)
+  elif published is not None:
+    return hf.load(published, model_shapes(setup), source.held)
   elif source.spec is not None:
     params = _of_run(setup)
   else:
@@ -237,9 +237,9 @@ def _of_run(setup):
   """The policy of another run, in f32; an adapter is merged into its base."""
   folder = setup.source.spec
   trained, source, asked = setup.source.run
-  there = setup._replace(trained=trained, source=source, asked=asked)
-  base = initial(there) if trained.on_base else None
-  return merged(there, base, restored(there, base, folder, "init_from"))
+  other = setup._replace(trained=trained, source=source, asked=asked)
+  base = initial(other) if trained.on_base else None
+  return merged(other, base, restored(other, base, folder, "init_from"))
 
 
 def merged(setup, base, params):
@@ -266,12 +266,12 @@ def restored(setup, base, workdir, field="the run"):
   return checkpoint.load_params(workdir, trained_shapes(setup), field)
 
 
-def _with_peft(setup, checkpoint_there, params):
+def _with_peft(setup, published, params):
   """Parameters in f32 with the PEFT adapter of init_adapter merged in."""
   shapes = model_shapes(setup)
   adapter, _, factor = peft.read(
     origin.folder(origin.parse(setup.source.adapter)[1], "init_adapter"),
-    families.find(checkpoint_there.raw).table,
+    families.find(published.raw).table,
     setup.model.config,
     {path: x.shape for path, x in tree.named(shapes)},
     setup.model.vocab_size,

@@ -158,7 +158,7 @@ class Logger:
     """Takes the (device) metrics of step `number`, counted from 1.
 
     Args:
-      stats: data.loader.Stats of the batch.
+      stats: data.batch.loader.Stats of the batch.
       flops: needed FLOPs of the step.
     Returns: what `flush` does, for a step before this one; or for this one, if
       its metrics are there already.

@@ -180,13 +180,13 @@ def sums(algorithm, *, axis_name):
 
   def evaluate(state, batch, hparams):
     batch = algorithm.prepare(batch, state.frozen, state.extra)
-    found = algorithm.features(
+    features = algorithm.features(
       state.params, state.frozen, batch, hparams, base.rng_of(0)
     )
     axis = axis_name
     if algorithm.batch_level:
-      found, axis = reduce.gather_rows(found, axis), None
-    terms = _merged(algorithm.combine(*found, state.extra, hparams))
+      features, axis = reduce.gather_rows(features, axis), None
+    terms = _merged(algorithm.combine(*features, state.extra, hparams))
     out = reduce.numerators(terms), reduce.denominators(terms)
     return reduce.psum(out, axis)
 

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from dpo_jax import algos, loop
+from dpo_jax import algos, loop, notebook, sweeps
 from dpo_jax.algos import base, preference
 from dpo_jax.config import load
 from dpo_jax.data.batch import loader, rows
@@ -56,7 +56,10 @@ def make(config, apply):
       preference.reference_logps, apply=apply, outputs=False
     ),
     heads=("value",),
-    extra=lambda params: {"coefficient": jnp.float32(0.1)},
+    extra=lambda params: {
+      "coefficient": jnp.float32(0.1),
+      "kls": jnp.zeros(2),
+    },
     update=follow,
     held_out=False,
   )
@@ -103,7 +106,10 @@ def follow(extra, params, step, metrics):
   """The adaptive coefficient of arXiv:1909.08593 section 2.2."""
   del params, step
   error = jnp.clip(metrics["objective/kl"] / 0.1 - 1, -0.2, 0.2)
-  return {"coefficient": extra["coefficient"] * (1 + 0.1 * error)}
+  return {
+    "coefficient": extra["coefficient"] * (1 + 0.1 * error),
+    "kls": jnp.roll(extra["kls"], 1).at[0].set(metrics["objective/kl"]),
+  }
 
 
 # ── The feed: one function, one line in FEEDS ────────────────────────────────
@@ -326,6 +332,36 @@ def expected_reward(setup, params):
   logps = base.token_logps(setup.model.apply, params, batch)
   scored = base.scored_mask(batch)
   return float(np.exp(logps)[np.asarray(scored)].sum() / len(PROMPTS))
+
+
+@pytest.mark.parametrize(
+  ("override", "said"),
+  [
+    ("train.steps=10", r"10 steps end inside .* set train\.steps = 12$"),
+    ("data.eval=toy:8", r"data\.eval = 'toy:8' has no effect with algo"),
+  ],
+)
+def test_what_a_run_on_policy_cannot_have_is_refused(override, said, tmp_path):
+  with pytest.raises(ValueError, match=said):
+    loop.fit(config_of(override), tmp_path)
+
+
+def test_points_on_policy_share_no_batches(tmp_path):
+  """Those of two policies at once would be drawn from neither."""
+  points = [{"loss.value_weight": weight} for weight in (0.5, 0.1)]
+  with pytest.raises(ValueError, match=r"together = 2: the batches of algo"):
+    sweeps.sweep(config_of("sweep.together=2"), points, tmp_path)
+  assert not list(tmp_path.glob("value_weight*"))
+  with pytest.raises(ValueError, match="'toy prompts' depend on the policy"):
+    next(notebook.batches(config_of()))
+
+
+def test_a_notebook_steps_an_algorithm_with_heads_on_a_mesh():
+  config = config_of("train.steps=4", *WAYS["2x2x2"])
+  apply, params = notebook.build(config)
+  step, state = notebook.train_step(config, apply, params)
+  _, state, _ = notebook.parallelize(config, step, state)
+  assert state.params["value"]["kernel"].sharding.is_fully_replicated
 
 
 def test_a_signal_between_boundaries_is_obeyed_at_the_next(

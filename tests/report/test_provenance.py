@@ -122,6 +122,19 @@ def test_a_run_that_is_not_evaluated_has_its_config_all_the_same(tmp_path):
   assert body[0][heads.index("commit")] == "not recorded"
 
 
+def test_a_run_that_has_not_begun_hides_nothing_of_the_others(tmp_path):
+  build(tmp_path, betas=(0.1, 1.0, 5.0))
+  for path in (tmp_path / "b5.0").iterdir():
+    path.unlink()
+  _, heads, body = provenance.facts(folder.read(tmp_path))
+  assert heads[1:3] == ["loss.beta", "data.train"]
+  assert [row[1:3] for row in body] == [
+    ("0.1", "<my>.jsonl"),
+    ("1.0", "<my>.jsonl"),
+    ("not recorded", "not recorded"),
+  ]
+
+
 def test_the_page_and_the_markdown_show_it_as_text(tmp_path):
   build(tmp_path)
   record(tmp_path, 1.0, config=config_of(1.0, init_from="<b>|x"))

@@ -89,7 +89,7 @@ def describe(name, where, shapes, heads, splits, **facts):
   Args:
     name: model.attention of the config.
     where: of `platform`.
-    shapes: data.rows.Shape of each kind of batch.
+    shapes: data.batch.rows.Shape of each kind of batch.
     heads: N.
     splits: devices and microbatches that share the rows, and the heads.
     **facts: see `why_not`.
