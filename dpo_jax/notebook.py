@@ -277,14 +277,10 @@ def sample(
   given = tokenize.prompts(texts, setup.tokenizer, setup.data, policy)
   generate.check(scorers, given)
   params = _policy(setup, workdir, params)
-  drawn = generate.draws(setup, params, given)
-  return [
-    row
-    for batch in drawn
-    for row in generate.describe(
-      batch, scorers, options.draws, setup.tokenizer.bos_id
-    )
-  ]
+  bos, rows = setup.tokenizer.bos_id, []
+  for batch in generate.draws(setup, params, given):
+    rows += generate.describe(batch, scorers, options.draws, bos)
+  return rows
 
 
 def evaluate(run, overrides=None, *, params=None):
