@@ -415,12 +415,12 @@ CHAT = (
 WORDS = ("<s>", "</s>", "a", "film", "<end>", "of", "warm", "dull", "the", "is")
 
 
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}"])
 def test_the_prompts_of_earlier_samples_are_the_same_prompts_again(
-  codes, tmp_path
+  begin, codes, tmp_path
 ):
   """The template wrote them: no BOS comes in front, and no audit objects."""
-  chatml = CHAT.replace("<s>", "<|im_start|>").replace("<end>", "<|im_end|>")
-  folder = templates.write(tmp_path, chatml)
+  folder = templates.write(tmp_path, begin + templates.CHATML)
   path = tmp_path / "chats.jsonl"
   talks = [[{"role": "user", "content": text}] for text in ("warm?", "clever?")]
   path.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in talks))

@@ -140,7 +140,8 @@ def _writes_specials(record, example, tokenizer):
     prompt = example.prompt
     if prompt[0] == tokenizer.bos_id or prompt == [tokenizer.eos_id]:
       prompt = prompt[1:]
-    texts = [prompt] if record.bos else []  # else a chat template wrote it
+    # A chat template may have written the prompt, of samples too.
+    texts = [prompt] if record.bos and not record.tokens else []
     for ids in example.completions:
       texts.append(ids[:-1] if ids[-1] in tokenizer.end_ids else ids)
   else:
