@@ -206,8 +206,8 @@ def load_run(workdir):
   """
   workdir = epath.Path(workdir)
   if (workdir / "sweep.json").exists():
-    about = store.read_json(workdir / "sweep.json")
-    names = ", ".join(str(workdir / p["folder"]) for p in about["points"])
+    runs = sorted(path.parent for path in workdir.glob("*/config.json"))
+    names = ", ".join(map(str, runs))
     raise ValueError(
       f"{workdir} is the folder of a sweep: load one of its runs ({names}), or "
       "see them together by dj.report"

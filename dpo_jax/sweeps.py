@@ -7,7 +7,7 @@ import json
 import jax
 from etils import epath
 
-from dpo_jax import loop
+from dpo_jax import loop, store
 from dpo_jax.algos import base, terms
 from dpo_jax.config import load, saved
 from dpo_jax.eval import evaluation, rewards
@@ -271,4 +271,5 @@ def _describe(config, configs, overrides, names, workdir):
     "reference": "reference" if sampled else None,
     "notes": notes,
   }
-  (workdir / "sweep.json").write_text(json.dumps(about, indent=2) + "\n")
+  text = json.dumps(about, indent=2) + "\n"
+  store.write(workdir / "sweep.json", text.encode())

@@ -143,6 +143,7 @@ def test_bad_records_are_skipped_and_counted_if_the_config_says_so(
     ("--config.train.epochs=-1", "train.epochs = -1.0 must be above 0"),
     ("--config.optim.clip_norm=-1", "optim.clip_norm = -1.0 must be above 0"),
     ("--config.optim.warmup=-1", "optim.warmup = -1 must be at least 0"),
+    ("--config.optim.decay=1", "optim.decay = 1.0 must be below 1"),
     ("--config.model.head_chunk=0", "head_chunk = 0 must be at least 1"),
     ("--config.model.window=0", "model.window = 0 must be at least 1"),
     ("--config.mesh.fsdp=0", "mesh.fsdp = 0 must be at least 1"),

@@ -13,7 +13,7 @@ import sys
 import pytest
 from matplotlib import text as text_lib
 
-from dpo_jax import report
+from dpo_jax import notebook, report
 from dpo_jax.report import content, figures, folder, markdown
 
 BETAS = (5.0, 0.05, 0.1, 1.0)  # not in their order
@@ -360,6 +360,15 @@ def test_markdown_names_pictures_that_exist(whole):
   for name in names:
     assert (whole / name).read_bytes().startswith(b"\x89PNG")
   assert report.table(report.rows(whole), "markdown") in text
+
+
+@pytest.mark.parametrize("content", ["{}", '{"title": "x", "points": 3}'])
+def test_a_sweep_that_names_no_points_is_damaged(content, tmp_path):
+  (tmp_path / "sweep.json").write_text(content)
+  with pytest.raises(ValueError, match=r"sweep\.json is damaged: .*no points"):
+    report.write(tmp_path)
+  with pytest.raises(ValueError, match="is the folder of a sweep"):
+    notebook.load_run(tmp_path)
 
 
 def test_a_folder_without_a_sweep_says_which_command_makes_one(tmp_path):

@@ -23,12 +23,14 @@ class Field(NamedTuple):
     least: least value of a number; None is 1 of a whole number, and anything
       above 0 of another.
     most: greatest value of a share; None where there is none.
+    below: what a number must be less than; None for nothing.
   """
 
   decides: str
   optional: bool = False
   least: float | None = None
   most: float | None = None
+  below: float | None = None
 
 
 SHARE = Field(KEEP, optional=True, least=0, most=1)
@@ -67,6 +69,10 @@ FIELDS = {
   "lora.base": Field(POLICY),
   "tokenizer": Field(POLICY),
   "optim.": Field(POLICY),
+  # Of moving averages: at 1 they would never move.
+  "optim.decay": Field(POLICY, least=0, below=1),
+  "optim.b1": Field(POLICY, least=0, below=1),
+  "optim.b2": Field(POLICY, least=0, below=1),
   "optim.warmup": Field(POLICY, least=0),
   "optim.clip_norm": Field(POLICY, optional=True),
   "optim.weight_decay": Field(POLICY, least=0),

@@ -129,7 +129,12 @@ def read(workdir):
       f"{workdir} holds no sweep (sweep.json is missing); {command} makes one"
     )
   about = _json(workdir / "sweep.json")
-  points = about["points"]
+  points = about.get("points")
+  if not isinstance(points, list) or "title" not in about:
+    raise ValueError(
+      f"{workdir / 'sweep.json'} is damaged: it names no points; {command} "
+      "writes it again"
+    )
   axis = _axis([_without_seeds(point) for point in points])
   if axis:
     points = sorted(points, key=lambda point: point["overrides"][axis])

@@ -40,6 +40,8 @@ def _numbers(config):
       if row.least is None:
         bound = f"must be in (0, {row.most}]"
       raise ValueError(f"{path} = {value} {bound}")
+    if row.below is not None and value >= row.below:
+      raise ValueError(f"{path} = {value} must be below {row.below}")
 
 
 def _rules(c):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from dpo_jax import tree
+from dpo_jax import store, tree
 from dpo_jax.data.read import files
 from dpo_jax.models import config as model_config
 from dpo_jax.parallel import mesh as mesh_lib
@@ -99,7 +99,7 @@ class Recorder:
     )
     if first:
       resolved = json.dumps(asked, indent=2) + "\n"
-      (epath.Path(workdir) / "config.json").write_text(resolved)
+      store.write(epath.Path(workdir) / "config.json", resolved.encode())
     self._logger.say(f"{name}{run.about[0]}")
 
   @property
