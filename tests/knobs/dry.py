@@ -87,6 +87,9 @@ def training(plan):
     def restore(self, state, identity):
       return None
 
+    def steps(self):
+      return []
+
     def save(self, state, identity, *, wait):
       events.append(("save", state.step))
 
