@@ -130,7 +130,7 @@ def test_a_loss_of_ones_own_logs_margins_and_is_refused_when_changed(
   text = shown(executed("2_your_own_loss", tmp_path, monkeypatch))
   assert "'rewards/margins'" in text
   assert "the code of LOSSES['mine']" in text
-  assert "<run runs/mine; step 40" in text
+  assert "<run runs/own_loss; step 40" in text
 
 
 @pytest.mark.slow
