@@ -127,13 +127,12 @@ class Fields:
   def silent(self, name):
     """Whether a field that nothing reads changes nothing, by the rules."""
     value = self._values.get(name)
-    off = value is False and _OFF.fullmatch(name)
+    if value in (None, "", [], {}) or _SILENT.fullmatch(name):
+      return True
+    if value is False:
+      return _OFF.fullmatch(name) is not None
     words = value if isinstance(value, list) else [value]
-    words = all(isinstance(x, str) for x in words) and not _PARTS.fullmatch(
-      name
-    )
-    nothing = value in (None, "", [], {})
-    return nothing or off or words or _SILENT.fullmatch(name)
+    return all(isinstance(x, str) for x in words) and not _PARTS.fullmatch(name)
 
 
 def only(where, name, value, allowed):

@@ -67,16 +67,17 @@ def open_folder(folder):
     family = families.find(raw)
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
-  files, shapes = _files(folder), {}
+  files, shapes, types = _files(folder), {}, {}
   for file in files:
     header = _header(file)
-    twice = sorted(shapes.keys() & header.keys())
+    twice = sorted(types.keys() & header.keys())
     if twice:
       raise ValueError(
         f"{folder}: {twice[0]} is in two files, {file.name} and one before it; "
         "delete those of an older checkpoint"
       )
-    shapes |= header
+    shapes |= {name: shape for name, (shape, _) in header.items()}
+    types |= {name: (kind, file) for name, (_, kind) in header.items()}
   _warn_of_code(folder, raw)
   bare = not any(name.startswith(family.prefix) for name in shapes)
   ignored = {name for name in shapes if re.search(_BUFFERS, name)}
@@ -85,7 +86,7 @@ def open_folder(folder):
     _check_tied(folder, files, min(heads), family)
     ignored |= heads
   names = {n: n for n in shapes if n not in ignored}
-  _check_types(files, names)
+  _check_types({name: types[name] for name in names})
   if bare:
     outside = ("lm_head.", "embed_out.")  # of the prefix
     names = {
@@ -138,21 +139,18 @@ def generation(folder, raw):
   return found
 
 
-def _check_types(files, names):
+def _check_types(types):
   """Raises ValueError for tensors of integers or of 8 bits: they have scales.
 
-  Args: safetensors files, and the names of what is read.
+  Args: {name: (type, file)} of what is read.
   """
-  for file in files:
-    with safetensors.safe_open(file, "np") as tensors:
-      for name in names.keys() & set(tensors.keys()):
-        kind = tensors.get_slice(name).get_dtype()
-        if kind not in _FLOATS:
-          raise ValueError(
-            f"{file}: {name} is of the type {kind} (allowed: "
-            f"{', '.join(_FLOATS)}): quantised weights are not supported; take "
-            "the unquantised checkpoint, and lora.base = 'int8' or 'nf4'"
-          )
+  for name, (kind, file) in types.items():
+    if kind not in _FLOATS:
+      raise ValueError(
+        f"{file}: {name} is of the type {kind} (allowed: "
+        f"{', '.join(_FLOATS)}): quantised weights are not supported; take "
+        "the unquantised checkpoint, and lora.base = 'int8' or 'nf4'"
+      )
 
 
 def _check_tied(folder, files, head, family):
@@ -222,12 +220,13 @@ def _indexed(folder, index):
 
 
 def _header(file):
-  """{name: shape} of a safetensors file."""
+  """{name: (shape, type)} of a safetensors file."""
   try:
     with safetensors.safe_open(file, "np") as tensors:
+      parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
       return {
-        name: tuple(tensors.get_slice(name).get_shape())
-        for name in tensors.keys()  # noqa: SIM118 (not a dict)
+        name: (tuple(part.get_shape()), part.get_dtype())
+        for name, part in parts.items()
       }
   except Exception as error:  # the library raises its own kinds
     raise ValueError(f"{file} is damaged or cut short: {error}") from error

@@ -260,10 +260,9 @@ def _check_targets(about, file, tensors, inner, outer):
   )
   absent = []
   # "all-linear" is all of the layers, and nothing outside of them.
-  names = targets if isinstance(targets, list) else [targets]
+  names = [targets] if isinstance(targets, str) else targets or []
   for target in names:
-    pattern = None if target is None else [target]
-    pattern = targets if isinstance(targets, str) else pattern
+    pattern = target if isinstance(targets, str) else [target]
     aimed = [m for m in modules if target == "all-linear" or _named(m, pattern)]
     lacks = [
       m
@@ -276,8 +275,7 @@ def _check_targets(about, file, tensors, inner, outer):
         f"{file}: {_PREFIX}{lacks[0]}.lora_A.weight is missing, though "
         f"adapter_config.json names {target!r} in target_modules"
       )
-    held = pattern and any(_named(_module(n), pattern) for n in tensors)
-    if target is None or aimed or held:
+    if aimed or any(_named(_module(n), pattern) for n in tensors):
       continue
     absent.append(target)
     if len(absent) == len(names) or any(_named(m, pattern) for m in outer):

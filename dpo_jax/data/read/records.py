@@ -98,7 +98,7 @@ def _there(row):
     k: v
     for k, v in row.items()
     if v is not None
-    and not (isinstance(v, list) and v and not any(x is not None for x in v))
+    and not (isinstance(v, list) and v and all(x is None for x in v))
   }
 
 

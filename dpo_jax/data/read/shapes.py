@@ -14,10 +14,9 @@ from typing import NamedTuple
 from dpo_jax.data.read import fields, wording
 
 _TURN = "\n\nAssistant:"
-# Whether answer A is the better one, as tables write it.
-_FIRST = {"1": True, "1.0": True, "true": True}
-_FIRST |= {"0": False, "0.0": False, "false": False}
 _TRUTH = {"true": True, "false": False}
+# Whether answer A is the better one, as tables write it.
+_FIRST = {**_TRUTH, "1": True, "1.0": True, "0": False, "0.0": False}
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
