@@ -8,6 +8,7 @@ from ml_collections import config_dict
 from dpo_jax import lookup
 from dpo_jax.configs import losses
 from dpo_jax.models import config as model_config
+from dpo_jax.ops import rl
 from dpo_jax.train import optimizers
 
 loss = losses.loss
@@ -93,6 +94,41 @@ def lora():
   o.rank_stabilised = False  # or alpha / √r
   o.targets = (r"(attn|mlp)/\w+/kernel$",)  # path regexes of adapted kernels
   o.base = "float32"  # how the base is held: float32, bfloat16, int8, nf4
+  return o
+
+
+def policy_gradient(name):
+  """config.loss for an estimator of ops.rl."""
+  row = lookup.lookup(rl.ESTIMATORS, name, "loss")
+  return config_dict.ConfigDict({"name": name, **row.defaults})
+
+
+def rollout(estimator="ppo"):
+  """config.rollout: an iteration draws `draws` for each of `prompts` prompts
+  of data.train, and trains on them `epochs` times."""
+  row = lookup.lookup(rl.ESTIMATORS, estimator, "loss")
+  o = config_dict.ConfigDict()
+  o.scorer = config_dict.placeholder(str)  # the reward, see eval/rewards.py
+  o.prefix = config_dict.placeholder(tuple)  # (2, 8): beginnings, as sample's
+  o.prompts = 64  # of an iteration: a multiple of data.batch_size
+  o.draws = 4 if row.group else 1  # completions of each
+  o.epochs = 1 if row.group else 4  # passes over an iteration
+  o.batch_size = 256  # completions drawn at once
+  o.temperature = 1.0  # of sampling, and of every log-prob
+  o.seed = 0  # of the draws
+  # Of a completion that is cut at data.max_completion_length: keep its score,
+  # replace it by missing_score, or subtract that.
+  o.missing_end = "keep"
+  o.missing_score = config_dict.placeholder(float)
+  # The coefficient of the KL penalty, loss.beta, aims at this sequence KL
+  # (nats); kl_horizon: completions over which it does. None: it is fixed.
+  o.kl_target = config_dict.placeholder(float)
+  o.kl_horizon = config_dict.placeholder(int)
+  # Approximate KL (nats per token) that ends an iteration early, or None.
+  o.kl_stop = config_dict.placeholder(float)
+  # The critic: a head on the policy's trunk, on a copy of its own, or none.
+  o.critic = "head" if row.critic else "none"
+  o.warmup = 0  # iterations in which the critic alone learns
   return o
 
 

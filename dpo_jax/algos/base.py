@@ -42,6 +42,12 @@ def no_update(extra, params, step, metrics):
   return extra
 
 
+def always(extra):
+  """For algorithms whose every update applies."""
+  del extra
+  return jnp.bool_(True)
+
+
 def no_preparation(batch, frozen, extra):
   """For algorithms that need nothing beside the batch."""
   del frozen, extra
@@ -52,8 +58,8 @@ class Algorithm(NamedTuple):
   """An algorithm as pure functions, and what it needs of a run.
 
   Attributes:
-    data: what its batches are made of, a key of run.feed.FEEDS: "sft", a kind
-      of comparison (losses.Loss.data), or a feed that samples the policy.
+    data: what its batches are made of, a key of run.build.FEEDS: "sft", a kind
+      of comparison (losses.Loss.data), or "prompts", which the policy answers.
     features: (params, frozen, batch, hparams, rng) -> (moving, fixed), trees of
       arrays whose first axis is the rows; `moving` is differentiated. `rng` is
       of the update: fold the example's id into it.
@@ -63,12 +69,18 @@ class Algorithm(NamedTuple):
     needs: names of what it reads beside log-probs, see losses.Loss.needs.
     heads: names of scalar heads that it trains beside the model's tree; with
       any, `params` is {"model": …, "value": …}, see run.trained.with_heads.
+    copies: names of further models that it trains beside the policy, each as
+      the policy is, see run.trained.with_copies.
     batch_level: the examples of a batch are coupled, so `combine` must see the
       features of the whole global batch at once.
     extra: trained parameters -> what the state keeps between steps.
     update: (extra, trained parameters, steps done, metrics) -> extra, after an
       update; metrics are those of the whole batch. An update that is refused
       for not being finite changes nothing of it.
+    applies: extra -> whether the next update changes parameters.
+    advantages: of "prompts": (scores, drawn, mask, extra) -> extra arrays of
+      tokens for the steps of an iteration, see policy_gradient.advantages; None
+      compares the completions of a prompt by their scores.
     first: (hparams, largest |Δ|) -> (lowest, at Δ = 0, highest) loss at step 0,
       where policy = reference up to rounding; None if that depends on data.
     held_out: whether data.eval is measured by `combine`.
@@ -81,9 +93,12 @@ class Algorithm(NamedTuple):
   prepare: Callable = no_preparation
   needs: frozenset = frozenset()
   heads: tuple = ()
+  copies: tuple = ()
   batch_level: bool = False
   extra: Callable = no_extra
   update: Callable = no_update
+  applies: Callable = always
+  advantages: Callable | None = None
   first: Callable | None = None
   held_out: bool = True
   code: dict = {}  # noqa: RUF012 - a constant
@@ -184,6 +199,25 @@ def _scored(batch):
 def completion_sums(values, batch):
   """Sums f32[R, S] over each completion: f32[R, P·C]."""
   return logprobs.completion_logps(values, batch["target_slot"], slots(batch))
+
+
+def slot_sums(values, slots, count):
+  """Sums f32[R, S] over each of `count` slots: f32[R, count]."""
+  return logprobs.completion_logps(values, slots, count)
+
+
+def head_values(head, hidden, batch):
+  """f32[R, S] of a scalar head where each scored token is predicted.
+
+      hidden · kernel + bias
+
+  Args:
+    head: {"kernel": [D], "bias": []}, see run.trained.with_heads.
+    hidden: [R, T, D].
+  """
+  at = jnp.take_along_axis(hidden, batch["source_index"][..., None], axis=1)
+  values = at.astype(jnp.float32) @ head["kernel"] + head["bias"]
+  return jnp.where(scored_mask(batch), values, 0.0)
 
 
 def lengths(batch):

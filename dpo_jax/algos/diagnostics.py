@@ -82,12 +82,22 @@ def derived(means, totals):
   """Metrics with what follows from means over all comparisons.
 
   For each accuracy its 95 % Wilson interval; one calibration error,
-  Σ_k |mean excess in bin k|, for the bins. What nothing had weight for is NaN.
+  Σ_k |mean excess in bin k|, for the bins; of a critic 1 − Var(error) /
+  Var(return). What nothing had weight for is NaN.
 
   Args: {name: mean} and {name: Σ weights}.
   Returns: {name: value}.
   """
   metrics, errors = {}, {}
+  explained = "value/explained_variance"
+  if f"{explained}/error" in means:
+    means = dict(means)
+    error, square, average, average_square = (
+      means.pop(f"{explained}/{part}")
+      for part in ("error", "error_square", "return", "return_square")
+    )
+    spread = average_square - jnp.square(average)
+    metrics[explained] = 1 - (square - jnp.square(error)) / spread
   for name, mean in means.items():
     prefix, bins, _ = name.rpartition("calibration/")
     if bins:

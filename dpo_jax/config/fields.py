@@ -4,6 +4,7 @@ A run that resumes, an evaluation and an export compare what fields decide; the
 checks of numbers, and the tests of dead knobs, read the rest.
 """
 
+import math
 from typing import NamedTuple
 
 # What a field decides.
@@ -113,6 +114,22 @@ FIELDS = {
   "sample.scorers": Field(MEASURE),
   "sample.labelled": Field(MEASURE, optional=True),
   "sample.labels": Field(MEASURE),
+  "rollout": Field(POLICY, optional=True),
+  "rollout.scorer": Field(POLICY, optional=True),
+  "rollout.prefix": Field(POLICY, optional=True),
+  "rollout.prompts": Field(POLICY),
+  "rollout.draws": Field(POLICY),
+  "rollout.epochs": Field(POLICY),
+  "rollout.batch_size": Field(POLICY),
+  "rollout.temperature": Field(POLICY),
+  "rollout.seed": Field(POLICY, least=0),
+  "rollout.missing_end": Field(POLICY),
+  "rollout.missing_score": Field(POLICY, optional=True, least=-math.inf),
+  "rollout.kl_target": Field(POLICY, optional=True),
+  "rollout.kl_horizon": Field(POLICY, optional=True),
+  "rollout.kl_stop": Field(POLICY, optional=True),
+  "rollout.critic": Field(POLICY),
+  "rollout.warmup": Field(POLICY, least=0),
   "sweep.together": Field(HOW),
   "train.steps": Field(LENGTH, optional=True),
   "train.epochs": Field(LENGTH),

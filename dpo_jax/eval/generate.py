@@ -27,6 +27,7 @@ class Draw(NamedTuple):
     completion: text.
     ids: as drawn, with the end if it came.
     finished: whether it came within the limit.
+    logps: of each of `ids` as it was drawn, in nats.
   """
 
   id: int
@@ -35,6 +36,7 @@ class Draw(NamedTuple):
   completion: str
   ids: list[int]
   finished: bool
+  logps: list[float]
 
 
 def prompts(setup):
@@ -93,7 +95,7 @@ def check(scorers, given):
       reads([text for text, _ in given])
 
 
-def draws(setup, params, given, *, skip=0):
+def draws(setup, params, given, *, skip=0, first=0):
   """Yields batches of Draws, in order.
 
   A completion depends on its prompt, its id and sample.seed, not on the batch
@@ -104,6 +106,7 @@ def draws(setup, params, given, *, skip=0):
     params: placed parameters of the policy.
     given: list of (text, ids), as `prompts` returns.
     skip: draws that are there already.
+    first: number of the first prompt.
   """
   if jax.process_count() > 1:
     raise ValueError("sampling runs in one process; sample the run afterwards")
@@ -112,7 +115,7 @@ def draws(setup, params, given, *, skip=0):
   size = -(-options.batch_size // ways) * ways
   work = [
     (n * options.draws + k, text, ids)
-    for n, (text, ids) in enumerate(given)
+    for n, (text, ids) in enumerate(given, first)
     for k in range(options.draws)
   ][skip:]
   longest = max(len(ids) for _, ids in given)
@@ -143,7 +146,8 @@ def draws(setup, params, given, *, skip=0):
       ids = out.tokens[i, : out.lengths[i]].tolist()
       completion = tokenize.continuation(setup.tokenizer, prompt_ids, ids)
       done = bool(out.finished[i])
-      batch.append(Draw(number, text, prompt_ids, completion, ids, done))
+      logps = out.logps[i, : out.lengths[i]].tolist()
+      batch.append(Draw(number, text, prompt_ids, completion, ids, done, logps))
     yield batch
 
 

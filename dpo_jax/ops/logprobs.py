@@ -26,7 +26,7 @@ _LOGITS = P(reduce.ROWS, None, reduce.TENSOR)
 
 @flax.struct.dataclass
 class Head:
-  """The output layer: logits = softcap(scale · (h @ kernel + bias)).
+  """The output layer: softcap(scale · (h @ kernel + bias)) / temperature.
 
   Attributes:
     kernel: [D, V].
@@ -34,6 +34,7 @@ class Head:
     vocab_size: real tokens; columns from here on only pad V.
     softcap: c in c·tanh(logits / c), or None.
     scale: factor on the logits, or None.
+    temperature: of the distribution that log-probs are of, or None for 1.
     chunk: scored positions of a row per step of the loop over them, whose
       logits are computed again in the backward pass; None does all at once and
       stores them.
@@ -44,6 +45,7 @@ class Head:
   vocab_size: int = flax.struct.field(pytree_node=False)
   softcap: float | None = flax.struct.field(pytree_node=False, default=None)
   scale: float | None = flax.struct.field(pytree_node=False, default=None)
+  temperature: float | None = flax.struct.field(pytree_node=False, default=None)
   chunk: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
@@ -189,7 +191,8 @@ def _logits(hidden, head):
     out += head.bias.astype(jnp.float32)
   if head.scale is not None:
     out *= head.scale
-  return attention.capped(out, head.softcap)
+  out = attention.capped(out, head.softcap)
+  return out if head.temperature is None else out / head.temperature
 
 
 def chunks(chunk, *arrays, fill=0):
@@ -268,6 +271,8 @@ def _backward(on_mesh, hidden, head, source, targets, lse, stored, grad):
     hit = columns == targets[..., None]
     probs = jnp.where(real, jnp.exp(out - lse[..., None]), 0.0)
     d_out = grad[..., None] * (hit - probs)
+    if head.temperature is not None:
+      out, d_out = out * head.temperature, d_out / head.temperature
     if head.softcap is not None:
       d_out *= 1 - jnp.square(out / head.softcap)
     if head.scale is not None:

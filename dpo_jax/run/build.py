@@ -7,6 +7,7 @@ After this only what saves the config reads it.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from dpo_jax.train import step as step_lib
 def check(config):
   """Refuses values that no run can have, before anything is built."""
   checks.values(config)
-  algos.make(config, apply=None)
+  checks.rollouts(config, algos.make(config, apply=None).data == "prompts")
 
 
 def prepare_model(config):
@@ -106,8 +107,10 @@ def trained_of(config, model):
     held = lookup.lookup(lora.BASES, config.lora.base, "lora.base")
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     trained = trained_lib.adapter(shapes, load.plain(config.lora))
-  heads = algos.make(config, apply=None).heads
-  trained = trained_lib.with_heads(trained, heads, model.config.embed)
+  algorithm = algos.make(config, apply=None)
+  trained = trained_lib.with_heads(
+    trained, algorithm.heads, model.config.embed, algorithm.copies
+  )
   run = None  # that a base is of
   if config.init_from and origin.parse(config.init_from)[0] is None:
     other = saved.saved_config(config.init_from)
@@ -135,6 +138,8 @@ def prepare(config):
       f"algo = {config.algo!r} samples its own: set ref = 'frozen'"
     )
   total = total_steps(config, source.epoch)
+  if config.train.steps is None:  # whole iterations
+    total = next(filter(source.boundary, itertools.count(total)))
   checks.last_step(total, source.boundary, config.algo)
   optimizer = optim.make(config.optim, total)
   shapes = trained_lib.trained_shapes(setup)
@@ -197,9 +202,26 @@ def loader_feed(config, setup, algorithm):
   return feed.of_loader(loader, about, setup.mesh, setup.mode)
 
 
+def rollout_feed(config, setup, algorithm):
+  """The Feed of what the policy samples for the prompts of data.train."""
+  # By name: what draws and scores is built on runs, such as a reward model's.
+  rollouts = lookup.resolve("rollouts.feed", "dpo_jax.eval")
+  return rollouts(
+    setup,
+    algorithm,
+    load.plain(config.rollout),
+    config.data.batch_size,
+    config.train.accumulation,
+    hyper_params(config),
+  )
+
+
 # Where batches come from, by the `data` of an algorithm: functions of (config,
 # Setup, Algorithm of what is trained).
-FEEDS = dict.fromkeys(comparisons.FORMS, loader_feed)
+FEEDS = {
+  **dict.fromkeys(comparisons.FORMS, loader_feed),
+  "prompts": rollout_feed,
+}
 
 
 def held_out_of(config, setup, algorithm):
@@ -280,6 +302,8 @@ def sharing(config, run):
 
   And in init_seed. Data and compiled functions are shared.
   """
+  if not run.feed.ahead:  # its batches are made with these fields
+    return prepare(config)
   checks.values(config)
   setup, hparams = run.setup, hyper_params(config)
   measured = run.held_out and run.held_out._replace(hparams=hparams)

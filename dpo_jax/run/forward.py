@@ -58,6 +58,21 @@ def token_kl(setup, params, ref, loader):
   return _over(setup, setup.programs.token_kl, loader, (params, ref))
 
 
+def of_examples(setup, compiled, loader, trees):
+  """{name: list of f32[scored tokens], by example} of a whole in-order pass.
+
+  Args: as `_over`; `compiled` returns {name: f32[R, S]}.
+  """
+  columns = {}
+  for number in range(loader.steps):
+    batch, _ = feed.place(loader, number, setup.mesh, "jit")
+    for name, values in compiled(*trees, batch).items():
+      by_example = columns.setdefault(name, [None] * loader.size)
+      for index, value in loader.unpack(number, np.asarray(values)):
+        by_example[index] = value
+  return columns
+
+
 def _over(setup, compiled, loader, trees, numbers=None):
   """Yields (example index, values…) of compiled(*trees, batch) over batches."""
   for number in range(loader.steps) if numbers is None else numbers:

@@ -94,7 +94,7 @@ def adapter(shapes, options):
   )
 
 
-def with_heads(inner, names, embed):
+def with_heads(inner, names, embed, copies=()):
   """Trains scalar heads too, which read the last hidden state.
 
       value = hidden · kernel + bias, from kernel = 0
@@ -103,6 +103,8 @@ def with_heads(inner, names, embed):
     inner: Trained of the model.
     names: of the heads, such as "value"; () is `inner` itself.
     embed: D, width of the hidden state.
+    copies: names of further models, each trained as the policy is and starting
+      where it does, such as "critic".
   Returns: Trained whose trees, and whose policy, are {"model": …, name: …}.
   """
   if not names:
@@ -110,12 +112,15 @@ def with_heads(inner, names, embed):
 
   def init(base, rng):
     trained = {"model": inner.init(base, rng)}
+    for number, name in enumerate(copies, 1):
+      trained[name] = inner.init(base, jax.random.fold_in(rng, number))
     for name in names:
       trained[name] = {"kernel": jnp.zeros(embed), "bias": jnp.zeros(())}
     return trained
 
   def policy(base, trained):
-    return {**trained, "model": inner.policy(base, trained["model"])}
+    models = {k: inner.policy(base, trained[k]) for k in ("model", *copies)}
+    return {**trained, **models}
 
   return inner._replace(
     init=init,

@@ -53,11 +53,12 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     # ── Guard: chosen on the device, since the host sees a step's numbers late
     loss = metrics["loss"]
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(moved)
+    applies = finite & algorithm.applies(state.extra)
 
-    def guard(new, old):
-      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    def guard(new, old, when=finite):
+      return jax.tree.map(lambda n, o: jnp.where(when, n, o), new, old)
 
-    params = tree.graft(rest, guard(updated, trained))
+    params = tree.graft(rest, guard(updated, trained, applies))
     metrics |= {"grad_norm": norm, "learning_rate": rate}
     # After the metrics, so that a coefficient can follow them.
     extra = {**state.extra, **kept}
@@ -65,7 +66,7 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     state = state.replace(
       step=state.step + 1,
       params=params,
-      opt_state=guard(opt_state, state.opt_state),
+      opt_state=guard(opt_state, state.opt_state, applies),
       extra=guard(extra, state.extra),
       skipped=jnp.where(finite, 0, state.skipped + 1),
     )

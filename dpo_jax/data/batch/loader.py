@@ -65,6 +65,7 @@ class Loader:
     steps=None,
     windows=(None,),
     weights=None,
+    shapes=None,
   ):
     """See `rows.Layout` and `planner.plan_shapes`.
 
@@ -78,6 +79,7 @@ class Loader:
       steps: batches that will be asked for, for the planner; None is one epoch.
       windows: of the model's layers (None sees all), for Stats.visible.
       weights: of the parts of a mixture, see `order.mixture`; needs a seed.
+      shapes: of the batches; None has the planner choose them.
     """
     self._examples = examples = examples_lib.of(examples)
     self._layout, self._extras = layout, examples.extras
@@ -87,6 +89,7 @@ class Loader:
       "budget": budget,
       "multiple": multiple,
       "windows": windows,
+      "shapes": shapes,
     }
     self._parts = order.mixture(examples.source, weights)
     self.size = order.epoch_size(self._parts)
@@ -107,7 +110,7 @@ class Loader:
       self._rows = max(len(self._assign(n)) for n in sampled)
     assigned = [self._assign(n) for n in sampled]
     needed = [rows_lib.needed_shape(self._need, rows) for rows in assigned]
-    self.shapes = planner.plan_shapes(
+    self.shapes = shapes or planner.plan_shapes(
       needed, layout, budget=budget, multiple=multiple
     )
     used = [self._shape(shape) for shape in needed]
@@ -192,7 +195,15 @@ class Loader:
         f"{len(ref_logps)} reference log-probs for {len(self._examples)} "
         "examples"
       )
-    self._extras = {**self._extras, "ref_token_logps": ref_logps}
+    self.set_extras({"ref_token_logps": ref_logps})
+
+  def set_extras(self, extras):
+    """Gives every example arrays of rows.EXTRAS, for all later batches.
+
+    Args:
+      extras: {name: sequence of the values of each example}.
+    """
+    self._extras = {**self._extras, **extras}
 
   def _tokens(self, indices):
     """Positions that hold a token, of some examples."""

@@ -45,6 +45,7 @@ EXTRAS = {
   "values": TOKEN,
   "token_weights": TOKEN,
   "scores": COMPLETION,
+  "gaps": COMPLETION,  # largest |log-prob as sampled − in training|, in nats
   "ended": COMPLETION,
   "labels": COMPARISON,  # of single completions
 }

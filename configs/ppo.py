@@ -1,0 +1,84 @@
+"""RL fine-tuning on a reward: PPO, and RLOO, GRPO and REINFORCE.
+
+    dpo-jax train --config ppo --config.init_from=runs/sft \\
+      --config.data.train=prompts.jsonl --workdir runs/ppo \\
+      --config.rollout.scorer=reward:runs/rm
+
+`ppo:loss=rloo` takes another estimator with its own defaults, `:model=…`,
+`:optim=…` and `:lora` are those of configs/dpo.py; `:quickstart` is PPO on the
+ground truth of the quickstart's film reviews, from its SFT policy;
+`:smoke` two steps of a micro model.
+"""
+
+from dpo_jax.configs import base, common, quickstart
+
+
+def sweep():
+  for target in (3.0, 6.0, 9.0, 12.0):  # arXiv:2305.18290 section 6
+    yield {"rollout.kl_target": target, "rollout.kl_horizon": 10_000}
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(
+    arg,
+    loss="ppo",
+    model="tiny",
+    optim="adamw",
+    lora=False,
+    quickstart=False,
+    quick=False,
+    smoke=False,
+  )
+  if arg.quickstart:
+    return on_reviews(arg)
+  c = base.get_config()
+  common.select_model(c, arg.model)
+  common.select_optim(c, arg.optim, learning_rate=3e-5)
+  policy_gradient(c, arg.loss)
+  if arg.lora:
+    c.lora, c.ref = common.lora(), "base"
+  return smoke(c) if arg.smoke else c
+
+
+def policy_gradient(c, loss):
+  """Gives a config the algorithm, its loss and its rollouts."""
+  c.algo = "policy_gradient"
+  c.loss, c.rollout = common.policy_gradient(loss), common.rollout(loss)
+  c.data.packed = False
+  c.data.batch_size = 16
+  if "eps" in c.optim:
+    c.optim.eps = 1e-5
+  return c
+
+
+def on_reviews(arg):
+  """On beginnings of the quickstart's reviews, with its r* as the reward."""
+  root = f"runs/quickstart{'-quick' if arg.quick else ''}"
+  c = quickstart.policy(root, arg.quick)
+  policy_gradient(c, arg.loss)
+  c.workdir = f"{root}-{arg.loss}"
+  c.init_from = f"{root}/sft"
+  c.data.train = "reviews:train"
+  c.rollout.prefix = (2, 8)
+  c.rollout.scorer = "tfidf:reviews:train"
+  c.rollout.prompts = 128
+  c.data.batch_size = 32
+  c.rollout.batch_size = 512
+  c.train.steps = 25 * c.rollout.epochs * 4
+  c.optim.learning_rate = 1e-4
+  c.sample.prompts = "reviews:test"
+  c.sample.labelled = "reviews:test"
+  c.sample.seed = 2
+  c.log.every = 4
+  return c
+
+
+def smoke(c):
+  c = common.smoke(c)
+  c.data.eval = None
+  c.data.batch_size = 4
+  c.data.max_completion_length = 8
+  c.rollout.prompts = 8
+  c.rollout.scorer = "vader"
+  c.train.steps = 2 * c.rollout.epochs
+  return c

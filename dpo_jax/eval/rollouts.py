@@ -1,0 +1,297 @@
+"""The feed of what a policy samples while it is trained.
+
+    an iteration   completions of some prompts, drawn from the policy as it is,
+                   scored, and measured by the training pass
+    its steps      epochs × minibatches of them, each epoch in another order
+
+Everything is a pure function of the iteration's number and the state at its
+start, so a run that starts again there is given the same batches.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax.algos import base
+from dpo_jax.data.batch import loader as loader_lib
+from dpo_jax.data.batch import order, rows
+from dpo_jax.data.tokens import comparisons
+from dpo_jax.eval import generate, rewards
+from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import run as run_lib
+from dpo_jax.run import feed as feed_lib
+from dpo_jax.run import forward
+
+
+class Rollouts(NamedTuple):
+  """What was drawn for an iteration, B prompts with K completions each.
+
+  Attributes:
+    examples: list of B comparisons.Example, with their scores.
+    logps: list of B f32[scored tokens of it] in nats, as they were sampled.
+    mask: bool[B, K, N], which tokens there are.
+  """
+
+  examples: list
+  logps: list
+  mask: np.ndarray
+
+
+class Source(NamedTuple):
+  """Where rollouts come from.
+
+  Attributes:
+    setup: base.Setup whose `sample` says how to draw.
+    prompts: list of (text, ids).
+    scorer: rewards.Scorer.
+    options: the fields of config.rollout.
+    batch_size: prompts of a step.
+    layout: rows.Layout.
+    shape: the one rows.Shape of all batches.
+    measure: compiled (params, frozen, extra, batch) -> {name: f32[R, S]}; None
+      where nothing is needed of the tokens.
+    advantages: of the algorithm, compiled; or None.
+  """
+
+  setup: object
+  prompts: list
+  scorer: object
+  options: NamedTuple
+  batch_size: int
+  layout: rows.Layout
+  shape: rows.Shape
+  measure: Callable | None
+  advantages: Callable | None
+
+
+def feed(setup, algorithm, options, batch_size, accumulation, hparams):
+  """The feed.Feed of an algorithm whose `data` are prompts.
+
+  Args:
+    setup: base.Setup; its `data.train` are the prompts.
+    algorithm: base.Algorithm of what is trained.
+    options: the fields of config.rollout.
+    batch_size: prompts of a step.
+    accumulation: microbatches of a step.
+    hparams: traced scalars of a step.
+  Raises: ValueError for what cannot be drawn or scored, before anything is.
+  """
+  source = _source(setup, algorithm, options, batch_size, accumulation, hparams)
+  steps = options.epochs * (options.prompts // batch_size)
+  held = {}  # the Loader of the iteration under way
+
+  def batch(number, state):
+    iteration, step = divmod(number, steps)
+    if step == 0:
+      held["loader"] = loader_of(source, state, iteration)
+    return feed_lib.place(held["loader"], step, setup.mesh, setup.mode)
+
+  return feed_lib.Feed(
+    batch=batch,
+    ahead=0,
+    boundary=lambda done: done % steps == 0,
+    about=(
+      f"{setup.data.train}: {len(source.prompts)} prompts; an iteration draws "
+      f"{options.draws} for each of {options.prompts}, scored by "
+      f"{source.scorer.name}, and has {steps} steps of {batch_size} prompts"
+    ),
+    shapes=[source.shape],
+    fingerprint=_fingerprint(source.prompts),
+    epoch=len(source.prompts) * options.epochs,
+  )
+
+
+def _source(setup, algorithm, options, batch_size, accumulation, hparams):
+  """The Source of a feed; compiles nothing. Args and Raises: see `feed`."""
+  data = setup.data
+  drawing = setup.sample._replace(
+    prompts=data.train,
+    prefix=options.prefix,
+    count=np.iinfo(np.int32).max,
+    draws=options.draws,
+    max_new_tokens=data.max_completion_length,
+    temperature=options.temperature,
+    top_p=1.0,
+    batch_size=options.batch_size,
+    seed=options.seed,
+  )
+  setup = setup._replace(sample=drawing)
+  prompts = generate.prompts(setup)
+  scorer = rewards.load(options.scorer)
+  generate.check([scorer], prompts)
+  _try(scorer, prompts)
+  if len(prompts) < options.prompts:
+    raise ValueError(
+      f"rollout.prompts = {options.prompts}, but {data.train} has only "
+      f"{len(prompts)} distinct prompts; lower it"
+    )
+  ways = mesh_lib.row_parallelism(setup.mesh) * accumulation
+  layout = rows.Layout(False, data.shared, ways, None)
+  pairs = options.draws * (options.draws - 1) // 2
+  shape = rows.limits_shape(
+    layout,
+    rows=batch_size,
+    per_row=1,
+    completions=options.draws,
+    prompt=max(len(ids) for _, ids in prompts),
+    completion=data.max_completion_length,
+    pairs=pairs if algorithm.advantages is None else 0,
+    multiple=data.shape_multiple,
+  )
+  measure = advantages = None
+  if algorithm.advantages is not None:
+    fn = functools.partial(measured, algorithm, hparams)
+    measure = run_lib.forward(fn, setup.mesh)
+    advantages = jax.jit(algorithm.advantages)
+  where = layout, shape, measure, advantages
+  return Source(setup, prompts, scorer, options, batch_size, *where)
+
+
+def measured(algorithm, hparams, params, frozen, extra, batch):
+  """What the training pass says of drawn tokens, {name: f32[R, S]}.
+
+  The same function as a step's, so that the ratio of the first step is 1.
+  """
+  batch = algorithm.prepare(batch, frozen, extra)
+  rng = base.rng_of(0)
+  moving, fixed = algorithm.features(params, frozen, batch, hparams, rng)
+  renamed = {"old_logps": moving["logps"]}
+  renamed["ref_token_logps"] = fixed["ref_token_logps"]
+  return renamed | {k: moving[k] for k in ("values",) if k in moving}
+
+
+def loader_of(source, state, iteration):
+  """The Loader of an iteration: its rollouts, ready for its steps."""
+  setup, options = source.setup, source.options
+  rollouts = draw(source, state, iteration)
+  seed = np.random.SeedSequence([setup.data.seed, iteration])
+  loader = loader_lib.Loader(
+    rollouts.examples,
+    source.layout,
+    batch_size=source.batch_size,
+    seed=int(seed.generate_state(1)[0]),
+    budget=1,
+    multiple=setup.data.shape_multiple,
+    steps=options.epochs * (options.prompts // source.batch_size),
+    windows=setup.model.config.windows,
+    shapes=[source.shape],
+  )
+  if source.measure is None:
+    return loader
+  trees = state.params, state.frozen, state.extra
+  tokens = forward.of_examples(setup, source.measure, loader.in_order(), trees)
+  drawn = {name: padded_of(x, rollouts.mask) for name, x in tokens.items()}
+  learned = source.advantages(
+    np.asarray([e.scores for e in rollouts.examples], np.float32),
+    drawn,
+    rollouts.mask,
+    jax.device_get(state.extra),
+  )
+  learned = {
+    k: flat_of(np.asarray(x), rollouts.mask) for k, x in learned.items()
+  }
+  sampled = padded_of(rollouts.logps, rollouts.mask)
+  gaps = np.abs(sampled - drawn["old_logps"]).max(axis=-1)
+  loader.set_extras({**tokens, **learned, "gaps": gaps})
+  return loader
+
+
+def draw(source, state, iteration):
+  """The Rollouts of an iteration, under the policy of a TrainState."""
+  setup, options = source.setup, source.options
+  start = iteration * options.prompts
+  chosen = order.stream(
+    start, options.prompts, len(source.prompts), setup.data.seed
+  )
+  policy = setup.trained.model(state.frozen.get("base"), state.params)
+  drawn = [
+    one
+    for batch in generate.draws(
+      setup, policy, [source.prompts[i] for i in chosen], first=start
+    )
+    for one in batch
+  ]
+  scores = scored(source.scorer, drawn)
+  missing = ~np.asarray([one.finished for one in drawn])
+  if options.missing_end == "replace":
+    scores = np.where(missing, options.missing_score, scores)
+  elif options.missing_end == "subtract":
+    scores = scores - np.where(missing, options.missing_score, 0.0)
+  examples, logps = [], []
+  for number in range(options.prompts):
+    here = slice(number * options.draws, (number + 1) * options.draws)
+    group = drawn[here]
+    example = comparisons.Example(
+      start + number,
+      0,
+      group[0].prompt_ids,
+      tuple(one.ids for one in group),
+      (),
+      scores=tuple(map(float, scores[here])),
+      ended=tuple(one.finished for one in group),
+    )
+    examples.append(example)
+    logps.append(np.concatenate([one.logps for one in group]))
+  lengths = np.asarray([len(one.ids) for one in drawn])
+  mask = np.arange(setup.data.max_completion_length) < lengths[:, None]
+  mask = mask.reshape(options.prompts, options.draws, -1)
+  return Rollouts(examples, logps, mask)
+
+
+def scored(scorer, drawn):
+  """f64[n] of draws.
+
+  Raises: ValueError for scores that are not finite, or of another number.
+  """
+  of_draws = getattr(scorer.score, "of_draws", None)
+  if of_draws is not None:
+    scores = of_draws(drawn)
+  else:
+    texts = [d.prompt for d in drawn], [d.completion for d in drawn]
+    scores = scorer.score(*texts)
+  scores = np.asarray(scores, np.float64)
+  if scores.shape != (len(drawn),):
+    raise ValueError(
+      f"scorer {scorer.name} returned {scores.shape} for {len(drawn)} texts: "
+      "it must return one number a text"
+    )
+  if not np.all(np.isfinite(scores)):
+    worst = drawn[int(np.argmin(np.isfinite(scores)))]
+    raise ValueError(
+      f"scorer {scorer.name} gave {(~np.isfinite(scores)).sum()} of "
+      f"{len(drawn)} texts a score that is not finite, such as "
+      f"{worst.prompt + worst.completion!r:.80}"
+    )
+  return scores
+
+
+def padded_of(flat, mask):
+  """f32[B, K, N] of a list of B f32[tokens of all K]; 0 behind the end."""
+  out = np.zeros(mask.shape, np.float32)
+  out[mask] = np.concatenate(flat)
+  return out
+
+
+def flat_of(padded, mask):
+  """The inverse of `padded_of`."""
+  ends = np.cumsum(mask.sum(axis=(1, 2)))[:-1]
+  return np.split(padded[mask], ends)
+
+
+def _fingerprint(prompts):
+  """What a run that resumes must find again of its prompts."""
+  digest = hashlib.blake2b(repr(prompts).encode(), digest_size=8).hexdigest()
+  return f"{len(prompts)} prompts, {digest}"
+
+
+def _try(scorer, prompts):
+  """Refuses a scorer that cannot score, before anything is drawn."""
+  blank = [
+    generate.Draw(i, text, ids, "", [], True, [])
+    for i, (text, ids) in enumerate(prompts[:2])
+  ]
+  scored(scorer, blank)
