@@ -103,7 +103,7 @@ def start(path, folder, cores):
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
   from dpo_jax.config import load
   from dpo_jax.data.tokens import corpus
-  from dpo_jax.run import build, feed
+  from dpo_jax.run import build, feed, feeds
 
   overrides = (
     f"data.train={path} data.token_cache={folder} data.batch_size=64 "
@@ -127,7 +127,7 @@ def start(path, folder, cores):
   loader, _ = feed.load(
     *(setup, build.algorithm_of(config, setup)),
     *(config.data.train, "data.train", 1),
-    steps=functools.partial(build.total_steps, config),
+    steps=functools.partial(feeds.total_steps, config),
   )
   loader.batch(0)
   return {

@@ -11,7 +11,8 @@ FIELDS = set(base.get_config())
 # Who may read it: what a config is, what builds from it or refuses it, what
 # changes it point by point, and the verbs, which hand its sections on.
 READERS = (
-  *("config/", "run/build.py", "run/checks.py"),
+  *("config/", "run/build.py", "run/checks.py", "run/feeds.py"),
+  "run/rollouts.py",
   *("sweeps.py", "verbs.py", "export.py"),
 )
 

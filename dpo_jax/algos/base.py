@@ -58,7 +58,7 @@ class Algorithm(NamedTuple):
   """An algorithm as pure functions, and what it needs of a run.
 
   Attributes:
-    data: what its batches are made of, a key of run.build.FEEDS: "sft", a kind
+    data: what its batches are made of, a key of run.feeds.FEEDS: "sft", a kind
       of comparison (losses.Loss.data), or "prompts", which the policy answers.
     features: (params, frozen, batch, hparams, rng) -> (moving, fixed), trees of
       arrays whose first axis is the rows; `moving` is differentiated. `rng` is

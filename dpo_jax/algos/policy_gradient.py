@@ -19,8 +19,6 @@ from dpo_jax.ops import rl
 from dpo_jax.ops.rl import advantages as advantages_lib
 from dpo_jax.ops.rl import losses
 
-REFERENCES = ("frozen", "base")
-CRITICS = ("head", "copy", "none")
 _EXTRAS = ("old_logps", "ref_token_logps", "advantages", "returns", "values")
 
 
@@ -54,21 +52,24 @@ def make(config, apply):
   """
   fields, rollout = config.loss.to_dict(), config.rollout
   estimator = rl.check(fields)
-  if rollout is None:
-    raise ValueError(
-      f"algo = {config.algo!r} samples its own completions: set config.rollout "
-      "= common.rollout(), as configs/ppo.py does"
-    )
-  _check(config, estimator)
+  if rollout is None:  # refused by run.rollouts
+    return base.Algorithm("prompts", features, combine)
   apply = functools.partial(_at_temperature, apply, rollout.temperature)
-  heads = ("value",) if estimator.critic else ()
-  controller = _controller(config)
+  steps = rollout.epochs * (rollout.prompts // config.data.batch_size)
+  controller = Controller(
+    steps=steps,
+    target=rollout.kl_target,
+    horizon=rollout.kl_horizon,
+    completions=rollout.prompts * rollout.draws,
+    warmup=rollout.warmup * steps,
+    kl_stop=rollout.kl_stop,
+  )
   return base.Algorithm(
     data="prompts",
     features=functools.partial(features, apply=apply),
     combine=functools.partial(combine, average=fields["average"]),
     prepare=functools.partial(_prepare, apply=apply),
-    heads=heads,
+    heads=("value",) if estimator.critic else (),
     copies=("critic",) if rollout.critic == "copy" else (),
     extra=functools.partial(
       _extra, coefficient=fields["beta"], warmup=controller.warmup
@@ -79,58 +80,6 @@ def make(config, apply):
       advantages, estimator=estimator.fn, fields=fields
     ),
     held_out=False,
-  )
-
-
-def _check(config, estimator):
-  """Refuses what does not fit together."""
-  rollout, name = config.rollout, config.loss.name
-  if config.ref not in REFERENCES:
-    raise ValueError(
-      f"ref = {config.ref!r}: loss {name!r} needs a reference that stays: set "
-      "ref = 'frozen', or 'base' with an adapter"
-    )
-  if (config.ref == "base") != (config.lora is not None):
-    wanted = "frozen" if config.lora is None else "base"
-    raise ValueError(f"ref = {config.ref!r} here: set ref = {wanted!r}")
-  if estimator.critic == (rollout.critic == "none"):
-    allowed = ("head", "copy") if estimator.critic else ("none",)
-    raise ValueError(
-      f"rollout.critic = {rollout.critic!r} with loss {name!r}: it must be "
-      f"{' or '.join(map(repr, allowed))}"
-    )
-  if estimator.group and rollout.draws < 2:
-    raise ValueError(
-      f"rollout.draws = {rollout.draws}: loss {name!r} compares the "
-      "completions of a prompt; set it to 2 or more"
-    )
-  if rollout.kl_target is not None and config.loss.beta == 0:
-    raise ValueError(
-      f"rollout.kl_target = {rollout.kl_target} with loss.beta = 0: there is "
-      "no coefficient to adapt; start it at 0.05, say"
-    )
-  if rollout.warmup and not estimator.critic:
-    raise ValueError(
-      f"rollout.warmup = {rollout.warmup} has no effect with loss {name!r}, "
-      "which has no critic; set it to 0"
-    )
-  if rollout.warmup and config.optim.get("weight_decay"):
-    raise ValueError(
-      f"optim.weight_decay = {config.optim.weight_decay} would move the policy "
-      "while rollout.warmup holds it; set one of them to 0"
-    )
-
-
-def _controller(config):
-  rollout = config.rollout
-  minibatches = rollout.prompts // config.data.batch_size
-  return Controller(
-    steps=rollout.epochs * minibatches,
-    target=rollout.kl_target,
-    horizon=rollout.kl_horizon,
-    completions=rollout.prompts * rollout.draws,
-    warmup=rollout.warmup * rollout.epochs * minibatches,
-    kl_stop=rollout.kl_stop,
   )
 
 

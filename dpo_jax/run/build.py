@@ -16,12 +16,11 @@ from dpo_jax import algos, lookup
 from dpo_jax.algos import base
 from dpo_jax.config import code as code_lib
 from dpo_jax.config import load, origin, saved
-from dpo_jax.data.tokens import comparisons
 from dpo_jax.models import decoder, lora, sample
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import base as plain
-from dpo_jax.run import checks, feed, forward, held_out, memory, together
+from dpo_jax.run import checks, feed, feeds, forward, held_out, memory, rollouts
 from dpo_jax.run import model as model_lib
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import optim
@@ -32,7 +31,7 @@ from dpo_jax.train import step as step_lib
 def check(config):
   """Refuses values that no run can have, before anything is built."""
   checks.values(config)
-  checks.rollouts(config, algos.make(config, apply=None).data == "prompts")
+  rollouts.check(config, algos.make(config, apply=None).data == "prompts")
 
 
 def prepare_model(config):
@@ -130,14 +129,14 @@ def prepare(config):
   algorithm = algorithm_of(config, setup)
 
   # ── Data: their shapes say what a step will need ───────────────────────────
-  make_feed = lookup.lookup(FEEDS, algorithm.data, "the algorithm's data")
+  make_feed = lookup.lookup(feeds.FEEDS, algorithm.data, "the algorithm's data")
   source = make_feed(config, setup, algorithm)
   if config.ref == "cached" and source.loader is None:
     raise ValueError(
       "ref = 'cached' needs completions that are there before the run, and "
       f"algo = {config.algo!r} samples its own: set ref = 'frozen'"
     )
-  total = total_steps(config, source.epoch)
+  total = feeds.total_steps(config, source.epoch)
   if config.train.steps is None:  # whole iterations
     total = next(filter(source.boundary, itertools.count(total)))
   checks.last_step(total, source.boundary, config.algo)
@@ -164,7 +163,7 @@ def prepare(config):
     total=total,
     algorithm=algorithm,
     optimizer=optimizer,
-    hparams=hyper_params(config),
+    hparams=feeds.hyper_params(config),
     identity=identity(config, source, algorithm),
     rhythm=rhythm_of(config),
     create=create,
@@ -188,42 +187,6 @@ def algorithm_of(config, setup):
   return base.on(algorithm, setup.trained.policy)
 
 
-def loader_feed(config, setup, algorithm):
-  """The Feed of data.train: shuffled, endless, by a Loader."""
-  ways = mesh_lib.row_parallelism(setup.mesh) * config.train.accumulation
-  loader, about = feed.load(
-    *(setup, algorithm, config.data.train, "data.train", ways),
-    steps=functools.partial(total_steps, config),
-  )
-  about += "; " + decoder.attention_line(
-    *(config.model.attention, setup.model, setup.mesh.devices.flat[0]),
-    *(config.data.shared, loader.shapes, (ways, config.mesh.tensor)),
-  )
-  return feed.of_loader(loader, about, setup.mesh, setup.mode)
-
-
-def rollout_feed(config, setup, algorithm):
-  """The Feed of what the policy samples for the prompts of data.train."""
-  # By name: what draws and scores is built on runs, such as a reward model's.
-  rollouts = lookup.resolve("rollouts.feed", "dpo_jax.eval")
-  return rollouts(
-    setup,
-    algorithm,
-    load.plain(config.rollout),
-    config.data.batch_size,
-    config.train.accumulation,
-    hyper_params(config),
-  )
-
-
-# Where batches come from, by the `data` of an algorithm: functions of (config,
-# Setup, Algorithm of what is trained).
-FEEDS = {
-  **dict.fromkeys(comparisons.FORMS, loader_feed),
-  "prompts": rollout_feed,
-}
-
-
 def held_out_of(config, setup, algorithm):
   """The HeldOut of a config; None if it names no data.eval."""
   if config.data.eval is None:
@@ -237,7 +200,7 @@ def held_out_of(config, setup, algorithm):
   return held_out.HeldOut(
     loader=functools.cache(read),
     algorithm=algorithm,
-    hparams=hyper_params(config),
+    hparams=feeds.hyper_params(config),
     sums=run_lib.evaluator(sums, setup.mesh, setup.mode),
   )
 
@@ -282,21 +245,6 @@ def _body(config, algorithm, optimizer):
   )
 
 
-def total_steps(config, size):
-  """Updates of the run on `size` examples, from train.steps or train.epochs."""
-  if config.train.steps is not None:
-    return config.train.steps
-  examples = round(config.train.epochs * size)
-  return max(1, -(-examples // config.data.batch_size))
-
-
-def hyper_params(config):
-  """The traced scalars of a step; changing one never recompiles."""
-  numeric = base.numeric_fields(config.loss)
-  numeric["learning_rate"] = config.optim.learning_rate
-  return {k: jnp.float32(v) for k, v in numeric.items()}
-
-
 def sharing(config, run):
   """The Run of a config that differs from another's in traced fields alone.
 
@@ -305,7 +253,7 @@ def sharing(config, run):
   if not run.feed.ahead:  # its batches are made with these fields
     return prepare(config)
   checks.values(config)
-  setup, hparams = run.setup, hyper_params(config)
+  setup, hparams = run.setup, feeds.hyper_params(config)
   measured = run.held_out and run.held_out._replace(hparams=hparams)
   return run._replace(
     setup=setup._replace(

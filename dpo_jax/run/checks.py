@@ -8,7 +8,6 @@ from dpo_jax.data.read import sources
 from dpo_jax.models import config as model_config
 
 LABELS = ("none", "bradley_terry", "deterministic")
-MISSING_END = ("keep", "replace", "subtract")
 
 
 def values(config):
@@ -100,7 +99,7 @@ def _rules_of_samples(s):
     f"sample.labels = {s.labels!r} compares the draws of a prompt: "
     "sample.draws must be at least 2",
   )
-  yield _prefix(s.prefix, "sample.prefix")
+  yield prefix(s.prefix, "sample.prefix")
   yield (
     s.top_p == 1 or s.temperature > 0,
     f"sample.top_p = {s.top_p} has no effect with sample.temperature = 0",
@@ -118,16 +117,16 @@ def _rules_of_samples(s):
     )
 
 
-def _prefix(prefix, field):
+def prefix(value, field):
   """The rule of a range of tokens, or None."""
   return (
-    prefix is None
+    value is None
     or (
-      len(prefix) == 2
-      and all(type(n) is int for n in prefix)
-      and 1 <= prefix[0] <= prefix[1]
+      len(value) == 2
+      and all(type(n) is int for n in value)
+      and 1 <= value[0] <= value[1]
     ),
-    f"{field} = {prefix} must be (fewest, most) tokens, at least 1",
+    f"{field} = {value} must be (fewest, most) tokens, at least 1",
   )
 
 
@@ -159,63 +158,6 @@ def pmap(options):
 
   if jax.process_count() > 1:
     raise ValueError("mesh.mode = 'pmap' runs in one process; use 'jit'")
-
-
-def rollouts(config, sampled):
-  """Refuses config.rollout of an algorithm that does not sample, and what no
-  rollouts can have of one that does."""
-  rollout, algo = config.rollout, config.algo
-  if not sampled:
-    if rollout is not None:
-      raise ValueError(
-        f"rollout has no effect with algo = {algo!r}, which samples nothing "
-        "while it trains: set it to None"
-      )
-    return
-  if rollout is None:
-    raise ValueError(
-      f"algo = {algo!r} samples its own completions: set config.rollout = "
-      "common.rollout(), as configs/ppo.py does"
-    )
-  for obeyed, otherwise in _rules_of_rollouts(config, rollout):
-    if not obeyed:
-      raise ValueError(otherwise)
-
-
-def _rules_of_rollouts(c, r):
-  """`_rules` of config.rollout."""
-  yield (
-    c.data.train is not None,
-    f"data.train = None: algo = {c.algo!r} takes its prompts from there",
-  )
-  yield (
-    r.scorer is not None,
-    "rollout.scorer = None: completions need a reward, see eval/rewards.py, "
-    "for example --config.rollout.scorer=reward:FOLDER",
-  )
-  yield (
-    r.prompts % c.data.batch_size == 0,
-    f"rollout.prompts = {r.prompts} of an iteration is no multiple of "
-    f"data.batch_size = {c.data.batch_size}, the prompts of a step",
-  )
-  yield (
-    not c.data.packed,
-    "data.packed = True: every batch of rollouts has one shape, a row for each "
-    "prompt; set it to False",
-  )
-  lookup.lookup(MISSING_END, r.missing_end, "rollout.missing_end")
-  yield (
-    (r.missing_score is None) == (r.missing_end == "keep"),
-    f"rollout.missing_score = {r.missing_score} with rollout.missing_end = "
-    f"{r.missing_end!r}: it is of 'replace' and 'subtract', which need it",
-  )
-  yield (
-    (r.kl_target is None) == (r.kl_horizon is None),
-    f"rollout.kl_target = {r.kl_target}, rollout.kl_horizon = {r.kl_horizon}: "
-    "an adaptive coefficient needs both (10,000 completions, say), a fixed one "
-    "neither",
-  )
-  yield _prefix(r.prefix, "rollout.prefix")
 
 
 def held_out(config, measured):

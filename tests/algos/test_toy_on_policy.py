@@ -31,7 +31,7 @@ from dpo_jax.config import load
 from dpo_jax.data.batch import loader, rows
 from dpo_jax.data.tokens import comparisons
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.run import build, feed, trained
+from dpo_jax.run import build, feed, feeds, trained
 from dpo_jax.train import checkpoint
 from tests import conftest
 
@@ -224,7 +224,7 @@ def config_of(*overrides):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
   monkeypatch.setitem(algos.ALGOS, "toy", make)
-  monkeypatch.setitem(build.FEEDS, "toy prompts", make_feed)
+  monkeypatch.setitem(feeds.FEEDS, "toy prompts", make_feed)
 
 
 class Killed(BaseException):
@@ -245,7 +245,7 @@ def killed_before(monkeypatch, step):
 
     return made._replace(batch=batch)
 
-  monkeypatch.setitem(build.FEEDS, "toy prompts", broken)
+  monkeypatch.setitem(feeds.FEEDS, "toy prompts", broken)
 
 
 def checksums(folder, step=12):
@@ -379,7 +379,7 @@ def test_a_signal_between_boundaries_is_obeyed_at_the_next(
 
     return made._replace(batch=batch)
 
-  monkeypatch.setitem(build.FEEDS, "toy prompts", signalled)
+  monkeypatch.setitem(feeds.FEEDS, "toy prompts", signalled)
   result = loop.fit(config_of(*WAYS["2x2x2"]), tmp_path)
   assert result.exit_code == 42
   assert int(result.state.step) == 8
@@ -401,6 +401,6 @@ def train_alone(folder, kill_at):
 if __name__ == "__main__":
   KILL_AT = int(sys.argv[2])
   algos.ALGOS["toy"] = make
-  build.FEEDS["toy prompts"] = make_feed
+  feeds.FEEDS["toy prompts"] = make_feed
   jax.config.update("jax_num_cpu_devices", 1)
   loop.fit(config_of(), pathlib.Path(sys.argv[1]))

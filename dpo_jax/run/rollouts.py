@@ -1,0 +1,109 @@
+"""What config.rollout must satisfy, and what goes with it."""
+
+from dpo_jax import lookup
+from dpo_jax.ops import rl
+from dpo_jax.run import checks
+
+MISSING_END = ("keep", "replace", "subtract")
+CRITICS = ("head", "copy", "none")
+
+
+def check(config, sampled):
+  """Refuses rollouts that no run can have, and those without effect.
+
+  Args:
+    sampled: whether the algorithm samples while it trains.
+  """
+  rollout, algo = config.rollout, config.algo
+  if not sampled:
+    if rollout is not None:
+      raise ValueError(
+        f"rollout has no effect with algo = {algo!r}, which samples nothing "
+        "while it trains: set it to None"
+      )
+    return
+  if rollout is None:
+    raise ValueError(
+      f"algo = {algo!r} samples its own completions: set config.rollout = "
+      "common.rollout(), as configs/ppo.py does"
+    )
+  lookup.lookup(MISSING_END, rollout.missing_end, "rollout.missing_end")
+  lookup.lookup(CRITICS, rollout.critic, "rollout.critic")
+  rules = [*_rules(config, rollout)]
+  if config.loss.name in rl.ESTIMATORS:
+    rules += _rules_of_gradients(config, rollout)
+  for obeyed, otherwise in rules:
+    if not obeyed:
+      raise ValueError(otherwise)
+
+
+def _rules(c, r):
+  """Yields (whether a config obeys, what to say if not)."""
+  yield (
+    c.data.train is not None,
+    f"data.train = None: algo = {c.algo!r} takes its prompts from there",
+  )
+  yield (
+    r.scorer is not None,
+    "rollout.scorer = None: completions need a reward, see eval/rewards.py, "
+    "for example --config.rollout.scorer=reward:FOLDER",
+  )
+  yield (
+    r.prompts % c.data.batch_size == 0,
+    f"rollout.prompts = {r.prompts} of an iteration is no multiple of "
+    f"data.batch_size = {c.data.batch_size}, the prompts of a step",
+  )
+  yield (
+    not c.data.packed,
+    "data.packed = True: every batch of rollouts has one shape, a row for each "
+    "prompt; set it to False",
+  )
+  yield (
+    (r.missing_score is None) == (r.missing_end == "keep"),
+    f"rollout.missing_score = {r.missing_score} with rollout.missing_end = "
+    f"{r.missing_end!r}: it is of 'replace' and 'subtract', which need it",
+  )
+  yield (
+    (r.kl_target is None) == (r.kl_horizon is None),
+    f"rollout.kl_target = {r.kl_target}, rollout.kl_horizon = {r.kl_horizon}: "
+    "an adaptive coefficient needs both (10,000 completions, say), a fixed one "
+    "neither",
+  )
+  yield checks.prefix(r.prefix, "rollout.prefix")
+
+
+def _rules_of_gradients(c, r):
+  """`_rules` of policy gradients."""
+  name, estimator = c.loss.name, rl.ESTIMATORS[c.loss.name]
+  wanted = "frozen" if c.lora is None else "base"
+  yield (
+    c.ref == wanted,
+    f"ref = {c.ref!r}: loss {name!r} needs a reference that stays: set ref = "
+    f"{wanted!r}",
+  )
+  allowed = CRITICS[:2] if estimator.critic else CRITICS[2:]
+  yield (
+    r.critic in allowed,
+    f"rollout.critic = {r.critic!r} with loss {name!r}: it must be "
+    f"{' or '.join(map(repr, allowed))}",
+  )
+  yield (
+    r.draws > 1 or not estimator.group,
+    f"rollout.draws = {r.draws}: loss {name!r} compares the completions of a "
+    "prompt; set it to 2 or more",
+  )
+  yield (
+    r.kl_target is None or c.loss.beta > 0,
+    f"rollout.kl_target = {r.kl_target} with loss.beta = 0: there is no "
+    "coefficient to adapt; start it at 0.05, say",
+  )
+  yield (
+    not r.warmup or estimator.critic,
+    f"rollout.warmup = {r.warmup} has no effect with loss {name!r}, which has "
+    "no critic; set it to 0",
+  )
+  yield (
+    not (r.warmup and c.optim.get("weight_decay")),
+    f"optim.weight_decay = {c.optim.get('weight_decay')} would move the policy "
+    "while rollout.warmup holds it; set one of them to 0",
+  )
