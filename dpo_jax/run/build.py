@@ -20,7 +20,16 @@ from dpo_jax.models import decoder, lora, sample
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import base as plain
-from dpo_jax.run import checks, feed, feeds, forward, held_out, memory, rollouts
+from dpo_jax.run import (
+  checks,
+  feed,
+  feeds,
+  forward,
+  held_out,
+  memory,
+  rollouts,
+  together,
+)
 from dpo_jax.run import model as model_lib
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import optim
