@@ -1,13 +1,14 @@
 """The algorithms, by the name that `config.algo` takes."""
 
 from dpo_jax import lookup
-from dpo_jax.algos import policy_gradient, preference, sft
+from dpo_jax.algos import online, policy_gradient, preference, sft
 from dpo_jax.config import code
 
 ALGOS = {
   "preference": preference.make,
   "sft": sft.make,
   "policy_gradient": policy_gradient.make,
+  "online": online.make,
 }
 
 
