@@ -48,6 +48,12 @@ def always(extra):
   return jnp.bool_(True)
 
 
+def no_alarms(first, now):
+  """For algorithms whose metrics need no watch."""
+  del first, now
+  return {}
+
+
 def no_preparation(batch, frozen, extra):
   """For algorithms that need nothing beside the batch."""
   del frozen, extra
@@ -83,6 +89,8 @@ class Algorithm(NamedTuple):
       compares the completions of a prompt by their scores.
     first: (hparams, largest |Δ|) -> (lowest, at Δ = 0, highest) loss at step 0,
       where policy = reference up to rounding; None if that depends on data.
+    alarms: (metrics of the first steps, and of the last) -> {name: a line for
+      the log}: what deserves a look; each is said once.
     held_out: whether data.eval is measured by `combine`.
     code: {function of the user's own: digest of its code}, see config.code.
   """
@@ -100,6 +108,7 @@ class Algorithm(NamedTuple):
   applies: Callable = always
   advantages: Callable | None = None
   first: Callable | None = None
+  alarms: Callable = no_alarms
   held_out: bool = True
   code: dict = {}  # noqa: RUF012 - a constant
 
