@@ -1,10 +1,14 @@
 """The algorithms, by the name that `config.algo` takes."""
 
 from dpo_jax import lookup
-from dpo_jax.algos import preference, sft
+from dpo_jax.algos import preference, reward, sft
 from dpo_jax.config import code
 
-ALGOS = {"preference": preference.make, "sft": sft.make}
+ALGOS = {
+  "preference": preference.make,
+  "sft": sft.make,
+  "reward": reward.make,
+}
 
 
 def make(config, apply):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dpo_jax import tree
+from dpo_jax import lookup, tree
 from dpo_jax.config import origin
 from dpo_jax.models import axes, families, gguf, hf, lora, peft
 from dpo_jax.parallel import mesh as mesh_lib
@@ -94,14 +94,25 @@ def adapter(shapes, options):
   )
 
 
+# How the kernel of a head begins, (rng, D) -> f32[D], by the head's name. A
+# value is 0 before anything is known; of a reward the gradient would be 0 for
+# all below a kernel of 0, and its spread is that of published reward models.
+HEADS = {
+  "value": lambda rng, embed: jnp.zeros(embed),
+  "reward": lambda rng, embed: (
+    jax.random.normal(rng, (embed,)) / jnp.sqrt(embed + 1.0)
+  ),
+}
+
+
 def with_heads(inner, names, embed):
   """Trains scalar heads too, which read the last hidden state.
 
-      value = hidden · kernel + bias, from kernel = 0
+      value = hidden · kernel + bias, from a kernel of HEADS and bias = 0
 
   Args:
     inner: Trained of the model.
-    names: of the heads, such as "value"; () is `inner` itself.
+    names: of the heads, of HEADS; () is `inner` itself.
     embed: D, width of the hidden state.
   Returns: Trained whose trees, and whose policy, are {"model": …, name: …}.
   """
@@ -110,8 +121,10 @@ def with_heads(inner, names, embed):
 
   def init(base, rng):
     trained = {"model": inner.init(base, rng)}
-    for name in names:
-      trained[name] = {"kernel": jnp.zeros(embed), "bias": jnp.zeros(())}
+    for number, name in enumerate(names, 1):
+      begin = lookup.lookup(HEADS, name, "the algorithm's heads")
+      kernel = begin(jax.random.fold_in(rng, number), embed)
+      trained[name] = {"kernel": kernel, "bias": jnp.zeros(())}
     return trained
 
   def policy(base, trained):

@@ -256,7 +256,7 @@ def _loss(name):
 
 
 # A reward model's loss is of no algorithm yet.
-LOSSES = [n for n, loss in losses.LOSSES.items() if loss.data != "rewards"]
+LOSSES = [n for n, loss in losses.LOSSES.items() if not loss.of_rewards]
 
 _SHAPE = ("model.",)  # what a model is does not depend on the rest
 
