@@ -40,7 +40,10 @@ def make(config, apply):
       tokens=config.log.tokens,
     ),
     combine=functools.partial(
-      combine, parts=parts, sources_count=base.sources_count(config.data), with_ref=with_ref
+      combine,
+      parts=parts,
+      sources_count=base.sources_count(config.data),
+      with_ref=with_ref,
     ),
     needs=frozenset(wanted),
     batch_level=any(part.loss.batch_level for part in parts),
@@ -141,7 +144,9 @@ def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
   for part in parts:
     out = part.out(values, hparams)
     kept |= {k: out.pop(k) for k in needs_lib.KEPT if k in out}
-    out = {name: diagnostics.weighted(value, weights) for name, value in out.items()}
+    out = {
+      name: diagnostics.weighted(value, weights) for name, value in out.items()
+    }
     value, factor = out.pop("loss")
     if part.weight is not None:
       metrics[f"losses/{part.name}"] = jax.lax.stop_gradient(value), factor
