@@ -28,6 +28,7 @@ def get_config(arg=None):
   c.algo = "reward"
   c.loss = common.loss(arg.loss)
   c.ref = "none"
+  c.reward.centred, c.reward.count = True, 1024
   common.select_model(c, arg.model)
   common.select_optim(c, arg.optim, learning_rate=3e-4)
   if arg.optim == "adamw":

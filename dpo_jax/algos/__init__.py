@@ -22,6 +22,11 @@ def make(config, apply):
   """
   make_one = lookup.lookup(ALGOS, config.algo, "algo")
   algorithm, own = make_one(config, apply), code.digest(make_one)
+  if config.reward.centred and reward.HEAD not in algorithm.heads:
+    raise ValueError(
+      f"reward.centred = True has no effect with algo = {config.algo!r}, which "
+      "trains no reward model: set it to False"
+    )
   if own is None:
     return algorithm
   more = {f"ALGOS[{config.algo!r}]": own}

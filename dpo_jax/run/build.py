@@ -20,7 +20,7 @@ from dpo_jax.models import decoder, lora, sample
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import base as plain
-from dpo_jax.run import checks, feed, forward, held_out, memory, together
+from dpo_jax.run import checks, feed, forward, gain, held_out, memory, together
 from dpo_jax.run import model as model_lib
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import optim
@@ -92,6 +92,7 @@ def _with_programs(setup):
       functools.partial(base.token_logps, apply), mesh
     ),
     token_kl=run_lib.forward(functools.partial(forward.kl, apply), mesh),
+    rewards=run_lib.forward(functools.partial(forward.of_slots, apply), mesh),
     sample=sample.compiled(setup.model),
   )
   return setup._replace(programs=programs)
@@ -165,6 +166,7 @@ def prepare(config):
     create=create,
     step=step,
     stacked_step=stacked_step,
+    finish=gain.prepared(setup, load.plain(config.reward), source.loader),
   )
 
 

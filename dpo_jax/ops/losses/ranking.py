@@ -49,7 +49,7 @@ def bradley_terry(rewards, *, label_smoothing, centring):
 
 
 def bradley_terry_margin(rewards, *, alpha, centring, scores):
-  """Of a reward model with margins: rewards as far apart as scores.
+  """Bradley–Terry with margins from the data's scores.
 
       m = r(x, y_w) − r(x, y_l)
       loss = −log σ(m − α (s_w − s_l)) + c (r(x, y_w) + r(x, y_l))²
@@ -72,7 +72,7 @@ def bradley_terry_margin(rewards, *, alpha, centring, scores):
 
 
 def plackett_luce_reward(rewards, *, centring, present):
-  """Of a reward model, of rankings of K completions.
+  """Of a reward model, of rankings.
 
       loss = −Σ_k [r_k − log Σ_{j ≥ k} e^(r_j)] + c (2 r̄)², best first
 
