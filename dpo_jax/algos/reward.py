@@ -72,7 +72,8 @@ def rewards(apply, params, batch):
   """
   hidden, _ = apply(params["model"], batch)
   last = last_tokens(batch)
-  at = attention.take_rows(hidden, last).astype(jnp.float32)
+  at = attention.take_rows(hidden, last)
+  at = at.astype(jnp.promote_types(at.dtype, jnp.float32))
   head = params[HEAD]
   scores = jnp.einsum("rsd,d->rs", at, head["kernel"]) + head["bias"]
   return jnp.where(last < batch["tokens"].shape[1], scores, 0.0)

@@ -70,7 +70,7 @@ def finish(setup, loader, count, unit, params, frozen, step, workdir):
     "step": step,
     "asked": setup.asked["reward"],
     "data": loader.fingerprint,
-    "head": state_lib.fingerprint(params["reward"]),
+    "head": state_lib.fingerprint(params.get("reward", {})),
   }
   if path.exists():
     there = store.read_json(path)
@@ -78,8 +78,7 @@ def finish(setup, loader, count, unit, params, frozen, step, workdir):
       json.dumps(about)
     ):
       return
-  policy = setup.trained.policy(frozen.get("base"), params)
-  found = measure(setup, policy, loader, count, unit)
+  found = measure(setup, params, frozen, loader, count, unit)
   if jax.process_index() == 0:
     text = json.dumps({**about, **found}, indent=2) + "\n"
     store.write(path, text.encode())
@@ -92,11 +91,11 @@ def finish(setup, loader, count, unit, params, frozen, step, workdir):
     )
 
 
-def measure(setup, policy, loader, count, unit):
+def measure(setup, params, frozen, loader, count, unit):
   """Scores completions of the reference, and what follows: see `of_scores`.
 
   Args:
-    policy: parameters of the model and of its reward head.
+    params, frozen: of the TrainState, placed.
     loader: data.batch.loader.Loader; its first batches are scored.
     count: examples of them, rounded up to whole batches; None is an epoch.
     unit: of `of_scores`.
@@ -105,6 +104,7 @@ def measure(setup, policy, loader, count, unit):
   if count is not None:
     size = len(loader.indices(0))
     steps = min(steps, -(-count // size))
+  policy = setup.trained.policy(frozen.get("base"), params)
   groups, seen = collections.defaultdict(list), set()
   for number in range(steps):
     for index, scores in forward.rewards(setup, policy, loader, [number]):
