@@ -13,7 +13,7 @@ optional = config_dict.placeholder  # a field that may be None
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.algo = "preference"  # preference, sft or policy_gradient
+  c.algo = "preference"  # preference, sft, reward or policy_gradient
   c.loss = common.loss("dpo")  # the loss and its own fields
   c.workdir = optional(str)  # run folder, or None: --workdir
   # The reference is the initial policy. frozen: a copy of its weights; base:
@@ -79,6 +79,13 @@ def get_config():
 
   # What the policy samples while it is trained: common.rollout; None: nothing.
   c.rollout = optional(config_dict.ConfigDict)
+
+  # Of a reward model: gain and bias, found behind the last step.
+  c.reward = r = config_dict.ConfigDict()
+  r.centred = False  # completions of the reference get rewards of mean 0
+  r.unit = False  # and of standard deviation 1
+  r.completions = optional(str)  # source of them; None: those of data.train
+  r.count = optional(int)  # prompts that are scored for it; None: all
 
   c.sweep = config_dict.ConfigDict()
   c.sweep.together = 1  # points trained in one program, where they can be

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.config import saved
+from dpo_jax.data.read import sources
 from dpo_jax.ops import logprobs
 
 
@@ -144,6 +145,12 @@ def on(algorithm, policy):
     return algorithm.prepare(batch, frozen, extra)
 
   return algorithm._replace(features=features, prepare=prepare)
+
+
+def sources_count(data):
+  """Data sets in the larger of the mixtures of config.data."""
+  specs = filter(None, (data.train, data.eval))
+  return max((len(sources.parse(spec)) for spec in specs), default=1)
 
 
 def numeric_fields(loss):

@@ -41,6 +41,7 @@ def upgraded(config):
     return config
   config = {"ref_mix": None, "ref_every": None, **config}
   config.setdefault("sweep", {"together": 1})
+  config.setdefault("reward", dict(_NO_GAIN))
   config["train"] = {"max_noise": 0.1, **config["train"]}
   config["data"] = {"token_cache": None, **config["data"]}
   config["log"] = {"tokens": False, "profile": False, **config["log"]}
@@ -57,6 +58,8 @@ def upgraded(config):
   return config
 
 
+# Of runs before there were reward models.
+_NO_GAIN = {"centred": False, "unit": False, "completions": None, "count": None}
 _MOST = 8  # fields that a message names
 
 

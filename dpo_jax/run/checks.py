@@ -7,6 +7,7 @@ from dpo_jax.config import fields, saved
 from dpo_jax.data.read import sources
 from dpo_jax.models import config as model_config
 
+HEADED = ("reward",)  # algorithms with a head whose parameters are drawn
 LABELS = ("none", "bradley_terry", "deterministic")
 
 
@@ -71,7 +72,10 @@ def _rules(c):
     "steps",
   )
   yield (
-    c.init_seed == 0 or c.init_from is None or c.lora is not None,
+    c.init_seed == 0
+    or c.init_from is None
+    or c.lora is not None
+    or c.algo in HEADED,
     f"init_seed = {c.init_seed} has no effect: init_from = {c.init_from!r} "
     "has all parameters, and there is no adapter; set it to 0 (the order of "
     "the data is data.seed)",
@@ -86,6 +90,12 @@ def _rules(c):
     "export.public = True has no effect without export.push; name the "
     "repository there",
   )
+  for field in ("unit", "completions", "count"):
+    yield (
+      c.reward.centred or not c.reward[field],
+      f"reward.{field} = {c.reward[field]!r} has no effect with "
+      "reward.centred = False; set that to True",
+    )
   yield from _rules_of_samples(c.sample)
   if "norm" in c.model:  # else the shape is that of init_from
     yield from _rules_of_model(c.model)

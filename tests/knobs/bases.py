@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from configs import common, dpo, quickstart, sft
+from configs import common, dpo, quickstart, reward, sft
 from dpo_jax.data.batch import order
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import bpe
@@ -184,6 +184,15 @@ def _sft(w):
   return _with(c, data__packed=False, optim__schedule="linear")
 
 
+def _reward(w, arg=""):
+  return _with(_small(reward.get_config(f"smoke{arg}"), w), reward__count=None)
+
+
+def _reward_of_samples(w):
+  fields = {"reward__completions": "toy:24", "reward__count": 16}
+  return _with(_reward(w, ",lora"), **fields)
+
+
 def _quickstart(w):
   c = _sampling(_small(quickstart.get_config("stage=dpo,smoke"), w), w)
   return _with(c, sample__labels="none", init_from=w.run)
@@ -255,8 +264,8 @@ def _loss(name):
   return make
 
 
-# A reward model's loss is of no algorithm yet.
-LOSSES = [n for n, loss in losses.LOSSES.items() if loss.data != "rewards"]
+LOSSES = [n for n, loss in losses.LOSSES.items() if not loss.of_rewards]
+OF_REWARDS = [n for n, loss in losses.LOSSES.items() if loss.of_rewards]
 
 _SHAPE = ("model.",)  # what a model is does not depend on the rest
 
@@ -265,6 +274,8 @@ BASES = {
   "lora": Base(_lora, leave=_SHAPE),
   "sft": Base(_sft, leave=_SHAPE),
   "mixture": Base(_mixture, leave=_SHAPE),
+  "reward": Base(_reward, leave=_SHAPE),
+  "reward of samples": Base(_reward_of_samples, "reward."),
   "quickstart": Base(_quickstart, leave=_SHAPE),
   "simpo": Base(_simpo, leave=_SHAPE),
   "kto": Base(_kto, leave=_SHAPE),
@@ -275,5 +286,13 @@ BASES = {
   **{
     f"loss={name}": Base(_loss(name), "loss.", ("loss.name",))
     for name in LOSSES
+  },
+  **{
+    f"loss={name}": Base(
+      functools.partial(_reward, arg=f",loss={name}"),
+      "loss.",
+      ("loss.name",),
+    )
+    for name in OF_REWARDS
   },
 }

@@ -63,6 +63,8 @@ VALUES = {
   "sample.scorers": lambda w: ((f"tfidf:{w.labelled}",),),
   "sample.labelled": lambda w: (w.labelled_too,),
   "sample.labels": ("deterministic",),
+  "reward.completions": ("toy:12",),
+  "reward.count": (8, 32),
   "train.steps": (4,),
   "train.max_noise": (0.01,),
   "train.max_skipped": (1,),
@@ -89,6 +91,7 @@ def _other_ref(c, w):
 
 def _other_loss(c, w):
   others = {"simpo": "orpo", "kto": "bco_unpaired", "mixture": "rpo"}
+  others["bradley_terry"] = "bradley_terry_margin"
   other = "dpo" if c.loss.name == "ipo" else "ipo"
   c.loss = common.loss(others.get(c.loss.name, other))
 
