@@ -36,7 +36,7 @@ def differences(saved, current, *decides):
 
 
 # Fields of config.sample that came later, as they are where nobody asks.
-_LATER = {
+LATER = {
   "template": None,
   "shots": 0,
   "shots_from": None,
@@ -56,7 +56,7 @@ def drawn_by(sample):
   return {
     k: v
     for k, v in sample.items()
-    if k not in measured and not (k in _LATER and v == _LATER[k])
+    if k not in measured and not (k in LATER and v == LATER[k])
   }
 
 
@@ -70,7 +70,7 @@ def upgraded(config):
   config["data"] = {"token_cache": None, **config["data"]}
   config["log"] = {"tokens": False, "profile": False, **config["log"]}
   if "sample" in config:
-    config["sample"] = {**_LATER, **config["sample"]}
+    config["sample"] = {**LATER, **config["sample"]}
   if "export" in config:
     config["export"] = {"public": False, **config["export"]}
   if config["optim"]["name"] != "sgd":
