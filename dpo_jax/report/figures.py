@@ -107,7 +107,8 @@ def frontier(marks, reference, title, *, joined, wide, best_of=()):
   size = 11 if wide else 9.5
   fig, (ax,) = _figure((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
   ax.set_title(title, loc="left", color=INK, fontsize=size)
-  ax.set_xlabel("sequence KL from the reference, nats", fontsize=size)
+  below = "\n(squares: an upper bound)" if best_of else ""
+  ax.set_xlabel(f"sequence KL from the reference, nats{below}", fontsize=size)
   paths = [marks] if joined else []
   if best_of:
     paths.append([*([reference] if reference else []), *best_of])
