@@ -66,6 +66,12 @@ def get_config():
   c.sample = s = config_dict.ConfigDict()
   s.prompts = optional(str)  # source of prompts, None: no samples
   s.prefix = optional(tuple)  # (2, 8): prompts are text beginnings
+  # What is asked: a text around {prompt} or the file of one, see
+  # data/tokens/shots.py; None: the prompt as it is.
+  s.template = optional(str)
+  s.shots = 0  # examples in front of each prompt
+  s.shots_from = optional(str)  # source of these, with completions
+  s.stop = ()  # texts that end a completion, as an EOS does
   s.count = 512  # prompts; all if there are fewer
   s.draws = 1  # completions of each
   s.max_new_tokens = 64  # tokens, EOS included
@@ -74,6 +80,8 @@ def get_config():
   s.batch_size = 256  # completions at once
   s.seed = 0  # of prompts, draws and labels
   s.scorers = ()  # see eval/rewards.py; the first is the ground truth r*
+  s.best_of = ()  # (1, 4, 16): what the best of so many draws are worth by r*,
+  s.rank_by = optional(str)  # ranked by this one of scorers; None: the first
   s.labelled = optional(str)  # source to check the scorers on
   s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
 

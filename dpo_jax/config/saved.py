@@ -35,6 +35,31 @@ def differences(saved, current, *decides):
   ]
 
 
+# Fields of config.sample that came later, as they are where nobody asks.
+LATER = {
+  "template": None,
+  "shots": 0,
+  "shots_from": None,
+  "stop": (),
+  "best_of": (),
+  "rank_by": None,
+}
+
+
+def drawn_by(sample):
+  """What of config.sample, as plain values, decides draws and their rewards.
+
+  Not what is measured of them later. Where nobody asks for a later field, it is
+  left out, as it is in files of draws from before.
+  """
+  measured = ("best_of", "rank_by")
+  return {
+    k: v
+    for k, v in sample.items()
+    if k not in measured and not (k in LATER and v == LATER[k])
+  }
+
+
 def upgraded(config):
   """A saved run's config, as a dict, with the fields that came later."""
   if not {"loss", "train", "model", "data", "log", "optim"} <= config.keys():
@@ -45,6 +70,8 @@ def upgraded(config):
   config["train"] = {"max_noise": 0.1, **config["train"]}
   config["data"] = {"token_cache": None, **config["data"]}
   config["log"] = {"tokens": False, "profile": False, **config["log"]}
+  if "sample" in config:
+    config["sample"] = {**LATER, **config["sample"]}
   if "export" in config:
     config["export"] = {"public": False, **config["export"]}
   if config["optim"]["name"] != "sgd":

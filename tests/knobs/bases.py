@@ -172,6 +172,8 @@ def _lora(w):
   c.optim = common.optim("adamw")
   c.optim.warmup, c.optim.schedule = 1, "cosine"
   c.sample.temperature = 0.5
+  c.sample.scorers = "vader", f"tfidf:{w.labelled}"
+  c.sample.best_of, c.sample.shots, c.sample.shots_from = (2,), 1, "toy:7"
   c.audit.empty = None
   return c
 
