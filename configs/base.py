@@ -13,7 +13,7 @@ optional = config_dict.placeholder  # a field that may be None
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.algo = "preference"  # preference, sft, reward or policy_gradient
+  c.algo = "preference"  # or sft, reward, policy_gradient, online
   c.loss = common.loss("dpo")  # the loss and its own fields
   c.workdir = optional(str)  # run folder, or None: --workdir
   # The reference is the initial policy. frozen: a copy of its weights; base:
@@ -85,7 +85,8 @@ def get_config():
   s.labelled = optional(str)  # source to check the scorers on
   s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
 
-  # What the policy samples while it is trained: common.rollout; None: nothing.
+  # What the policy samples while it is trained: common.rollout, or
+  # rollout_of_comparisons; None: nothing.
   c.rollout = optional(config_dict.ConfigDict)
 
   # Of a reward model: gain and bias, found behind the last step.

@@ -1,7 +1,7 @@
 """The algorithms, by the name that `config.algo` takes."""
 
 from dpo_jax import lookup
-from dpo_jax.algos import policy_gradient, preference, reward, sft
+from dpo_jax.algos import online, policy_gradient, preference, reward, sft
 from dpo_jax.config import code
 
 ALGOS = {
@@ -9,6 +9,7 @@ ALGOS = {
   "sft": sft.make,
   "policy_gradient": policy_gradient.make,
   "reward": reward.make,
+  "online": online.make,
 }
 
 

@@ -41,7 +41,7 @@ from dpo_jax.train import step as step_lib
 def check(config):
   """Refuses values that no run can have, before anything is built."""
   checks.values(config)
-  rollouts.check(config, algos.make(config, apply=None).data == "prompts")
+  rollouts.check(config, algos.make(config, apply=None))
 
 
 def prepare_model(config):
@@ -206,7 +206,9 @@ def held_out_of(config, setup, algorithm):
   checks.held_out(config, algorithm.held_out)
   rows = mesh_lib.row_parallelism(setup.mesh)
   read = functools.partial(
-    feed.load, setup, algorithm, config.data.eval, "data.eval", rows
+    *(feed.load, setup),
+    algorithm._replace(data=algorithm.held_out_data or algorithm.data),
+    *(config.data.eval, "data.eval", rows),
   )
   sums = step_lib.sums(algorithm, axis_name=run_lib.axis_name(setup.mode))
   return held_out.HeldOut(
