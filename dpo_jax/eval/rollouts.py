@@ -118,6 +118,10 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
     max_new_tokens=data.max_completion_length,
     temperature=options.temperature,
     top_p=1.0,
+    template=None,
+    shots=0,
+    shots_from=None,
+    stop=(),
     batch_size=options.batch_size,
     seed=options.seed,
   )

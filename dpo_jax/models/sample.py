@@ -19,8 +19,8 @@ class Samples(NamedTuple):
     tokens: i32[B, N]; after the end, the first of `end_ids`.
     lengths: i32[B], tokens drawn including that which ended it.
     finished: bool[B], whether one of `end_ids` was drawn.
-    logps: f32[B, N] nats of each token under the model at temperature 1; 0
-      after the end.
+    logps: f32[B, N] nats of each token over all tokens, at the temperature it
+      was drawn at (greedy: at 1); 0 after the end.
   """
 
   tokens: jax.Array
@@ -61,12 +61,13 @@ def nucleus(logits, top_p):
 
 
 def _draw(logits, rngs, step, temperature, top_p, known):
-  """(token, its log-prob at temperature 1); temperature 0 is greedy."""
-  logps = jax.nn.log_softmax(logits, axis=-1)
+  """(token, its log-prob at that temperature); temperature 0 is greedy."""
+  divisor = jnp.where(temperature > 0, temperature, 1.0)
+  logps = jax.nn.log_softmax(logits / divisor, axis=-1)
   if known is not None:
     index = jnp.arange(logits.shape[-1])
     logits = jnp.where(index < known, logits, _HIDDEN)
-  scaled = nucleus(logits / jnp.maximum(temperature, 1e-6), top_p)
+  scaled = nucleus(logits / divisor, top_p)
   keys = jax.vmap(jax.random.fold_in, (0, None))(rngs, step)
   noise = jax.vmap(lambda key, x: jax.random.gumbel(key, x.shape))(keys, scaled)
   # One argmax serves both: adding Gumbel noise draws from the softmax. It is

@@ -25,6 +25,7 @@ from dpo_jax.run import (
   feed,
   feeds,
   forward,
+  gain,
   held_out,
   memory,
   rollouts,
@@ -101,6 +102,7 @@ def _with_programs(setup):
       functools.partial(base.token_logps, apply), mesh
     ),
     token_kl=run_lib.forward(functools.partial(forward.kl, apply), mesh),
+    rewards=run_lib.forward(functools.partial(forward.of_slots, apply), mesh),
     sample=sample.compiled(setup.model),
   )
   return setup._replace(programs=programs)
@@ -178,6 +180,7 @@ def prepare(config):
     create=create,
     step=step,
     stacked_step=stacked_step,
+    finish=gain.prepared(setup, load.plain(config.reward), source.loader),
   )
 
 

@@ -111,9 +111,14 @@ def test_sample_frequencies_match_the_softmax(temperature, top_p):
   assert chi2 < quantile[len(expected) - 2]
 
 
-def logps_of(samples):
+def logps_of(samples, temperature):
   """[log-probs of its tokens] of each sample, by the forward pass."""
   model, params, _ = world()
+
+  def apply(params, batch):
+    hidden, head = model.apply(params, batch)
+    return hidden, head.replace(temperature=temperature)
+
   items = [
     comparisons.Example(i, 0, prompt[:length], (tokens[:end],), ())
     for i, (prompt, length, tokens, end) in enumerate(
@@ -127,14 +132,14 @@ def logps_of(samples):
     )
   ]
   batch = worlds.batch(items, packed=False)
-  run = jax.jit(functools.partial(base.token_logps, model.apply))
+  run = jax.jit(functools.partial(base.token_logps, apply))
   by_key = parity.by_completion(run(params, batch), batch)
   return [by_key[i, 0] for i in range(B)]
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 0.9)])
 def test_samples_stop_at_eos_and_report_their_log_probs(temperature, top_p):
-  """At temperature 1 and over all tokens, however they were drawn."""
+  """At their temperature and over all tokens, also those beyond top-p."""
   out = draw(temperature=temperature, top_p=top_p)
   assert out.finished.any()
   assert not out.finished.all()
@@ -146,7 +151,7 @@ def test_samples_stop_at_eos_and_report_their_log_probs(temperature, top_p):
     assert EOS not in drawn[:-1]
     assert set(out.tokens[i, n:].tolist()) <= {EOS}
     assert not np.any(out.logps[i, n:])
-  for got, want in zip(out.logps, logps_of(out), strict=True):
+  for got, want in zip(out.logps, logps_of(out, temperature), strict=True):
     np.testing.assert_allclose(got[: len(want)], want, atol=2e-5)
 
 
