@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.algos import base, preference, terms
+from dpo_jax.algos import alarms, base, preference, terms
 
 
 def make(config, apply):
@@ -32,6 +32,7 @@ def make(config, apply):
     held_out_data=algorithm.data,
     features=functools.partial(features, inner=algorithm.features),
     combine=functools.partial(combine, inner=algorithm.combine),
+    alarms=alarms.of_rollouts,
   )
 
 

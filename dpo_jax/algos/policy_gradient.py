@@ -52,7 +52,7 @@ def make(config, apply):
   """
   fields, rollout = config.loss.to_dict(), config.rollout
   estimator = rl.check(fields)
-  if rollout is None:  # refused by run.rollouts
+  if rollout is None or "critic" not in rollout:  # refused by run.rollouts
     return base.Algorithm("prompts", features, combine)
   apply = functools.partial(_at_temperature, apply, rollout.temperature)
   steps = rollout.epochs * (rollout.prompts // config.data.batch_size)

@@ -40,16 +40,16 @@ def config_of(folder, arg="", *overrides):
     f"{conftest.ROOT}/configs/online.py:smoke{arg}",
     (
       *(f"data.train={path}", "data.eval=None", "data.batch_size=2"),
-      *("data.max_prompt_length=3", f"data.max_completion_length={LONGEST}"),
+      *(
+        "data.max_prompt_length=3",
+        f"data.max_completion_length={language.LONGEST}",
+      ),
       *("data.shape_multiple=1", "log.every=1000"),
-      *("rollout.prompts=2", "rollout.draws=16", "rollout.scorer=table:r"),
+      *("rollout.prompts=2", "rollout.draws=16", "rollout.scorer=table"),
       *(f"loss.beta={BETA}", "optim.schedule=linear", "train.steps=300"),
       *("optim.learning_rate=0.01", *overrides),
     ),
   )
-
-
-LONGEST = language.LONGEST
 
 
 def in_the_language(patch):
@@ -59,7 +59,7 @@ def in_the_language(patch):
   patch.setattr(trained, "initial", lambda setup: params)
   one = mesh_lib.of_devices(jax.devices()[:1])  # two rows are few for eight
   patch.setattr(mesh_lib, "make", lambda options: one)
-  patch.setitem(rewards.SCORERS, "table", lambda _: score)
+  patch.setitem(rewards.SCORERS, "table", score)
 
 
 def distances(config, folder):
