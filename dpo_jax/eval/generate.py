@@ -237,12 +237,10 @@ def describe(batch, scorers, count, bos_id):
   the prompt begins without the BOS that there is: whoever reads the text again
   must put none in front.
   """
-  texts = [d.prompt for d in batch], [d.completion for d in batch]
-  scores = {}
-  for scorer in scorers:
-    of_draws = getattr(scorer.score, "of_draws", None)
-    made = scorer.score(*texts) if of_draws is None else of_draws(batch)
-    scores[f"reward/{scorer.name}"] = made
+  scores = {
+    f"reward/{scorer.name}": rewards.of_draws(scorer, batch)
+    for scorer in scorers
+  }
   return [
     {
       "id": draw.id // count,
