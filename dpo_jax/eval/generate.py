@@ -22,11 +22,11 @@ class Draw(NamedTuple):
 
   Attributes:
     id: of the draw: prompt number · draws + k.
-    prompt: text.
-    prompt_ids: as training has them.
-    completion: text.
-    ids: as drawn, with the end if it came.
-    finished: whether it came within the limit.
+    prompt: text, without what sample.template and sample.shots put around it.
+    prompt_ids: what the model continued: as training has them, or with that.
+    completion: text, up to its end or to one of sample.stop.
+    ids: as drawn, with the end if it came; the EOS stands for a stop text.
+    finished: whether an end came within the limit.
   """
 
   id: int
