@@ -76,9 +76,7 @@ def prompts(setup):
   texts = list(of)
   order = np.random.default_rng(options.seed).permutation(len(texts))
   chosen = [texts[i] for i in order[: options.count]]
-  out = prompting.encoded(
-    setup, {prompt: of[prompt] for prompt in chosen}, policy
-  )
+  out = prompting.encoded(setup, [(p, of[p]) for p in chosen], policy)
   if not out:
     raise ValueError(
       f"sample.prompts = {options.prompts}: no usable prompt (skipped: "
@@ -187,10 +185,7 @@ def write(setup, params, identity, workdir):
       for batch in progress.over(
         batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
       ):
-        batch = [
-          prompting.cut(draw, setup.tokenizer, options.stop)[0]
-          for draw in batch
-        ]
+        batch = prompting.stopped(setup, batch)
         new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
         file.write("".join(json.dumps(row) + "\n" for row in new))
         file.flush()
