@@ -22,11 +22,11 @@ class Draw(NamedTuple):
 
   Attributes:
     id: of the draw: prompt number · draws + k.
-    prompt: text.
-    prompt_ids: as training has them.
-    completion: text.
-    ids: as drawn, with the end if it came.
-    finished: whether it came within the limit.
+    prompt: text, without what sample.template and sample.shots put around it.
+    prompt_ids: what the model continued: as training has them, or with that.
+    completion: text, up to its end or to one of sample.stop.
+    ids: as drawn, with the end if it came; the EOS stands for a stop text.
+    finished: whether an end came within the limit.
     logps: of each of `ids` as it was drawn, in nats.
   """
 
@@ -78,9 +78,7 @@ def prompts(setup):
   texts = list(of)
   order = np.random.default_rng(options.seed).permutation(len(texts))
   chosen = [texts[i] for i in order[: options.count]]
-  out = prompting.encoded(
-    setup, {prompt: of[prompt] for prompt in chosen}, policy
-  )
+  out = prompting.encoded(setup, [(p, of[p]) for p in chosen], policy)
   if not out:
     raise ValueError(
       f"sample.prompts = {options.prompts}: no usable prompt (skipped: "
@@ -191,10 +189,7 @@ def write(setup, params, identity, workdir):
       for batch in progress.over(
         batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
       ):
-        batch = [
-          prompting.cut(draw, setup.tokenizer, options.stop)[0]
-          for draw in batch
-        ]
+        batch = prompting.stopped(setup, batch)
         new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
         file.write("".join(json.dumps(row) + "\n" for row in new))
         file.flush()
