@@ -13,7 +13,7 @@ optional = config_dict.placeholder  # a field that may be None
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.algo = "preference"  # preference, sft or policy_gradient
+  c.algo = "preference"  # or sft, reward, policy_gradient, online
   c.loss = common.loss("dpo")  # the loss and its own fields
   c.workdir = optional(str)  # run folder, or None: --workdir
   # The reference is the initial policy. frozen: a copy of its weights; base:
@@ -66,6 +66,12 @@ def get_config():
   c.sample = s = config_dict.ConfigDict()
   s.prompts = optional(str)  # source of prompts, None: no samples
   s.prefix = optional(tuple)  # (2, 8): prompts are text beginnings
+  # What is asked: a text around {prompt} or the file of one, see
+  # data/tokens/shots.py; None: the prompt as it is.
+  s.template = optional(str)
+  s.shots = 0  # examples in front of each prompt
+  s.shots_from = optional(str)  # source of these, with completions
+  s.stop = ()  # texts that end a completion, as an EOS does
   s.count = 512  # prompts; all if there are fewer
   s.draws = 1  # completions of each
   s.max_new_tokens = 64  # tokens, EOS included
@@ -74,11 +80,21 @@ def get_config():
   s.batch_size = 256  # completions at once
   s.seed = 0  # of prompts, draws and labels
   s.scorers = ()  # see eval/rewards.py; the first is the ground truth r*
+  s.best_of = ()  # (1, 4, 16): what the best of so many draws are worth by r*,
+  s.rank_by = optional(str)  # ranked by this one of scorers; None: the first
   s.labelled = optional(str)  # source to check the scorers on
   s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
 
-  # What the policy samples while it is trained: common.rollout; None: nothing.
+  # What the policy samples while it is trained: common.rollout, or
+  # rollout_of_comparisons; None: nothing.
   c.rollout = optional(config_dict.ConfigDict)
+
+  # Of a reward model: gain and bias, found behind the last step.
+  c.reward = r = config_dict.ConfigDict()
+  r.centred = False  # completions of the reference get rewards of mean 0
+  r.unit = False  # and of standard deviation 1
+  r.completions = optional(str)  # source of them; None: those of data.train
+  r.count = optional(int)  # prompts that are scored for it; None: all
 
   c.sweep = config_dict.ConfigDict()
   c.sweep.together = 1  # points trained in one program, where they can be

@@ -104,22 +104,10 @@ def policy_gradient(name):
 
 
 def rollout(estimator="ppo"):
-  """config.rollout: an iteration draws `draws` for each of `prompts` prompts
-  of data.train, and trains on them `epochs` times."""
+  """config.rollout of an estimator of ops.rl."""
   row = lookup.lookup(rl.ESTIMATORS, estimator, "loss")
-  o = config_dict.ConfigDict()
-  o.scorer = config_dict.placeholder(str)  # the reward, see eval/rewards.py
-  o.prefix = config_dict.placeholder(tuple)  # (2, 8): beginnings, as sample's
-  o.prompts = 64  # of an iteration: a multiple of data.batch_size
-  o.draws = 4 if row.group else 1  # completions of each
-  o.epochs = 1 if row.group else 4  # passes over an iteration
-  o.batch_size = 256  # completions drawn at once
-  o.temperature = 1.0  # of sampling, and of every log-prob
-  o.seed = 0  # of the draws
-  # Of a completion that is cut at data.max_completion_length: keep its score,
-  # replace it by missing_score, or subtract that.
-  o.missing_end = "keep"
-  o.missing_score = config_dict.placeholder(float)
+  draws, epochs = (4, 1) if row.group else (1, 4)
+  o = _rollout(draws, epochs)
   # The coefficient of the KL penalty, loss.beta, aims at this sequence KL
   # (nats); kl_horizon: completions over which it does. None: it is fixed.
   o.kl_target = config_dict.placeholder(float)
@@ -129,6 +117,47 @@ def rollout(estimator="ppo"):
   # The critic: a head on the policy's trunk, on a copy of its own, or none.
   o.critic = "head" if row.critic else "none"
   o.warmup = 0  # iterations in which the critic alone learns
+  return o
+
+
+def rollout_of_comparisons(name="dpo"):
+  """config.rollout of a loss, or mixture, that compares completions.
+
+  One that reads the best completion alone, such as "nll", has no labels.
+  """
+  kind, o = losses.compared(name), _rollout(draws=4, epochs=1)
+  if kind != "best":
+    # Who wins: drawn by the scores (bradley_terry), or the higher
+    # (deterministic; ties are left out).
+    o.labels = "bradley_terry"
+    # κ of the draws, i beats j with probability σ(κ (r_i − r_j)); else None.
+    o.label_scale = config_dict.placeholder(float)
+    o.label_scale = 1.0
+  if kind == "pairs":
+    o.compare = "all"  # pairs of a prompt, or best_worst: one
+  return o
+
+
+def _rollout(draws, epochs):
+  """The fields of config.rollout that all algorithms share.
+
+  An iteration draws `draws` for each of `prompts` prompts of data.train, and
+  trains on them `epochs` times.
+  """
+  o = config_dict.ConfigDict()
+  o.scorer = config_dict.placeholder(str)  # the reward, see eval/rewards.py
+  o.prefix = config_dict.placeholder(tuple)  # (2, 8): beginnings, as sample's
+  o.prompts = 64  # of an iteration: a multiple of data.batch_size
+  o.draws = draws  # completions of each
+  o.epochs = epochs  # passes over an iteration
+  o.batch_size = 256  # completions drawn at once
+  # Of sampling, and in policy gradients of every log-prob.
+  o.temperature = 1.0
+  o.seed = 0  # of the draws, and of the labels
+  # Of a completion that is cut at data.max_completion_length: keep its score,
+  # replace it by missing_score, or subtract that.
+  o.missing_end = "keep"
+  o.missing_score = config_dict.placeholder(float)
   return o
 
 

@@ -72,3 +72,10 @@ def loss(spec, divergence="reverse_kl"):
 def needs_reference(spec):
   """Whether any term of a loss reads the reference."""
   return any(losses.LOSSES[name].reference for _, name in parse(spec))
+
+
+def compared(spec):
+  """What a comparison of a loss is: "pairs", "rankings", … or "best" alone."""
+  rows = [losses.LOSSES[name] for _, name in parse(spec)]
+  kinds = [row.data for row in rows if not row.best_alone]
+  return kinds[0] if kinds else "best"

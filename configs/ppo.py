@@ -18,6 +18,11 @@ def sweep():
     yield {"rollout.kl_target": target, "rollout.kl_horizon": 10_000}
 
 
+def sweep_seeds():
+  for seed in (0, 1, 2):
+    yield {"rollout.seed": seed, "data.seed": seed}
+
+
 def get_config(arg=None):
   arg = common.parse_arg(
     arg,
@@ -64,8 +69,9 @@ def on_reviews(arg):
   c.rollout.prompts = 128
   c.data.batch_size = 32
   c.rollout.batch_size = 512
-  c.train.steps = 25 * c.rollout.epochs * 4
-  c.optim.learning_rate = 1e-4
+  c.train.steps = 20 * c.rollout.epochs * 4
+  c.optim.learning_rate = 3e-4
+  c.optim.warmup = 5
   c.sample.prompts = "reviews:test"
   c.sample.labelled = "reviews:test"
   c.sample.seed = 2

@@ -11,6 +11,7 @@ _NAMES = {
   "ALGOS": "dpo_jax.algos",
   "ATTENTION": "dpo_jax.ops.attention",
   "LOSSES": "dpo_jax.ops.losses",
+  "SCORERS": "dpo_jax.eval.rewards",
   "Terms": "dpo_jax.algos.base",
   "batches": "dpo_jax.notebook",
   "build": "dpo_jax.notebook",

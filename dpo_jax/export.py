@@ -2,12 +2,16 @@
 
 What the folder holds:
 
-    config.json, model.safetensors     the policy, an adapter merged into it
+    config.json, model.safetensors     the policy, an adapter merged into it; of
+                                       a reward model a sequence classifier with
+                                       one label, its gain in the weights
     adapter_config.json, …             or the adapter alone (export.form)
     tokenizer.json, …                  the tokenizer, with its chat template
     generation_config.json             what ends a generation
     README.md                          the model card: what it was trained on
-    dpo_jax.json                       the config of the run, and its step
+    dpo_jax.json                       the config of the run, and its step; the
+                                       bias of a reward model, which the format
+                                       has no place for
 
 None of them names a folder of this machine, but for the base of an adapter that
 is one, which PEFT reads there: that is not uploaded.
@@ -20,10 +24,15 @@ from dpo_jax import lookup, store, tree
 from dpo_jax.config import fields, origin, saved
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.models import families, hf, peft, write
-from dpo_jax.run import build, trained
+from dpo_jax.run import build, checks, gain, trained
 from dpo_jax.train import checkpoint
 
 FORMS = ("merged", "adapter")
+_SCORE = """
+A reward model: the score of a prompt and a completion is read at the last token
+of the completion, which is its end. `reward` in dpo_jax.json has the bias that
+is to be added.
+"""
 
 
 def publish(config, workdir):
@@ -42,6 +51,12 @@ def publish(config, workdir):
     raise ValueError(
       "export.form = 'adapter': this run trained all parameters, not an "
       "adapter; set it to 'merged'"
+    )
+  rewards = config.algo in checks.HEADED
+  if rewards and options.form == "adapter":
+    raise ValueError(
+      "export.form = 'adapter': PEFT's files have no place for the head of a "
+      "reward model; set it to 'merged'"
     )
   if jax.process_count() > 1:
     raise ValueError("export runs in one process")
@@ -62,6 +77,9 @@ def publish(config, workdir):
     )
   about = checkpoint.identity(workdir)
   about["config"] = origin.without_folders(config.to_dict())
+  if rewards:
+    found = gain.read(workdir, config.to_dict(), about["step"])
+    about["gain"] = dict(zip(("gain", "bias"), found, strict=True))
   if folder.exists():
     if not _same(folder, about):
       raise ValueError(
@@ -88,8 +106,9 @@ def _same(folder, about):
   if saved.differences(*configs, fields.POLICY):
     return False
   forms = [[c["export"][name] for name in ("form", "dtype")] for c in configs]
-  names = ("step", "checksums")
-  return forms[0] == forms[1] and all(there[n] == about[n] for n in names)
+  names = ("step", "checksums", "gain")
+  same = all(there.get(n) == about.get(n) for n in names)
+  return forms[0] == forms[1] and same
 
 
 def _write(config, workdir, folder, about):
@@ -104,9 +123,13 @@ def _write(config, workdir, folder, about):
   if config.export.form == "adapter":
     write_adapter(partial, setup, params)
   else:
-    model, params = setup.model, trained.merged(setup, base, params)
-    dtype = config.export.dtype
-    write.write(partial, params, model.config, model.vocab_size, raw, dtype)
+    heads, merged = params, trained.merged(setup, base, params)
+    merged = merged, setup.model.config, raw
+    if "gain" in about:
+      merged = _classifier(setup, *merged, heads["reward"], about)
+    params, model, raw = merged
+    size, dtype = setup.model.vocab_size, config.export.dtype
+    write.write(partial, params, model, size, raw, dtype)
   tokenizer = vocabulary.load(config.tokenizer)
   vocabulary.write(tokenizer, partial)
   generation = _generation(setup, tokenizer)
@@ -114,6 +137,25 @@ def _write(config, workdir, folder, about):
   write.write_json(partial / "dpo_jax.json", about)
   (partial / "README.md").write_text(_card(config, about["step"]))
   partial.rename(folder)
+
+
+def _classifier(setup, params, model, raw, head, about):
+  """What is written of a reward model: (parameters, ModelConfig, config.json).
+
+  Its bias goes to about["reward"]. transformers reads the last token that does
+  not pad, so an end that pads too would be read past: then nothing pads.
+  """
+  head = gain.folded(head, *about["gain"].values())
+  bias = float(head["bias"])
+  about["reward"] = {"bias": bias}
+  if bias:
+    print(
+      f"the score has no bias in this format: add {bias:.6g} to what "
+      "transformers computes (dpo_jax.json has it, and reward:hf: adds it)"
+    )
+  if raw.get("pad_token_id") in setup.tokenizer.end_ids:
+    raw = {**raw, "pad_token_id": None}
+  return write.classifier(params, model, raw, head["kernel"])
 
 
 def _config_json(setup):
@@ -190,7 +232,7 @@ library_name: {library}
 Trained with dpo_jax: {config.loss.name}{f" ({loss})" * bool(loss)}, \
 {step} steps on `{said["data"]["train"]}`, from \
 `{said["init_from"] or "random parameters"}`.
-"""
+{_SCORE * (config.algo in checks.HEADED)}"""
 
 
 def _on_hub(config):

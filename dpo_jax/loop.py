@@ -44,7 +44,17 @@ def fit_run(run, workdir, stop):
     run, state, checkpoints = restore(run, workdir, stop, opened)
     start = within(int(state.step), run.total, workdir)
     record = recorder.Recorder(run, workdir, checkpoints, start)
-    return train(run, run.step, run.hparams, state, record, start, stop)
+    result = train(run, run.step, run.hparams, state, record, start, stop)
+    finish(run, result)
+    return result
+
+
+def finish(run, result):
+  """What is left to do of a run that is at its last step."""
+  steps = int(result.state.step)
+  if run.finish and steps == run.total and result.failure is None:
+    state = result.state
+    run.finish(state.params, state.frozen, steps, result.workdir)
 
 
 def train(run, step, hparams, state, record, start, stop):

@@ -9,6 +9,7 @@ from etils import epath
 from dpo_jax import lookup, store
 from dpo_jax.config import origin, saved
 from dpo_jax.data.read import sources
+from dpo_jax.eval import prompting
 from dpo_jax.ops import losses
 from dpo_jax.run import checks
 
@@ -51,6 +52,8 @@ def config(config, reads):
     if flat[field] is not None or field == "data.train":
       for _, source in sources.parse(flat[field], field):
         _source(source, field)
+  if "sample.prompts" in reads:
+    prompting.template(flat["sample.template"])
 
 
 def start(config):

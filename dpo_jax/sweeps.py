@@ -243,7 +243,11 @@ def fit_together(runs, workdirs):
     ]
     step, state, hparams, parts = together.program(runs, states)
     record = together.Recorders(records, parts)
-    return loop.train(runs[0], step, hparams, state, record, start, stop)
+    args = runs[0], step, hparams, state, record, start, stop
+    results = loop.train(*args)
+    for run, result in zip(runs, results, strict=True):
+      loop.finish(run, result)
+    return results
 
 
 def _sharing(config, workdir):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from etils import epath
 
 from dpo_jax import host, lookup, preflight
-from dpo_jax.config import help, load, points
+from dpo_jax.config import help, load, points, saved
 from dpo_jax.train import optimizers
 
 
@@ -82,7 +82,7 @@ def _tokenizer(config, workdir):
 
 def evaluate(config, workdir, _source):
   """Evaluates the policy of a run folder; writes evaluation.json there."""
-  from dpo_jax.eval import evaluation
+  from dpo_jax.eval import best_of, evaluation
   from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
 
@@ -100,6 +100,8 @@ def evaluate(config, workdir, _source):
     print(f"{name:24} {value:.4g}")
   for name, value in result.get("means", {}).items():
     print(f"{name:24} {value['mean']:.4g} ± {value['se']:.2g}")
+  if "best_of" in result:
+    print(best_of.table(result["best_of"]))
   return 0
 
 
@@ -125,7 +127,7 @@ def sample(config, workdir, _source):
       f"{workdir} holds no trained policy, and init_from names none"
     )
   identity = {
-    "sample": config.sample.to_dict(),
+    "sample": saved.drawn_by(config.sample.to_dict()),
     "policy": state_lib.fingerprint(policy),
     "model": config.model.to_dict(),
     "precision": config.precision,
@@ -154,7 +156,7 @@ def sweep(config, workdir, source):
     )
   configs = [source.at(point) for point in chosen]
   for config_of_point in configs:
-    preflight.config(config_of_point, (*_DATA, "sample.prompts"))
+    preflight.config(config_of_point, (*_DATA, *_PROMPTS))
     preflight.start(config_of_point)
   _reach(configs)
   from dpo_jax import sweeps
@@ -215,10 +217,11 @@ def losses(_config, _workdir, _source):
 
 
 _DATA = ("data.train", "data.eval")
+_PROMPTS = ("sample.prompts", "sample.shots_from")
 VERBS = {
   "train": Verb(train, saved=False, reads=_DATA),
-  "eval": Verb(evaluate, saved=True, reads=("data.eval", "sample.prompts")),
-  "sample": Verb(sample, saved=True, reads=("sample.prompts",)),
+  "eval": Verb(evaluate, saved=True, reads=("data.eval", *_PROMPTS)),
+  "sample": Verb(sample, saved=True, reads=_PROMPTS),
   "sweep": Verb(sweep, saved=False, reads=()),  # its points say of what
   "report": Verb(write_report, saved=True, config=False),
   "audit": Verb(audit, saved=True, folder=False, reads=_DATA),

@@ -52,6 +52,7 @@ FIRST = {
   "data.": ("data",),
   "sample.": ("sample", "sweep"),
   "sweep.": ("sweep",),
+  "reward.": ("train",),
   "audit.": ("audit",),
   "export.": ("export",),
   "checkpoint.": ("train",),

@@ -14,7 +14,7 @@ import pytest
 from matplotlib import text as text_lib
 
 from dpo_jax import notebook, report
-from dpo_jax.report import content, figures, folder, markdown
+from dpo_jax.report import content, figures, folder, markdown, samples
 
 BETAS = (5.0, 0.05, 0.1, 1.0)  # not in their order
 TRUTH = "reward/tfidf"
@@ -348,7 +348,7 @@ def test_samples_are_of_the_first_three_prompts_that_all_runs_have(tmp_path):
 
   lines(tmp_path / "reference" / "samples.jsonl", rows((9, 1, 2, 3, 4, 5)))
   lines(tmp_path / "b0.1" / "samples.jsonl", rows((5, 4, 3, 1, 7)))
-  shown = content.prompts(folder.read(tmp_path))
+  shown = samples.prompts(folder.read(tmp_path))
   assert [prompt for prompt, _ in shown] == ["p1", "p3", "p4"]
   assert [run.name for run, _ in shown[0][1]] == ["reference", "beta=0.1"]
 

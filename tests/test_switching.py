@@ -11,7 +11,7 @@ from dpo_jax.ops.losses import catalogue
 from dpo_jax.run import build
 from tests import conftest
 
-NAMES = [n for n, loss in losses.LOSSES.items() if loss.data != "rewards"]
+NAMES = [n for n, loss in losses.LOSSES.items() if not loss.of_rewards]
 
 
 def load(arg, *overrides):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.config import saved
+from dpo_jax.data.read import sources
 from dpo_jax.ops import logprobs
 
 
@@ -48,6 +49,12 @@ def always(extra):
   return jnp.bool_(True)
 
 
+def no_alarms(first, now):
+  """For algorithms whose metrics need no watch."""
+  del first, now
+  return {}
+
+
 def no_preparation(batch, frozen, extra):
   """For algorithms that need nothing beside the batch."""
   del frozen, extra
@@ -79,11 +86,15 @@ class Algorithm(NamedTuple):
       for not being finite changes nothing of it.
     applies: extra -> whether the next update changes parameters.
     advantages: of "prompts": (scores, drawn, mask, extra) -> extra arrays of
-      tokens for the steps of an iteration, see policy_gradient.advantages; None
-      compares the completions of a prompt by their scores.
+      tokens for the steps of an iteration, see policy_gradient.advantages.
+    compares: of "prompts": what the scores of the completions of a prompt
+      become, a key of eval.comparing.KINDS; None compares none.
     first: (hparams, largest |Δ|) -> (lowest, at Δ = 0, highest) loss at step 0,
       where policy = reference up to rounding; None if that depends on data.
+    alarms: (metrics of the first steps, and of the last) -> {name: a line for
+      the log}: what deserves a look; each is said once.
     held_out: whether data.eval is measured by `combine`.
+    held_out_data: what data.eval is made of; None is `data`.
     code: {function of the user's own: digest of its code}, see config.code.
   """
 
@@ -99,8 +110,11 @@ class Algorithm(NamedTuple):
   update: Callable = no_update
   applies: Callable = always
   advantages: Callable | None = None
+  compares: str | None = None
   first: Callable | None = None
+  alarms: Callable = no_alarms
   held_out: bool = True
+  held_out_data: str | None = None
   code: dict = {}  # noqa: RUF012 - a constant
 
   def objective(self, params, frozen, batch, hparams, extra=None):
@@ -135,6 +149,12 @@ def on(algorithm, policy):
     return algorithm.prepare(batch, frozen, extra)
 
   return algorithm._replace(features=features, prepare=prepare)
+
+
+def sources_count(data):
+  """Data sets in the larger of the mixtures of config.data."""
+  specs = filter(None, (data.train, data.eval))
+  return max((len(sources.parse(spec)) for spec in specs), default=1)
 
 
 def numeric_fields(loss):

@@ -39,11 +39,11 @@ def of_pairs(out, fixed, ratios):
   if "rewards/margins" in out:
     margin = out["rewards/margins"]
     metrics["gradient_weight"] = jax.nn.sigmoid(-margin)
-    metrics |= _calibration(margin)
+    metrics |= calibration(margin)
   return metrics
 
 
-def _calibration(margin):
+def calibration(margin):
   """By how much the winner's probability is overestimated, in bins of it.
 
   The implicit reward gives the completion it prefers the probability
@@ -57,6 +57,13 @@ def _calibration(margin):
     f"calibration/{k}": jnp.where(place == k, excess, 0.0) for k in range(_BINS)
   }
   return {**bins, "overconfidence": excess}
+
+
+def weighted(value, weights):
+  """(values, weights) of what a loss returned under a name."""
+  if isinstance(value, tuple):
+    return value[0], weights * value[1]
+  return value, weights
 
 
 def by_source(metrics, source, count):
@@ -82,8 +89,9 @@ def derived(means, totals):
   """Metrics with what follows from means over all comparisons.
 
   For each accuracy its 95 % Wilson interval; one calibration error,
-  Σ_k |mean excess in bin k|, for the bins; of a critic 1 − Var(error) /
-  Var(return). What nothing had weight for is NaN.
+  Σ_k |mean excess in bin k|, for the bins; of a mean square the standard
+  deviation; of a critic 1 − Var(error) / Var(return). What nothing had weight
+  for is NaN.
 
   Args: {name: mean} and {name: Σ weights}.
   Returns: {name: value}.
@@ -105,6 +113,10 @@ def derived(means, totals):
       errors.setdefault(f"{prefix}calibration_error", []).append(error)
       continue
     metrics[name] = jnp.where(totals[name] > 0, mean, jnp.nan)
+    if name.endswith("rewards/square"):
+      root = name.removesuffix("square")
+      spread = metrics.pop(name) - jnp.square(means[f"{root}mean"])
+      metrics[f"{root}std"] = jnp.sqrt(jnp.maximum(spread, 0.0))
     if name.endswith("rewards/accuracies"):
       low, high = wilson(metrics[name], totals[name])
       metrics[f"{name}_low"], metrics[f"{name}_high"] = low, high

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.algos import base, preference
+from dpo_jax.algos import alarms, base, preference
 from dpo_jax.ops import rl
 from dpo_jax.ops.rl import advantages as advantages_lib
 from dpo_jax.ops.rl import losses
@@ -79,6 +79,7 @@ def make(config, apply):
     advantages=functools.partial(
       advantages, estimator=estimator.fn, fields=fields
     ),
+    alarms=functools.partial(alarms.of_rollouts, target=rollout.kl_target),
     held_out=False,
   )
 

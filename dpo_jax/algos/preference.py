@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from dpo_jax.algos import base, diagnostics
 from dpo_jax.algos import needs as needs_lib
 from dpo_jax.algos import terms as terms_lib
-from dpo_jax.data.read import sources
 from dpo_jax.ops import logprobs
 
 
@@ -30,8 +29,6 @@ def make(config, apply):
   wanted = {name for part in parts for name in part.loss.needs}
   terms_lib.check_reference(config.ref, config.lora is not None, parts)
   with_ref, follows = config.ref != "none", config.ref == "ema"
-  specs = filter(None, (config.data.train, config.data.eval))
-  count = max((len(sources.parse(spec)) for spec in specs), default=1)
   own = {name: digest for p in parts for name, digest in p.code.items()}
   algorithm = base.Algorithm(
     data=terms_lib.kind_of(config.loss),
@@ -43,7 +40,10 @@ def make(config, apply):
       tokens=config.log.tokens,
     ),
     combine=functools.partial(
-      combine, parts=parts, sources_count=count, with_ref=with_ref
+      combine,
+      parts=parts,
+      sources_count=base.sources_count(config.data),
+      with_ref=with_ref,
     ),
     needs=frozenset(wanted),
     batch_level=any(part.loss.batch_level for part in parts),
@@ -144,7 +144,9 @@ def combine(moving, fixed, extra, hparams, *, parts, sources_count, with_ref):
   for part in parts:
     out = part.out(values, hparams)
     kept |= {k: out.pop(k) for k in needs_lib.KEPT if k in out}
-    out = {name: _weighted(value, weights) for name, value in out.items()}
+    out = {
+      name: diagnostics.weighted(value, weights) for name, value in out.items()
+    }
     value, factor = out.pop("loss")
     if part.weight is not None:
       metrics[f"losses/{part.name}"] = jax.lax.stop_gradient(value), factor
@@ -183,13 +185,6 @@ def _of_tokens(fixed):
     lambda x: jnp.sum(x[..., of], axis=-1), (fixed["tokens"], fixed["lengths"])
   )
   return base.per_token(sums, count, fixed["weights"])
-
-
-def _weighted(value, weights):
-  """(values, weights) of what a loss returned under a name."""
-  if isinstance(value, tuple):
-    return value[0], weights * value[1]
-  return value, weights
 
 
 def _extra(params, *, ema, kept):

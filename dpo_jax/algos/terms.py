@@ -93,17 +93,27 @@ def kind_of(fields):
   return next(filter(None, map(kind_of_part, of(fields))), "pairs")
 
 
-def _part(name, fields, prefix):
+def of_rewards(fields):
+  """The Part of config.loss of a reward model, whose `fn` takes rewards.
+
+  Raises: ValueError for a loss of log-probs, or for what the loss cannot have.
+  """
+  known = {name for name, loss in losses.LOSSES.items() if loss.of_rewards}
+  lookup.lookup(known, fields.name, "loss.name (of algo 'reward')")
+  return _part(fields.name, fields, "", of_rewards=True)
+
+
+def _part(name, fields, prefix, *, of_rewards=False):
   loss = lookup.lookup(losses.LOSSES, name, "loss.name")
-  if loss.data == "rewards":
+  if loss.of_rewards and not of_rewards:
     raise ValueError(
       f"loss.name = {name!r} is of the scalar rewards of a reward model, not "
-      "of log-probs; no algorithm here trains reward models yet"
+      f"of log-probs; take --config reward:loss={name}, whose algo is 'reward'"
     )
   fn, static = loss.fn, {k: v for k, v in fields.items() if isinstance(v, str)}
   static.pop("name", None)
   takes = set(inspect.signature(fn).parameters)
-  takes -= {"policy_logps", "ref_logps", *loss.needs}
+  takes -= {"policy_logps", "ref_logps", "rewards", *loss.needs}
   divergence = static.pop("divergence", None)
   own = {f"LOSSES[{name!r}]": fn}
   if divergence is not None:

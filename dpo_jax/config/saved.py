@@ -35,15 +35,43 @@ def differences(saved, current, *decides):
   ]
 
 
+# Fields of config.sample that came later, as they are where nobody asks.
+LATER = {
+  "template": None,
+  "shots": 0,
+  "shots_from": None,
+  "stop": (),
+  "best_of": (),
+  "rank_by": None,
+}
+
+
+def drawn_by(sample):
+  """What of config.sample, as plain values, decides draws and their rewards.
+
+  Not what is measured of them later. Where nobody asks for a later field, it is
+  left out, as it is in files of draws from before.
+  """
+  measured = ("best_of", "rank_by")
+  return {
+    k: v
+    for k, v in sample.items()
+    if k not in measured and not (k in LATER and v == LATER[k])
+  }
+
+
 def upgraded(config):
   """A saved run's config, as a dict, with the fields that came later."""
   if not {"loss", "train", "model", "data", "log", "optim"} <= config.keys():
     return config
   config = {"ref_mix": None, "ref_every": None, **config}
   config.setdefault("sweep", {"together": 1})
+  config.setdefault("reward", dict(_NO_GAIN))
   config["train"] = {"max_noise": 0.1, **config["train"]}
   config["data"] = {"token_cache": None, **config["data"]}
   config["log"] = {"tokens": False, "profile": False, **config["log"]}
+  if "sample" in config:
+    config["sample"] = {**LATER, **config["sample"]}
   if "export" in config:
     config["export"] = {"public": False, **config["export"]}
   if config["optim"]["name"] != "sgd":
@@ -57,6 +85,8 @@ def upgraded(config):
   return config
 
 
+# Of runs before there were reward models.
+_NO_GAIN = {"centred": False, "unit": False, "completions": None, "count": None}
 _MOST = 8  # fields that a message names
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
@@ -16,7 +15,7 @@ from dpo_jax import store
 from dpo_jax.config import code as code_lib
 from dpo_jax.config import fields
 from dpo_jax.config import saved as saved_lib
-from dpo_jax.eval import frontier
+from dpo_jax.eval import frontier, statistics
 from dpo_jax.run import forward
 from dpo_jax.run import held_out as held_out_lib
 from dpo_jax.train import state as state_lib
@@ -64,7 +63,9 @@ def evaluate(run, params, base, workdir, made):
   # Written last: it says that the point is done, and with which config.
   result["config"] = run.setup.asked
   if jax.process_index() == 0:
-    text = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n"
+    text = (
+      json.dumps(statistics.plain(result), indent=2, allow_nan=False) + "\n"
+    )
     store.write(workdir / "evaluation.json", text.encode())
   return result
 
@@ -157,12 +158,3 @@ def _held_out(run, params, base, workdir):
   frozen = setup.trained.frozen(base)
   state = state_lib.TrainState(zero, params, {}, frozen, extra, zero)
   return held_out_lib.evaluate(setup, held_out, state)
-
-
-def _plain(value):
-  """Values as JSON has them: what is not finite is null."""
-  if isinstance(value, dict):
-    return {k: _plain(v) for k, v in value.items()}
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value

@@ -7,7 +7,7 @@ import numpy as np
 
 from dpo_jax import progress
 from dpo_jax.data.tokens import comparisons
-from dpo_jax.eval import generate, rewards
+from dpo_jax.eval import best_of, generate, prompting, rewards, statistics
 from dpo_jax.run import forward
 
 
@@ -21,8 +21,9 @@ def measure(setup, params, ref):
   Returns: (summary, rows). summary: "samples", "means" ({"mean", "se"} of every
     reward, "kl", "log_ratio" in nats and "length" in tokens), "distinct_1" and
     "distinct_2"; no KL unless temperature and top_p are 1, since else the
-    samples are not the policy's. rows: a dict a sample, as generate.describe
-    with "kl" and "log_ratio".
+    samples are not the policy's; and "best_of", of best_of.measure, where
+    sample.best_of asks for it. rows: a dict a sample, as generate.describe with
+    "kl" and "log_ratio".
   """
   options = setup.sample
   scorers = rewards.load_all(options.scorers)
@@ -37,9 +38,12 @@ def measure(setup, params, ref):
     for draw in batch
   ]
   bos = setup.tokenizer.bos_id
+  cuts = [prompting.cut(d, setup.tokenizer, options.stop) for d in drawn]
+  drawn = [draw for draw, _ in cuts]
   rows = generate.describe(drawn, scorers, options.draws, bos)
+  # Of all that was drawn until a text stopped, with what stopped it.
   examples = [
-    comparisons.Example(d.id, 0, d.prompt_ids, (d.ids,), ()) for d in drawn
+    comparisons.Example(d.id, 0, d.prompt_ids, (ids,), ()) for d, ids in cuts
   ]
   names = [f"reward/{s.name}" for s in scorers] + ["length"]
   # Of other distributions than π itself these would be no estimates of the KL.
@@ -58,21 +62,18 @@ def measure(setup, params, ref):
   texts = [[i for i in d.ids if i not in ends] for d in drawn]
   for n in (1, 2):
     summary[f"distinct_{n}"] = distinct(texts, n)
+  if options.best_of:
+    ranking = generate.ranking(options, scorers)
+    summary["best_of"] = best_of.measure(rows, options.best_of, ranking)
   return summary, rows
 
 
 def mean(rows, name):
-  """Mean over prompts of each prompt's mean, and its standard error.
-
-  Draws of one prompt are not independent of one another; prompts are.
-  """
+  """Mean over prompts of each prompt's mean, and its standard error."""
   groups = collections.defaultdict(list)
   for row in rows:
     groups[row["id"]].append(row[name])
-  values = np.asarray([np.mean(group) for group in groups.values()])
-  spread = values.std(ddof=1) if len(values) > 1 else math.nan
-  se = float(spread / len(values) ** 0.5)
-  return {"mean": float(values.mean()), "se": se}
+  return statistics.over_prompts([np.mean(group) for group in groups.values()])
 
 
 def distinct(texts, n):

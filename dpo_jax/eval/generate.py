@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dpo_jax import progress, store
 from dpo_jax.data.read import fields, files, pairs, sources
 from dpo_jax.data.tokens import chat, tokenize
-from dpo_jax.eval import rewards
+from dpo_jax.eval import best_of, prompting, rewards, statistics
 from dpo_jax.ops import reduce
 from dpo_jax.parallel import mesh as mesh_lib
 
@@ -42,6 +42,9 @@ class Draw(NamedTuple):
 def prompts(setup):
   """The prompts of `sample.prompts`: list of (text, ids), seeded and distinct.
 
+  With sample.template or sample.shots the ids are of the text with these around
+  it, which the model continues; the text is the bare one, which scorers read.
+
   Raises: ValueError if there is no source of prompts, or none is usable.
   """
   options = setup.sample
@@ -55,13 +58,13 @@ def prompts(setup):
   policy = sources.Policy(setup.data.bad_records)
   form = "prompt" if options.prefix is None else "sft"
   records = sources.load(options.prompts, form, policy, "sample.prompts")
+  of = {}  # a record of each prompt
   if options.prefix is None:
     apply_template = setup.tokenizer.apply_template
-    texts = []
     for record in records:
       try:
         with fields.at(record.origin):
-          texts.append(chat.prompt(record, apply_template))
+          of.setdefault(chat.prompt(record, apply_template), record)
       except fields.BadRecord as error:
         policy.bad(error)
   else:
@@ -69,13 +72,15 @@ def prompts(setup):
     encode, decode = setup.tokenizer.encode, setup.tokenizer.decode
     whole = [record.prompt + record.completions[0] for record in records]
     cut = pairs.beginnings(whole, encode, decode, options.prefix, options.seed)
-    texts = [
-      chat.Prompt(text, templated=not records[index].bos) for index, text in cut
-    ]
-  texts = list(dict.fromkeys(texts))
+    for index, text in cut:
+      templated = not records[index].bos
+      of.setdefault(chat.Prompt(text, templated), records[index])
+  texts = list(of)
   order = np.random.default_rng(options.seed).permutation(len(texts))
   chosen = [texts[i] for i in order[: options.count]]
-  out = tokenize.prompts(chosen, setup.tokenizer, setup.data, policy)
+  out = prompting.encoded(
+    setup, {prompt: of[prompt] for prompt in chosen}, policy
+  )
   if not out:
     raise ValueError(
       f"sample.prompts = {options.prompts}: no usable prompt (skipped: "
@@ -155,7 +160,8 @@ def write(setup, params, identity, workdir):
   """Draws completions into `completions.jsonl`, and comparisons of them.
 
   A run that stopped goes on where it was; what is complete is left alone. With
-  sample.labels other than "none" the comparisons go to `pairs.jsonl`.
+  sample.labels other than "none" the comparisons go to `pairs.jsonl`, and with
+  sample.best_of what the best of them are worth to `best_of.json`.
 
   Args:
     setup: base.Setup.
@@ -185,10 +191,19 @@ def write(setup, params, identity, workdir):
       for batch in progress.over(
         batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
       ):
+        batch = [
+          prompting.cut(draw, setup.tokenizer, options.stop)[0]
+          for draw in batch
+        ]
         new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
         file.write("".join(json.dumps(row) + "\n" for row in new))
         file.flush()
         rows += new
+  if options.best_of:
+    measured = best_of.measure(rows, options.best_of, ranking(options, scorers))
+    text = json.dumps(statistics.plain(measured), indent=2) + "\n"
+    store.write(workdir / "best_of.json", text.encode())
+    print(best_of.table(measured))
   if options.labels != "none":
     first = f"reward/{scorers[0].name}"
     labelled = [{**row, "reward": row[first]} for row in rows]
@@ -202,6 +217,17 @@ def write(setup, params, identity, workdir):
       f"{f' (left out: {missing})' if missing else ''}"
     )
   return rows
+
+
+def ranking(options, scorers):
+  """Key of the reward that ranks draws, of sample.rank_by.
+
+  Args: config.sample; list of rewards.Scorer, of its scorers.
+  """
+  place = 0
+  if options.rank_by is not None:
+    place = options.scorers.index(options.rank_by)
+  return f"reward/{scorers[place].name}"
 
 
 def describe(batch, scorers, count, bos_id):

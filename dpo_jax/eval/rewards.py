@@ -9,29 +9,43 @@ A spec names a scorer and what it is made from:
                         e.g. classifier:siebert/sentiment-roberta-large-english
                         (the paper's; needs torch)
     model:NAME          output of a Hugging Face reward model with one label
-                        (needs torch)
+                        (needs torch), of the text as it is
     implicit:FOLDER     β·(log π − log π_ref) of a run trained here: the reward
                         model that a preference-trained policy is
+    reward:FOLDER       a reward model trained here (configs/reward.py), with
+                        the gain and the bias of its folder
+    reward:hf:NAME      a Hugging Face reward model with one label of a family
+                        that the decoder here is; without torch. As when
+                        training, a text ends in one end token
 
-All read prompt and completion as one text, but for `implicit`, which scores the
-completion given the prompt. A text is scored whole: one that is longer than a
-model can read is an error, as a reward of part of a text is another's.
+All read prompt and completion as one text, but for `implicit` and `reward`,
+which score the completion given the prompt. A text is scored whole: one that is
+longer than a model can read is an error, as a reward of part of a text is
+another's.
+
+A notebook adds its own, SCORERS["mine"] = f. What f takes says what it is:
+
+    f(prompts, completions)   scores lists of texts, for the spec "mine"
+    f(argument)               makes such a function, for "mine:ARGUMENT"
+    f()                       makes it, for "mine"
+
+Scores are checked: one finite number a text, or the run ends with the scorer's
+name before anything of them is written.
 """
 
 import collections
 import functools
-import math
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.config import saved
-from dpo_jax.data.read import sources
-from dpo_jax.data.tokens import tokenize, vocabulary
-from dpo_jax.run import build, forward, trained
+from dpo_jax.eval.scorers import hub, runs, texts
+
+labelled = texts.labelled
 
 
 class Scorer(NamedTuple):
@@ -49,17 +63,122 @@ class Scorer(NamedTuple):
   score: Callable
 
 
-@functools.lru_cache(maxsize=8)
+SCORERS = {
+  "tfidf": texts.tfidf,
+  "vader": texts.vader,
+  "classifier": hub.classifier,
+  "model": hub.model,
+  "implicit": runs.implicit,
+  "reward": runs.reward,
+}
+_LOADED = {}  # {spec: (entry, state of its files, Scorer)}, the last few
+_KEPT = 8
+
+
 def load(spec):
   """The Scorer of a spec, see the module docstring.
 
+  It is kept, until SCORERS has another entry or what the spec names on disk
+  is another.
+
   Raises: ValueError for an unknown name, or naming the package to install.
   """
-  name, _, argument = spec.partition(":")
-  make = lookup.lookup(SCORERS, name, "scorer")
-  if (argument == "") != (name == "vader"):
-    raise ValueError(f"scorer {spec!r}: see the forms in eval/rewards.py")
-  return Scorer(name, make(argument))
+  name, colon, argument = spec.partition(":")
+  entry = lookup.lookup(SCORERS, name, "scorer")
+  takes = _parameters(entry, name)
+  if (takes == 1) != bool(argument) or (colon and not argument):
+    form = name if takes != 1 else f"{name}:…"
+    raise ValueError(
+      f"scorer {spec!r}: see the forms in eval/rewards.py; this one is written "
+      f"{form!r}"
+    )
+  state = _state(argument)
+  kept = _LOADED.pop(spec, None)
+  if kept is None or kept[0] is not entry or kept[1] != state:
+    score = entry if takes == 2 else entry(*[argument] * takes)
+    kept = entry, state, Scorer(name, checked(spec, score))
+  _LOADED[spec] = kept
+  while len(_LOADED) > _KEPT:
+    del _LOADED[next(iter(_LOADED))]
+  return kept[2]
+
+
+def _parameters(entry, name):
+  """How many parameters without a default a scorer's entry has: 0, 1 or 2."""
+  try:
+    parameters = inspect.signature(entry).parameters.values()
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"SCORERS[{name!r}] = {entry!r:.60} is no function that says what it "
+      "takes: (prompts, completions), (argument) or nothing"
+    ) from error
+  positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+  plain = (inspect.Parameter.POSITIONAL_ONLY, positional)
+  names = [
+    p.name for p in parameters if p.kind in plain and p.default is p.empty
+  ]
+  if len(names) > 2:
+    raise ValueError(
+      f"SCORERS[{name!r}] takes {names}; a scorer takes (prompts, "
+      "completions), or it takes (argument) or nothing and makes one"
+    )
+  return len(names)
+
+
+def _state(argument):
+  """What tells the files that an argument names from what they are later."""
+  told = []
+  for part in argument.split(" + "):
+    path = epath.Path(part.rpartition("*")[2].removeprefix("hf:").strip())
+    if not part or not path.exists():
+      continue
+    files = [path]
+    for folder in (path, path / "checkpoints"):  # of a run
+      files += folder.iterdir() if folder.is_dir() else ()
+    stats = {str(file): file.stat() for file in files}
+    told += [(k, stats[k].length, stats[k].mtime) for k in sorted(stats)]
+  return told
+
+
+def checked(spec, score):
+  """A score function whose results are one finite number for each text.
+
+  Raises: ValueError naming the scorer, when it is called.
+  """
+  if not callable(score):
+    raise ValueError(
+      f"scorer {spec!r} was made as {score!r:.60}, which cannot be called; it "
+      "must be a function of (prompts, completions)"
+    )
+
+  def of(result, count):
+    try:
+      values = np.asarray(result, np.float64)
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f"scorer {spec!r} returned no numbers: {result!r:.60}"
+      ) from error
+    if values.shape != (count,):
+      raise ValueError(
+        f"scorer {spec!r} returned scores of shape {list(values.shape)} for "
+        f"{count} completions; it must return one number for each"
+      )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+      raise ValueError(
+        f"scorer {spec!r} returned {values[bad[0]]} for completion {bad[0]} "
+        f"({len(bad)} of {count} are not finite)"
+      )
+    return values
+
+  @functools.wraps(score)
+  def whole(prompts, completions):
+    return of(score(prompts, completions), len(completions))
+
+  of_draws = getattr(score, "of_draws", None)
+  if of_draws is not None:
+    whole.of_draws = lambda draws: of(of_draws(draws), len(draws))
+  return whole
 
 
 def load_all(specs):
@@ -91,260 +210,11 @@ def check(scorers, spec):
     scorers: list of Scorer.
     spec: labelled source, not seen in training.
   """
-  texts, labels = labelled(spec)
+  given, labels = labelled(spec)
   lines = []
   for scorer in scorers:
-    value = auc(scorer.score([""] * len(texts), texts), labels)
+    value = auc(scorer.score([""] * len(given), given), labels)
     lines.append(
-      f"{scorer.name}: AUC {value:.3f} on the {len(texts):,} texts of {spec}"
+      f"{scorer.name}: AUC {value:.3f} on the {len(given):,} texts of {spec}"
     )
   return lines
-
-
-def labelled(spec):
-  """(texts, labels f64[n]) of a labelled source."""
-  field = "a scorer's source, or sample.labelled"
-  records = sources.load(spec, "label", sources.Policy("error"), field)
-  sources.refuse_messages(records, field)
-  texts = [r.prompt + text for r in records for text in r.completions]
-  return texts, np.asarray([v for r in records for v in r.labels])
-
-
-def _joined(prompts, completions):
-  return [p + c for p, c in zip(prompts, completions, strict=True)]
-
-
-def _tfidf(source):
-  try:
-    from sklearn import feature_extraction, linear_model, pipeline
-  except ImportError as error:
-    raise ValueError(
-      "scorer tfidf needs scikit-learn: pip install 'dpo_jax[examples]'"
-    ) from error
-  texts, labels = labelled(source)
-  if len(set(labels > 0)) < 2:
-    raise ValueError(f"scorer tfidf:{source}: all labels are the same")
-  model = pipeline.make_pipeline(
-    feature_extraction.text.TfidfVectorizer(
-      ngram_range=(1, 2),
-      min_df=2,
-      sublinear_tf=True,
-      token_pattern=r"\b\w+\b",  # one-letter words too
-    ),
-    linear_model.LogisticRegression(C=10, max_iter=1000),
-  ).fit(texts, labels > 0)
-  return lambda prompts, completions: model.decision_function(
-    _joined(prompts, completions)
-  )
-
-
-def _vader(_):
-  try:
-    from vaderSentiment import vaderSentiment
-  except ImportError as error:
-    raise ValueError(
-      "scorer vader needs vaderSentiment: pip install 'dpo_jax[examples]'"
-    ) from error
-  analyzer = vaderSentiment.SentimentIntensityAnalyzer()
-  return lambda prompts, completions: np.asarray(
-    [
-      analyzer.polarity_scores(text)["compound"]
-      for text in _joined(prompts, completions)
-    ]
-  )
-
-
-def _hugging_face(name, logits_to_score):
-  """A sequence classifier of the hub, or of a local folder.
-
-  Texts of the same length make a batch, so nothing is padded: what a text gets
-  does not depend on others, nor on whether the model knows a token to pad with.
-  """
-  try:
-    import torch
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-      name, trust_remote_code=False
-    )
-    # In f32: what bf16 rounds depends on how many texts are scored at once.
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-      name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-    ).eval()
-  except Exception as error:  # the hub, a damaged file, no torch: anything
-    raise ValueError(
-      f"scorer {name}: cannot be loaded ({vocabulary.why(error)}). It needs "
-      "torch, and the hub's name of a sequence classifier or its local folder, "
-      "with safetensors and without code of its own"
-    ) from error
-  limit = _longest(tokenizer, model)
-  # Without a padding token causal models refuse more texts than one.
-  pad = model.config.get_text_config().pad_token_id
-  size = 1 if pad is None else 32
-
-  def score(prompts, completions):
-    texts = _joined(prompts, completions)
-    encoded = [_encoded(tokenizer, text) for text in texts]
-    lengths = collections.defaultdict(list)
-    for i, inputs in enumerate(encoded):
-      lengths[len(inputs["input_ids"])].append(i)
-    _refuse_long(name, {n: len(same) for n, same in lengths.items()}, limit)
-    out = np.zeros(len(texts))
-    for same in lengths.values():
-      for start in range(0, len(same), size):
-        rows = same[start : start + size]
-        inputs = {
-          key: torch.tensor([encoded[i][key] for i in rows])
-          for key in encoded[rows[0]]
-        }
-        with torch.no_grad():
-          logits = model(**inputs).logits.double().numpy()
-        out[rows] = logits_to_score(logits)
-    return out
-
-  def check(prompts):
-    encoded = (_encoded(tokenizer, text)["input_ids"] for text in prompts)
-    _refuse_long(name, collections.Counter(map(len, encoded)), limit)
-
-  score.check = check
-  try:  # what cannot score is found before anything is drawn
-    score(["Is", "Is it", "Is it"], [" so?", " so?", " so."])
-  except Exception as error:  # of a model's own code: anything
-    raise ValueError(f"scorer {name}: cannot score ({error})") from error
-  return score
-
-
-def _encoded(tokenizer, text):
-  """{name: list} of the inputs of a text, with one BOS at most.
-
-  A chat template writes one, and many tokenizers another in front. An empty
-  text is a BOS or EOS, as an empty prompt is in training.
-  """
-  inputs = tokenizer(text, truncation=False, padding=False, verbose=False)
-  ids, bos = inputs["input_ids"], tokenizer.bos_token_id
-  if not ids:
-    first = tokenizer.eos_token_id if bos is None else bos
-    lone = {"input_ids": first or 0, "attention_mask": 1, "token_type_ids": 0}
-    return {key: [lone[key]] for key in inputs}
-  twice = bos is not None and ids[:2] == [bos, bos]
-  return {key: values[twice:] for key, values in inputs.items()}
-
-
-def _refuse_long(name, counts, limit):
-  """Raises ValueError for texts beyond a limit, of {length: how many}."""
-  long = sum(count for length, count in counts.items() if length > limit)
-  if long:
-    raise ValueError(
-      f"scorer {name}: {long} texts are longer than its model can read: "
-      f"{limit} tokens of prompt and completion, the longest has "
-      f"{max(counts)}; lower sample.max_new_tokens or data.max_prompt_length, "
-      "or take another scorer"
-    )
-
-
-def _longest(tokenizer, model):
-  """Tokens of the longest text that a model can read; inf if nothing says."""
-  config = model.config.get_text_config()
-  told = getattr(config, "max_position_embeddings", None)
-  limits = [tokenizer.model_max_length, told]
-  for name, module in model.named_modules():
-    if name.endswith("position_embeddings") and hasattr(module, "padding_idx"):
-      # RoBERTa counts its positions from behind that of padding.
-      unused = -1 if module.padding_idx is None else module.padding_idx
-      limits.append(module.num_embeddings - unused - 1)
-  return min((n for n in limits if n is not None and n > 0), default=math.inf)
-
-
-def _log_odds(logits):
-  """log p(last label) − log(1 − p)."""
-  if logits.shape[1] < 2:
-    raise ValueError("a classifier has two labels or more; use model:NAME")
-  return logits[:, -1] - np.logaddexp.reduce(logits[:, :-1], axis=1)
-
-
-def _only_logit(logits):
-  if logits.shape[1] != 1:
-    raise ValueError("a reward model has one label; use classifier:NAME")
-  return logits[:, 0]
-
-
-def _implicit(folder):
-  config = saved.saved_config(folder).lock()
-  ours = jax.config.jax_default_matmul_precision
-  setup = build.prepare_model(config)
-  jax.config.update("jax_default_matmul_precision", ours)
-  beta = setup.asked["loss"].get("beta")
-  if beta is None:
-    raise ValueError(f"scorer implicit:{folder}: its loss has no β")
-  # As much as the model can read.
-  room = setup.model.config.max_positions - setup.data.max_prompt_length
-  limits = setup.data._replace(max_completion_length=room)
-  ref = trained.initial(setup)
-  params = trained.restored(setup, ref, folder)
-  policy = setup.trained.model(ref, params)
-
-  def score(prompts, completions):
-    texts = enumerate(zip(prompts, completions, strict=True))
-    return of([sources.Record(p, (c,), (), f"text {i}") for i, (p, c) in texts])
-
-  def of_draws(draws):
-    """Of the tokens as drawn: a template's prompt may have no BOS, a turn may
-    end in another token than the EOS, and a draw at its limit has no end."""
-    tokenizer = setup.tokenizer
-    if any(
-      tokenize.continuation(tokenizer, d.prompt_ids, d.ids) != d.completion
-      for d in draws
-    ):  # they are another tokenizer's
-      return score([d.prompt for d in draws], [d.completion for d in draws])
-    return of(
-      [
-        sources.Record(
-          *(d.prompt, (d.completion,), (), f"draw {d.id}"),
-          tokens=(d.ids,),
-          bos=d.prompt_ids[0] == tokenizer.bos_id,
-        )
-        for d in draws
-      ]
-    )
-
-  def of(records):
-    examples = _encoded_whole(records, setup, limits, folder)
-    loader = forward.loader_of(setup, examples)
-    ratios = np.zeros(len(examples))
-    for params, sign in ((policy, 1.0), (ref, -1.0)):
-      with jax.default_matmul_precision(setup.precision):
-        for index, logps in forward.token_logps(setup, params, loader):
-          ratios[index] += sign * math.fsum(logps)
-    return beta * ratios
-
-  def check(prompts):
-    bare = sources.Record("", ("",), (), "a prompt", bos=False)
-    records = [bare._replace(prompt=prompt) for prompt in prompts]
-    _encoded_whole(records, setup, limits, folder)
-
-  score.of_draws, score.check = of_draws, check
-  return score
-
-
-def _encoded_whole(records, setup, limits, folder):
-  """The examples of records; raises ValueError for one that would be cut."""
-  examples, changed = tokenize.encode(
-    records, setup.tokenizer, limits, sources.Policy("error")
-  )
-  cut = changed["completion cut"] + changed["prompt cut"]
-  if cut:
-    raise ValueError(
-      f"scorer implicit:{folder}: {cut} texts are longer than its model can "
-      f"read: {limits.max_prompt_length} tokens of prompt, "
-      f"{limits.max_completion_length} after"
-    )
-  return examples
-
-
-SCORERS = {
-  "tfidf": _tfidf,
-  "vader": _vader,
-  "classifier": lambda name: _hugging_face(name, _log_odds),
-  "model": lambda name: _hugging_face(name, _only_logit),
-  "implicit": _implicit,
-}

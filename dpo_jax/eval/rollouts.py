@@ -20,7 +20,7 @@ from dpo_jax.algos import base
 from dpo_jax.data.batch import loader as loader_lib
 from dpo_jax.data.batch import order, rows
 from dpo_jax.data.tokens import comparisons
-from dpo_jax.eval import generate, rewards
+from dpo_jax.eval import comparing, generate, rewards
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import feed as feed_lib
@@ -55,6 +55,7 @@ class Source(NamedTuple):
     measure: compiled (params, frozen, extra, batch) -> {name: f32[R, S]}; None
       where nothing is needed of the tokens.
     advantages: of the algorithm, compiled; or None.
+    compares: of the algorithm.
   """
 
   setup: object
@@ -66,6 +67,7 @@ class Source(NamedTuple):
   shape: rows.Shape
   measure: Callable | None
   advantages: Callable | None
+  compares: str | None
 
 
 def feed(setup, algorithm, options, batch_size, accumulation, hparams):
@@ -116,6 +118,10 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
     max_new_tokens=data.max_completion_length,
     temperature=options.temperature,
     top_p=1.0,
+    template=None,
+    shots=0,
+    shots_from=None,
+    stop=(),
     batch_size=options.batch_size,
     seed=options.seed,
   )
@@ -131,7 +137,7 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
     )
   ways = mesh_lib.row_parallelism(setup.mesh) * accumulation
   layout = rows.Layout(False, data.shared, ways, None)
-  pairs = options.draws * (options.draws - 1) // 2
+  kind = comparing.KINDS.get(algorithm.compares)
   shape = rows.limits_shape(
     layout,
     rows=batch_size,
@@ -139,7 +145,8 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
     completions=options.draws,
     prompt=max(len(ids) for _, ids in prompts),
     completion=data.max_completion_length,
-    pairs=pairs if algorithm.advantages is None else 0,
+    pairs=kind.count(options) if kind else 0,
+    compared=kind.compared(options) if kind else 2,
     multiple=data.shape_multiple,
   )
   measure = advantages = None
@@ -148,7 +155,8 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
     measure = run_lib.forward(fn, setup.mesh)
     advantages = jax.jit(algorithm.advantages)
   where = layout, shape, measure, advantages
-  return Source(setup, prompts, scorer, options, batch_size, *where)
+  of = setup, prompts, scorer, options, batch_size
+  return Source(*of, *where, algorithm.compares)
 
 
 def measured(algorithm, hparams, params, frozen, extra, batch):
@@ -168,9 +176,13 @@ def loader_of(source, state, iteration):
   """The Loader of an iteration: its rollouts, ready for its steps."""
   setup, options = source.setup, source.options
   rollouts = draw(source, state, iteration)
+  examples, compared = rollouts.examples, {}
+  if source.compares is not None:
+    made = comparing.with_comparisons(examples, source.compares, options)
+    examples, compared = made
   seed = np.random.SeedSequence([setup.data.seed, iteration])
   loader = loader_lib.Loader(
-    rollouts.examples,
+    examples,
     source.layout,
     batch_size=source.batch_size,
     seed=int(seed.generate_state(1)[0]),
@@ -181,6 +193,7 @@ def loader_of(source, state, iteration):
     shapes=[source.shape],
   )
   if source.measure is None:
+    loader.set_extras({"old_logps": rollouts.logps, **compared})
     return loader
   trees = state.params, state.frozen, state.extra
   tokens = forward.of_examples(setup, source.measure, loader.in_order(), trees)

@@ -35,6 +35,7 @@ AXES = (
   (r"lora_scale$", None),
   (r"head/kernel$", ("embed", "vocab")),
   (r"head/bias$", ("vocab",)),
+  (r"score/kernel$", None),
 )
 
 # Logical axis -> mesh axis. "rows" are the rows of the batch.

@@ -4,6 +4,7 @@ Tensor by tensor, so that a host holds one tensor beside its shards: a leaf of
 stacked layers is allocated on the devices and filled in place.
 """
 
+import dataclasses
 import functools
 import re
 import warnings
@@ -18,8 +19,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax import store, tree
-from dpo_jax.config import origin
-from dpo_jax.models import axes, families, keys, lora
+from dpo_jax.models import axes, families, keys, lora, shards, tables
 from dpo_jax.models import config as config_lib
 
 
@@ -52,9 +52,35 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _BUFFERS = r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$"
 
 
-def open_folder(folder):
+def open_classifier(folder):
+  """The Checkpoint of a reward model: a sequence classifier of one label.
+
+  Its parameters are those of a model whose head is its embedding, which nothing
+  reads, and "score/kernel" [D, 1].
+
+  Raises: ValueError naming what is missing or not supported.
+  """
+  checkpoint = open_folder(folder, classifier=True)
+  shape = checkpoint.shapes.get("score.weight")
+  if shape is None:
+    raise ValueError(
+      f"{folder} holds no score.weight: it is no reward model of the form "
+      "…ForSequenceClassification"
+    )
+  if shape[0] != 1:
+    raise ValueError(
+      f"{folder}: score.weight has {shape[0]} labels, and a reward model has "
+      "one; of a classifier take classifier:NAME"
+    )
+  return checkpoint
+
+
+def open_folder(folder, *, classifier=False):
   """The Checkpoint in a folder.
 
+  Args:
+    classifier: a "score" is read in the place of the head, see
+      `open_classifier`.
   Raises: ValueError naming what is missing or not supported.
   """
   folder = epath.Path(folder)
@@ -67,9 +93,9 @@ def open_folder(folder):
     family = families.find(raw)
   except ValueError as error:
     raise ValueError(f"{folder}: {error}") from error
-  files, shapes, types = _files(folder), {}, {}
+  files, shapes, types = shards.files(folder), {}, {}
   for file in files:
-    header = _header(file)
+    header = shards.header(file)
     twice = sorted(types.keys() & header.keys())
     if twice:
       raise ValueError(
@@ -82,13 +108,18 @@ def open_folder(folder):
   bare = not any(name.startswith(family.prefix) for name in shapes)
   ignored = {name for name in shapes if re.search(_BUFFERS, name)}
   heads = {"lm_head.weight", "embed_out.weight"} & set(shapes)
-  if config.tied and heads:
+  table = family.table
+  if classifier:
+    config = dataclasses.replace(config, tied=True, head_bias=False)
+    table = [*table, *tables.SCORE]
+    ignored |= heads | ({"lm_head.bias"} & set(shapes))
+  elif config.tied and heads:
     _check_tied(folder, files, min(heads), family)
     ignored |= heads
   names = {n: n for n in shapes if n not in ignored}
   _check_types({name: types[name] for name in names})
   if bare:
-    outside = ("lm_head.", "embed_out.")  # of the prefix
+    outside = ("lm_head.", "embed_out.", "score.")  # of the prefix
     names = {
       n: n if n.startswith(outside) else family.prefix + n for n in names
     }
@@ -96,7 +127,7 @@ def open_folder(folder):
   def read():
     # Opened anew for each: the pages of a mapped file stay until it is closed.
     for file in files:
-      for name in [name for name in _header(file) if name in names]:
+      for name in [name for name in shards.header(file) if name in names]:
         with safetensors.safe_open(file, "np") as tensors:
           x = [tensors.get_tensor(name)]
         yield names[name], x.pop()
@@ -104,7 +135,6 @@ def open_folder(folder):
   shapes = {names[n]: shapes[n] for n in names}
   where, ends = str(folder), generation(folder, raw).get("eos_token_id")
   ends = tuple(ends) if isinstance(ends, list) else (ends,) * (ends is not None)
-  table = family.table
   return Checkpoint(raw, config, vocab_size, table, shapes, read, where, ends)
 
 
@@ -167,69 +197,6 @@ def _check_tied(folder, files, head, family):
       f"{folder}: config.json ties the head to the embedding, but {head} is "
       "another matrix; set tie_word_embeddings to false there"
     )
-
-
-def _files(folder):
-  """The safetensors files of a checkpoint, as local paths.
-
-  One file goes before an index of several, as with transformers.
-  """
-  index = folder / "model.safetensors.index.json"
-  single = folder / "model.safetensors"
-  if single.exists():
-    if index.exists():
-      warnings.warn(
-        f"{folder}: model.safetensors is read, as transformers does; the files "
-        f"of {index.name} beside it are left alone. Delete one or the other",
-        stacklevel=3,
-      )
-    return [single]
-  if index.exists():
-    return [folder / name for name in _indexed(folder, index)]
-  if list(folder.glob("*.bin")):
-    raise ValueError(origin.CONVERT.format(folder))
-  raise ValueError(
-    f"{folder} holds no model.safetensors and no index of several"
-  )
-
-
-def _indexed(folder, index):
-  """The names in an index; each is a file of the folder itself."""
-  names = store.read_json(index).get("weight_map")
-  if not isinstance(names, dict) or not names:
-    raise ValueError(f"{index} is damaged: it has no weight_map")
-  # A set would not hold what JSON may have in place of a name.
-  outside = [
-    name
-    for name in names.values()
-    if not isinstance(name, str) or not re.fullmatch(r"[^/\\:]+", name)
-  ]
-  if outside or {".", ".."} & set(names.values()):
-    raise ValueError(
-      f"{index}: weight_map names {(outside or ['..'])[0]!r}, which is no file "
-      "of this folder; names with folders are refused, as they may lead "
-      "anywhere"
-    )
-  names = sorted(set(names.values()))
-  missing = [name for name in names if not (folder / name).is_file()]
-  if missing:
-    raise ValueError(
-      f"{folder}: files of model.safetensors.index.json are missing: {missing}"
-    )
-  return names
-
-
-def _header(file):
-  """{name: (shape, type)} of a safetensors file."""
-  try:
-    with safetensors.safe_open(file, "np") as tensors:
-      parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-      return {
-        name: (tuple(part.get_shape()), part.get_dtype())
-        for name, part in parts.items()
-      }
-  except Exception as error:  # the library raises its own kinds
-    raise ValueError(f"{file} is damaged or cut short: {error}") from error
 
 
 def check(checkpoint, wanted):

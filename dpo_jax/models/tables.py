@@ -111,6 +111,9 @@ GEMMA = [
   *_MLP,
 ]
 
+# Of sequence classifiers, in the place of a head; of one label, a reward model.
+SCORE = [Key("score.weight", ("score/kernel",))]
+
 # Of GGUF files of the Llama family: queries and keys are stored so that
 # neighbours rotate together.
 _B = "blk.{}"

@@ -16,7 +16,7 @@ import safetensors.numpy
 from dpo_jax import tree
 from dpo_jax.config import origin
 from dpo_jax.models import config as config_lib
-from dpo_jax.models import families, fields, keys
+from dpo_jax.models import families, fields, keys, tables
 
 FILE_BYTES = 5_000_000_000  # a file of a larger checkpoint
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -37,7 +37,7 @@ def write(folder, params, config, vocab_size, raw, dtype):
 
   flat = dict(tree.named(params))
   shapes = {path: x.shape for path, x in flat.items()}
-  table = families.find(raw).table
+  table = [*families.find(raw).table, *tables.SCORE]
   wanted = keys.tensors(table, config, shapes, vocab_size)
   size = np.dtype(DTYPES[dtype]).itemsize
   split = huggingface_hub.split_state_dict_into_shards_factory(
@@ -61,6 +61,25 @@ def write(folder, params, config, vocab_size, raw, dtype):
   named = {k: v for k, v in raw.items() if k not in left_out}
   named = origin.without_folders(named)  # "_name_or_path", and the like
   write_json(folder / "config.json", {**named, "dtype": dtype})
+
+
+def classifier(params, config, raw, kernel):
+  """What `write` takes for a reward model, as a sequence classifier.
+
+  Args:
+    params, config, raw: of the model, as `write` takes them.
+    kernel: f32[D] of the reward head; the file has no place for its bias.
+  Returns: (params, ModelConfig, config.json).
+  """
+  params = {k: v for k, v in params.items() if k != "head"}
+  params["score"] = {"kernel": kernel[:, None]}
+  config = dataclasses.replace(config, tied=True, head_bias=False)
+  (name, *_) = raw["architectures"]
+  for task in ("ForCausalLM", "LMHeadModel"):
+    name = name.removesuffix(task)
+  labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+  raw = {**raw, "architectures": [f"{name}ForSequenceClassification"]}
+  return params, config, {**raw, **labels, "num_labels": 1}
 
 
 def _tensor(tensor, flat, config):

@@ -5,16 +5,23 @@ where all that comes from.
 frontier.png and curves.png; `rows` and `table` give the table alone.
 """
 
-import math
 import sys
 import types
 
 from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.report import content, figures, folder, markdown, measures, page
+from dpo_jax.report import (
+  cells,
+  content,
+  figures,
+  folder,
+  markdown,
+  measures,
+  page,
+)
 
-TRUTH, MISSING = "r*", "–"
+TRUTH = "r*"
 # (key of a row, head on a console, head on a page, decimals without an SE);
 # without a head it is not there.
 COLUMNS = (
@@ -113,13 +120,13 @@ def grid(rows, style):
     error.
   """
   columns = _columns(rows, style)
-  cells = []
+  texts = []
   for key, _, decimals in columns:
     ranges = [style == "page" and row.get(f"{key}/interval") for row in rows]
-    cells.append(_cells([row[key] for row in rows], ranges, decimals))
+    texts.append(cells.column([row[key] for row in rows], ranges, decimals))
   heads = ["run", *(head for _, head, _ in columns)]
   names = [row["run"] for row in rows]
-  return heads, list(zip(names, *cells, strict=True))
+  return heads, list(zip(names, *texts, strict=True))
 
 
 def _columns(rows, style):
@@ -139,29 +146,6 @@ def _columns(rows, style):
   # Log-probs as they are say less than how far they moved.
   there -= {plain for key, plain in measures.DRIFT.items() if key in there}
   return [(key, head, at) for key, _, head, at in columns if key in there]
-
-
-def _cells(values, ranges, decimals):
-  """Cells of a column; the smallest error gets a digit, three at the most."""
-  cells = [
-    (v["mean"], v["se"]) if isinstance(v, dict) else (v, *(ends or ()))
-    for v, ends in zip(values, ranges, strict=True)
-  ]
-  errors = [cell[1] for cell in cells if len(cell) == 2 and cell[1]]
-  if errors:
-    # An error that is small beside the others, such as one of rounding alone
-    # or of three seeds that happen to agree, asks for no digits.
-    least = min(se for se in errors if se >= max(errors) / 20)
-    decimals = min(3, max(0, math.ceil(-math.log10(least))))
-
-  def text(value):
-    # + 0.0 so that nothing is -0.0.
-    return f"{round(value, decimals) + 0.0:.{decimals}f}"
-
-  return [
-    tuple(text(part) for part in cell if part is not None) or (MISSING,)
-    for cell in cells
-  ]
 
 
 def _left(head, texts):

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_jax.config import saved
-from dpo_jax.report import figures, folder, measures
+from dpo_jax.report import best_of, figures, folder, measures
 
-PROMPTS = 3
 # Shares of samples that ended may differ by this much without a remark.
 ENDED = 0.1
 NOTHING = {
@@ -20,6 +19,7 @@ NOTHING = {
 TITLES = {
   "frontier": "Reward over KL",
   "table": "All numbers",
+  "best_of": "Best of N",
   "curves": "Training",
   "samples": "Samples",
   "provenance": "Provenance",
@@ -51,6 +51,7 @@ def draw(sweep):
     start and start._replace(kl=0.0, kl_se=math.nan),
     f"mean r* ({truth.removeprefix('reward/')}) of the samples",
     joined=sweep.axis is not None,
+    best_of=best_of.marks(sweep),
   )
   curves = functools.partial(
     figures.curves,
@@ -234,29 +235,6 @@ def _mean(value):
   return value["mean"] if isinstance(value, dict) else value
 
 
-def prompts(sweep):
-  """Samples side by side: the first prompts that all runs with samples share.
-
-  Of runs that differ in seeds alone, the first stands for all.
-
-  Returns: list of (prompt, [(run, its first sample)]).
-  """
-  drawn, firsts = [], [group.runs[0] for group in sweep.groups]
-  for run in [sweep.reference, *firsts] if sweep.reference else firsts:
-    first = {}
-    for sample in run.samples:
-      first.setdefault(sample["id"], sample)
-    if first:
-      drawn.append((run, first))
-  if not drawn:
-    return []
-  shared = [i for i in drawn[0][1] if all(i in first for _, first in drawn)]
-  return [
-    (drawn[0][1][i]["prompt"], [(run, first[i]) for run, first in drawn])
-    for i in shared[:PROMPTS]
-  ]
-
-
 def captions(sweep):
   """{section: what to know to read it}; plain text."""
   rewards = [key.removeprefix("reward/") for key in sweep.rewards]
@@ -279,7 +257,9 @@ def captions(sweep):
   return {
     "frontier": "Each run's own samples: their mean reward r* over their "
     f"sequence KL(π‖π_ref){joined}. Bars: {one}{diamond} "
-    "Up is more reward, left is closer to the reference.",
+    "Up is more reward, left is closer to the reference."
+    f"{best_of.of_marks(sweep)}",
+    "best_of": best_of.caption(sweep),
     "table": " ".join([truth + over, *_columns(sweep)]).strip(),
     "curves": "Thin: what was logged. Thick: its mean over a centred window of "
     f"{figures.SMOOTHING:.0%} of the run's logged steps. Gaps: values that "
@@ -332,19 +312,3 @@ def _listed(parts):
   """`a; b; and c`."""
   *others, last = parts
   return "; ".join([*others, f"and {last}" if others else last])
-
-
-def score(sweep, sample):
-  """The line under a sample: r*, length, whether it ended by itself."""
-  parts = []
-  reward = (
-    folder.number(sample.get(sweep.rewards[0])) if sweep.rewards else None
-  )
-  if reward is not None:
-    parts.append(f"r* {reward:.2f}".replace("-", "−"))
-  length = folder.number(sample.get("length"))
-  if length is not None:
-    parts.append(f"{length} token{'s' if length != 1 else ''}")
-  if sample.get("finished") is False:
-    parts.append("cut off")
-  return " · ".join(parts)

@@ -90,7 +90,7 @@ def smooth(values):
   return np.where(there, sums / np.maximum(counts, 1), np.nan)
 
 
-def frontier(marks, reference, title, *, joined, wide):
+def frontier(marks, reference, title, *, joined, wide, best_of=()):
   """Mean reward over sequence KL, error bars ± 1 SE, each policy named.
 
   Args:
@@ -99,6 +99,7 @@ def frontier(marks, reference, title, *, joined, wide):
     title: what the vertical axis shows.
     joined: whether to join the marks in their order.
     wide: 540 x 310 pt, else 277 x 270 pt.
+    best_of: list of Mark, hollow squares joined from the reference on.
   Returns: matplotlib Figure, or None if there is no mark.
   """
   if not marks and not reference:
@@ -106,18 +107,25 @@ def frontier(marks, reference, title, *, joined, wide):
   size = 11 if wide else 9.5
   fig, (ax,) = _figure((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
   ax.set_title(title, loc="left", color=INK, fontsize=size)
-  ax.set_xlabel("sequence KL from the reference, nats", fontsize=size)
-  path = marks if joined else []
-  ax.plot(
-    [m.kl for m in path], [m.reward for m in path], color=MUTED, lw=1, zorder=1
-  )
+  below = "\n(squares: an upper bound)" if best_of else ""
+  ax.set_xlabel(f"sequence KL from the reference, nats{below}", fontsize=size)
+  paths = [marks] if joined else []
+  if best_of:
+    paths.append([*([reference] if reference else []), *best_of])
+  for path in paths:
+    style = "-" if path is marks else (0, (4, 2))
+    place = [m.kl for m in path], [m.reward for m in path]
+    ax.plot(*place, color=MUTED, lw=1, ls=style, zorder=1)
   if reference:
     ax.axhline(reference.reward, color=MUTED, lw=0.8, ls=(0, (1, 3)), zorder=1)
-  marks = [*marks, reference] if reference else marks
+  marks = [*marks, *best_of, *([reference] if reference else [])]
   for mark in marks:
+    hollow = any(mark is other for other in best_of)
     for spot in mark.seeds:
       ax.plot(*spot, "o", color=mark.color, ms=4, alpha=0.8, mew=0, zorder=2)
     shape, width = ("D", 6) if mark is reference else ("o", 6.5)
+    if hollow:
+      shape, width = "s", 5.5
     ax.errorbar(
       [mark.kl],
       [mark.reward],
@@ -126,8 +134,9 @@ def frontier(marks, reference, title, *, joined, wide):
       fmt=shape,
       color=mark.color,
       ms=width,
-      mec=PAPER,
-      mew=0.6,
+      mfc=PAPER if hollow else mark.color,
+      mec=mark.color if hollow else PAPER,
+      mew=1.1 if hollow else 0.6,
       elinewidth=1.3,
       capsize=2.5,
       zorder=3,
@@ -135,7 +144,7 @@ def frontier(marks, reference, title, *, joined, wide):
   ax.margins(0.09, 0.16)
   _widen(ax)
   fig.draw_without_rendering()
-  labels.write(fig, ax, marks, path, reference, size)
+  labels.write(fig, ax, marks, paths, reference, size)
   return fig
 
 

@@ -8,12 +8,12 @@ from matplotlib import text
 INK, MUTED = "#1b1f24", "#5c6571"
 
 
-def write(fig, ax, marks, path, reference, size):
+def write(fig, ax, marks, paths, reference, size):
   """Names the marks where they hide no mark, line, error bar or other name."""
   renderer = fig.canvas.get_renderer()
   point = fig.dpi / 72
   frame = ax.get_window_extent(renderer)
-  taken = _drawn(ax, marks, path, point)
+  taken = _drawn(ax, marks, paths, point)
   spots = ax.transData.transform([(m.kl, m.reward) for m in marks])
   if reference:
     y = spots[-1][1]
@@ -60,7 +60,7 @@ def write(fig, ax, marks, path, reference, size):
     taken = np.vstack([taken, [*box.extents, 30], *leads])
 
 
-def _drawn(ax, marks, path, point):
+def _drawn(ax, marks, paths, point):
   """Boxes f64[n, 5] in pixels of all that is drawn: x0, y0, x1, y1, cost."""
   at = ax.transData.transform
   boxes = []
@@ -74,9 +74,10 @@ def _drawn(ax, marks, path, point):
     boxes += [(left, y - 2, right, y + 2, 3), (x - 2, low, x + 2, high, 3)]
     for x, y in map(at, mark.seeds):
       boxes.append((x - half / 2, y - half / 2, x + half / 2, y + half / 2, 3))
-  for a, b in itertools.pairwise(at((m.kl, m.reward)) for m in path):
-    dots = np.linspace(a, b, 60)
-    boxes += [(x - 1, y - 1, x + 1, y + 1, 1) for x, y in dots]
+  for path in paths:
+    for a, b in itertools.pairwise(at((m.kl, m.reward)) for m in path):
+      dots = np.linspace(a, b, 60)
+      boxes += [(x - 1, y - 1, x + 1, y + 1, 1) for x, y in dots]
   return np.asarray(boxes)
 
 

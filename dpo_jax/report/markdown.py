@@ -3,7 +3,7 @@
 import html
 import re
 
-from dpo_jax.report import content, folder, provenance
+from dpo_jax.report import best_of, content, folder, provenance, samples
 
 
 def plain(text):
@@ -36,6 +36,7 @@ def markdown(sweep, grid, pictures):
   notes = content.captions(sweep)
   bodies = {
     "table": table(*grid),
+    "best_of": _best_of(sweep),
     "provenance": _provenance(sweep),
     "samples": _samples(sweep),
   }
@@ -45,11 +46,21 @@ def markdown(sweep, grid, pictures):
   for lines in (sweep.notes, content.missing(sweep)):
     parts.append("\n".join(f"- {plain(line)}" for line in lines))
   for name, title in content.TITLES.items():
+    if not bodies[name] and name not in content.NOTHING:
+      continue  # nobody asked for it
     caption = plain(notes.get(name, "")) if bodies[name] else ""
     parts += [f"## {title}", bodies[name] or content.NOTHING[name], caption]
     if name == "frontier":
       parts.append("\n".join(f"- {plain(r)}" for r in content.remarks(sweep)))
   return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _best_of(sweep):
+  lines = best_of.grid(sweep)
+  if lines is None:
+    return ""
+  heads, body = lines
+  return table(heads, [(entry.name, *texts) for entry, texts in body])
 
 
 def _provenance(sweep):
@@ -61,13 +72,13 @@ def _provenance(sweep):
 
 def _samples(sweep):
   parts = []
-  for prompt, samples in content.prompts(sweep):
+  for prompt, drawn in samples.prompts(sweep):
     parts.append(f"### {plain(prompt)}")
     parts.append(
       "\n".join(
-        f"- **{plain(run.name)}** ({plain(content.score(sweep, sample))})<br>"
+        f"- **{plain(run.name)}** ({plain(samples.score(sweep, sample))})<br>"
         f"{plain(sample['completion'])}"
-        for run, sample in samples
+        for run, sample in drawn
       )
     )
   return "\n\n".join(parts)

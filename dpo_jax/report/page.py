@@ -2,7 +2,14 @@
 
 import jinja2
 
-from dpo_jax.report import content, figures, folder, provenance
+from dpo_jax.report import (
+  best_of,
+  content,
+  figures,
+  folder,
+  provenance,
+  samples,
+)
 
 
 def html(sweep, grid, pictures):
@@ -23,6 +30,8 @@ def html(sweep, grid, pictures):
     sweep=sweep,
     palette=figures.palette(len(sweep.groups)),
     content=content,
+    samples=samples,
+    best_of=best_of.grid(sweep),
     provenance=provenance.facts(sweep),
     pictures=pictures,
     heads=heads,

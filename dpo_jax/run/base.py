@@ -21,12 +21,14 @@ class Programs(NamedTuple):
     init: rng -> all parameters, born sharded.
     token_logps: (params, batch) -> f32[R, S], see run.forward.
     token_kl: (params, reference, batch) -> f32[R, S] three times.
+    rewards: (params with a "reward" head, batch) -> f32[R, P, C].
     sample: of models.sample.
   """
 
   init: Callable
   token_logps: Callable
   token_kl: Callable
+  rewards: Callable
   sample: Callable
 
 
@@ -129,6 +131,8 @@ class Run(NamedTuple):
     step: compiled (state, batch, hparams) -> (state, metrics); donates a state.
     stacked_step: (count, whether they share what is frozen) -> the same of
       several runs at once, see run.together; each is built once.
+    finish: (trained parameters, frozen part of the state, steps done, folder)
+      -> None, for what is left to do when the last step is done; or None.
   """
 
   setup: Setup
@@ -145,3 +149,4 @@ class Run(NamedTuple):
   create: Callable
   step: Callable
   stacked_step: Callable
+  finish: Callable | None = None

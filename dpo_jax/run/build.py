@@ -25,6 +25,7 @@ from dpo_jax.run import (
   feed,
   feeds,
   forward,
+  gain,
   held_out,
   memory,
   rollouts,
@@ -40,7 +41,7 @@ from dpo_jax.train import step as step_lib
 def check(config):
   """Refuses values that no run can have, before anything is built."""
   checks.values(config)
-  rollouts.check(config, algos.make(config, apply=None).data == "prompts")
+  rollouts.check(config, algos.make(config, apply=None))
 
 
 def prepare_model(config):
@@ -101,6 +102,7 @@ def _with_programs(setup):
       functools.partial(base.token_logps, apply), mesh
     ),
     token_kl=run_lib.forward(functools.partial(forward.kl, apply), mesh),
+    rewards=run_lib.forward(functools.partial(forward.of_slots, apply), mesh),
     sample=sample.compiled(setup.model),
   )
   return setup._replace(programs=programs)
@@ -178,6 +180,7 @@ def prepare(config):
     create=create,
     step=step,
     stacked_step=stacked_step,
+    finish=gain.prepared(setup, load.plain(config.reward), source.loader),
   )
 
 
@@ -203,7 +206,9 @@ def held_out_of(config, setup, algorithm):
   checks.held_out(config, algorithm.held_out)
   rows = mesh_lib.row_parallelism(setup.mesh)
   read = functools.partial(
-    feed.load, setup, algorithm, config.data.eval, "data.eval", rows
+    *(feed.load, setup),
+    algorithm._replace(data=algorithm.held_out_data or algorithm.data),
+    *(config.data.eval, "data.eval", rows),
   )
   sums = step_lib.sums(algorithm, axis_name=run_lib.axis_name(setup.mode))
   return held_out.HeldOut(

@@ -7,6 +7,7 @@ from dpo_jax.config import fields, saved
 from dpo_jax.data.read import sources
 from dpo_jax.models import config as model_config
 
+HEADED = ("reward",)  # algorithms with a head whose parameters are drawn
 LABELS = ("none", "bradley_terry", "deterministic")
 
 
@@ -71,7 +72,10 @@ def _rules(c):
     "steps",
   )
   yield (
-    c.init_seed == 0 or c.init_from is None or c.lora is not None,
+    c.init_seed == 0
+    or c.init_from is None
+    or c.lora is not None
+    or c.algo in HEADED,
     f"init_seed = {c.init_seed} has no effect: init_from = {c.init_from!r} "
     "has all parameters, and there is no adapter; set it to 0 (the order of "
     "the data is data.seed)",
@@ -86,6 +90,12 @@ def _rules(c):
     "export.public = True has no effect without export.push; name the "
     "repository there",
   )
+  for field in ("unit", "completions", "count"):
+    yield (
+      c.reward.centred or not c.reward[field],
+      f"reward.{field} = {c.reward[field]!r} has no effect with "
+      "reward.centred = False; set that to True",
+    )
   yield from _rules_of_samples(c.sample)
   if "norm" in c.model:  # else the shape is that of init_from
     yield from _rules_of_model(c.model)
@@ -104,6 +114,8 @@ def _rules_of_samples(s):
     s.top_p == 1 or s.temperature > 0,
     f"sample.top_p = {s.top_p} has no effect with sample.temperature = 0",
   )
+  yield from _rules_of_prompting(s)
+  yield from _rules_of_best_of(s)
   if s.labelled is not None:
     yield (
       s.prompts is not None and len(s.scorers) > 0,
@@ -128,6 +140,58 @@ def prefix(value, field):
     ),
     f"{field} = {value} must be (fewest, most) tokens, at least 1",
   )
+
+
+def _rules_of_prompting(s):
+  """`_rules` of what stands around prompts, and ends completions."""
+  yield (
+    s.shots == 0 or s.shots_from is not None,
+    f"sample.shots = {s.shots} needs sample.shots_from: a source of prompts "
+    "with completions",
+  )
+  yield (
+    s.shots > 0 or s.shots_from is None,
+    f"sample.shots_from = {s.shots_from!r} has no effect with sample.shots = "
+    "0: say how many examples stand before a prompt, or set it to None",
+  )
+  yield (
+    all(isinstance(text, str) and text for text in s.stop)
+    and len(set(s.stop)) == len(s.stop),
+    f"sample.stop = {s.stop} must be distinct texts, none of them empty: write "
+    'them as ("\\n\\nHuman:",)',
+  )
+
+
+def _rules_of_best_of(s):
+  """`_rules` of sample.best_of and sample.rank_by."""
+  yield (
+    all(type(n) is int and n >= 1 for n in s.best_of)
+    and len(set(s.best_of)) == len(s.best_of),
+    f"sample.best_of = {s.best_of} must be distinct whole numbers, at least 1: "
+    "write them as (1, 4, 16)",
+  )
+  yield (
+    not s.best_of or len(s.scorers) > 0,
+    f"sample.best_of = {s.best_of} ranks draws by a scorer: set sample.scorers",
+  )
+  yield (
+    not s.best_of or max(s.best_of) <= s.draws,
+    f"sample.best_of = {s.best_of} takes the best of more than sample.draws = "
+    f"{s.draws} completions of a prompt: raise that to "
+    f"{max(s.best_of, default=1)}, or leave the larger numbers out",
+  )
+  yield (
+    not s.best_of or max(s.best_of) == 1 or s.temperature > 0,
+    f"sample.best_of = {s.best_of} has no effect with sample.temperature = 0: "
+    "all draws of a prompt are the same",
+  )
+  yield (
+    s.rank_by is None or len(s.best_of) > 0,
+    f"sample.rank_by = {s.rank_by!r} has no effect without sample.best_of, "
+    "whose draws it ranks",
+  )
+  if s.rank_by is not None:
+    lookup.lookup(s.scorers, s.rank_by, "sample.rank_by")
 
 
 def _rules_of_model(m):

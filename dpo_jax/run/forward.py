@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax import progress, store
-from dpo_jax.algos import base
+from dpo_jax.algos import base, reward
 from dpo_jax.models import config as model_config
 from dpo_jax.ops import distributions
 from dpo_jax.parallel import mesh as mesh_lib
@@ -73,12 +73,30 @@ def of_examples(setup, compiled, loader, trees):
   return columns
 
 
-def _over(setup, compiled, loader, trees, numbers=None):
+def of_slots(apply, params, batch):
+  """Rewards f32[R, P, C] of all completions, see algos.reward.rewards."""
+  shape = batch["completion_weights"].shape
+  return reward.rewards(apply, params, batch).reshape(shape)
+
+
+def rewards(setup, params, loader, numbers=None):
+  """Yields (example index, f32[completions of it]) of a reward model.
+
+  Args: as `token_logps`; params are of the Trained's `policy`: of the model and
+    of its reward head.
+  """
+  unpack = loader.unpack_completions
+  args = setup, setup.programs.rewards, loader, (params,), numbers
+  return _over(*args, unpack=unpack)
+
+
+def _over(setup, compiled, loader, trees, numbers=None, unpack=None):
   """Yields (example index, values…) of compiled(*trees, batch) over batches."""
+  unpack = loader.unpack if unpack is None else unpack
   for number in range(loader.steps) if numbers is None else numbers:
     batch, _ = feed.place(loader, number, setup.mesh, "jit")
     out = jax.tree.leaves(compiled(*trees, batch))
-    columns = [dict(loader.unpack(number, np.asarray(x))) for x in out]
+    columns = [dict(unpack(number, np.asarray(x))) for x in out]
     for index in columns[0]:
       yield index, *(column[index] for column in columns)
 

@@ -68,6 +68,24 @@ def build(fields, init_from, tokenizer_name, longest):
   own, vocab_size = shape(fields, init_from)
   if vocab_size is None:
     vocab_size = tokenizer.vocab_size
+  where = f"the model of init_from = {init_from!r}"
+  tokenizer = fitting(tokenizer, vocab_size, tokenizer_name, where)
+  if longest > own.max_positions:
+    raise ValueError(
+      f"data.max_prompt_length + data.max_completion_length = {longest} is "
+      f"more than model.max_positions = {own.max_positions}"
+    )
+  return decoder.build(own, vocab_size), tokenizer
+
+
+def fitting(tokenizer, vocab_size, name, where):
+  """The Tokenizer for a model of `vocab_size` tokens.
+
+  Args:
+    name: of the tokenizer.
+    where: what the model is called.
+  Raises: ValueError if it has more tokens than the model.
+  """
   spare = set(range(vocab_size, tokenizer.vocab_size))
   ends = {tokenizer.bos_id, tokenizer.eos_id}
   if spare <= set(tokenizer.specials) and not spare & ends:
@@ -75,13 +93,7 @@ def build(fields, init_from, tokenizer_name, longest):
     tokenizer = tokenizer._replace(vocab_size=vocab_size)
   if tokenizer.vocab_size > vocab_size:
     raise ValueError(
-      f"tokenizer = {tokenizer_name!r} has {tokenizer.vocab_size} tokens, "
-      f"but the model of init_from = {init_from!r} only {vocab_size}; "
-      "use its own tokenizer"
+      f"tokenizer = {name!r} has {tokenizer.vocab_size} tokens, but {where} "
+      f"only {vocab_size}; use its own tokenizer"
     )
-  if longest > own.max_positions:
-    raise ValueError(
-      f"data.max_prompt_length + data.max_completion_length = {longest} is "
-      f"more than model.max_positions = {own.max_positions}"
-    )
-  return decoder.build(own, vocab_size), tokenizer
+  return tokenizer

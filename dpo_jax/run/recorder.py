@@ -87,7 +87,9 @@ class Recorder:
       followed = trackers.make(run.rhythm.reports, asked, workdir, start)
     self._run, self._workdir, self._checkpoints = run, workdir, checkpoints
     self._evaluation = self._failure = None
-    self._name = name
+    self._name, self._alarmed = name, set()
+    steps = (row for row in history(workdir) if row["kind"] == "train")
+    self._first = next(steps, None) if start else None
     self._logger = log.Logger(
       workdir,
       every=run.rhythm.log,
@@ -188,8 +190,15 @@ class Recorder:
     self._logger.close()
 
   def _check(self, logged):
+    if not logged:
+      return
+    self._first = self._first or logged
+    alarms = self._run.algorithm.alarms(self._first, logged)
+    for name in sorted(alarms.keys() - self._alarmed):
+      self._logger.say(f"{self._name}LOOK: {alarms[name]}")
+    self._alarmed |= alarms.keys()
     limit = self._run.rhythm.max_skipped
-    if logged and logged["skipped"] >= limit:
+    if logged["skipped"] >= limit:
       saved = self._checkpoints.steps()
       kept = f"step {saved[0]} is kept" if saved else "nothing was saved yet"
       self._failure = FloatingPointError(

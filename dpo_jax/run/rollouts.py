@@ -6,16 +6,25 @@ from dpo_jax.run import checks
 
 MISSING_END = ("keep", "replace", "subtract")
 CRITICS = ("head", "copy", "none")
+LABELS = checks.LABELS[1:]
+COMPARE = ("all", "best_worst")
+# Fields that not all rollouts have, by Algorithm.compares.
+OWN = {
+  None: ("kl_target", "kl_horizon", "kl_stop", "critic", "warmup"),
+  "pairs": ("labels", "label_scale", "compare"),
+  "rankings": ("labels", "label_scale"),
+  "best": (),
+}
 
 
-def check(config, sampled):
+def check(config, algorithm):
   """Refuses rollouts that no run can have, and those without effect.
 
   Args:
-    sampled: whether the algorithm samples while it trains.
+    algorithm: base.Algorithm of the config.
   """
   rollout, algo = config.rollout, config.algo
-  if not sampled:
+  if algorithm.data != "prompts":
     if rollout is not None:
       raise ValueError(
         f"rollout has no effect with algo = {algo!r}, which samples nothing "
@@ -25,16 +34,35 @@ def check(config, sampled):
   if rollout is None:
     raise ValueError(
       f"algo = {algo!r} samples its own completions: set config.rollout = "
-      "common.rollout(), as configs/ppo.py does"
+      "common.rollout(), as configs/ppo.py does, or that of configs/online.py"
     )
+  _check_fields(config, algorithm.compares)
   lookup.lookup(MISSING_END, rollout.missing_end, "rollout.missing_end")
-  lookup.lookup(CRITICS, rollout.critic, "rollout.critic")
   rules = [*_rules(config, rollout)]
-  if config.loss.name in rl.ESTIMATORS:
+  if algorithm.compares is None:
+    lookup.lookup(CRITICS, rollout.critic, "rollout.critic")
     rules += _rules_of_gradients(config, rollout)
+  else:
+    rules += _rules_of_comparisons(config, rollout, algorithm)
   for obeyed, otherwise in rules:
     if not obeyed:
       raise ValueError(otherwise)
+
+
+def _check_fields(config, compares):
+  """Refuses fields of config.rollout that are of another algorithm."""
+  every = {name for names in OWN.values() for name in names}
+  has, takes = every & set(config.rollout), set(OWN[compares])
+  if has == takes:
+    return
+  make = "common.rollout(NAME)"
+  if compares is not None:
+    make = "common.rollout_of_comparisons(LOSS)"
+  raise ValueError(
+    f"config.rollout has the fields {sorted(has)} of its own, but algo = "
+    f"{config.algo!r} with loss {config.loss.name!r} takes {sorted(takes)}; "
+    f"set config.rollout = {make}, or select the loss by the config's argument"
+  )
 
 
 def _rules(c, r):
@@ -63,18 +91,18 @@ def _rules(c, r):
     f"rollout.missing_score = {r.missing_score} with rollout.missing_end = "
     f"{r.missing_end!r}: it is of 'replace' and 'subtract', which need it",
   )
-  yield (
-    (r.kl_target is None) == (r.kl_horizon is None),
-    f"rollout.kl_target = {r.kl_target}, rollout.kl_horizon = {r.kl_horizon}: "
-    "an adaptive coefficient needs both (10,000 completions, say), a fixed one "
-    "neither",
-  )
   yield checks.prefix(r.prefix, "rollout.prefix")
 
 
 def _rules_of_gradients(c, r):
   """`_rules` of policy gradients."""
   name, estimator = c.loss.name, rl.ESTIMATORS[c.loss.name]
+  yield (
+    (r.kl_target is None) == (r.kl_horizon is None),
+    f"rollout.kl_target = {r.kl_target}, rollout.kl_horizon = {r.kl_horizon}: "
+    "an adaptive coefficient needs both (10,000 completions, say), a fixed one "
+    "neither",
+  )
   wanted = "frozen" if c.lora is None else "base"
   yield (
     c.ref == wanted,
@@ -107,3 +135,46 @@ def _rules_of_gradients(c, r):
     f"optim.weight_decay = {c.optim.get('weight_decay')} would move the policy "
     "while rollout.warmup holds it; set one of them to 0",
   )
+
+
+def _rules_of_comparisons(c, r, algorithm):
+  """`_rules` of losses that compare the completions of a prompt."""
+  name = c.loss.name
+  yield (
+    r.draws > 1,
+    f"rollout.draws = {r.draws}: algo = {c.algo!r} compares the completions of "
+    "a prompt; set it to 2 or more",
+  )
+  yield (
+    r.scorer != "implicit",
+    "rollout.scorer = 'implicit': the implicit reward is that of another run, "
+    "implicit:FOLDER. A policy's own is 0 where it begins, and labels drawn by "
+    "it have no expected gradient",
+  )
+  yield (
+    c.ref != "cached",
+    f"ref = 'cached' needs completions that are there before the run, and algo "
+    f"= {c.algo!r} samples its own: set ref = 'frozen'",
+  )
+  if "labels" not in r:
+    return
+  lookup.lookup(LABELS, r.labels, "rollout.labels")
+  yield (
+    (r.label_scale is None) == (r.labels == "deterministic"),
+    f"rollout.label_scale = {r.label_scale} with rollout.labels = "
+    f"{r.labels!r}: it is κ of 'bradley_terry', which needs it (1.0); by "
+    "'deterministic' set it to None",
+  )
+  yield (
+    "scores" not in algorithm.needs or r.labels == "deterministic",
+    f"rollout.labels = {r.labels!r} with loss {name!r}, which needs winners "
+    "with the higher score: set it to 'deterministic', and "
+    "rollout.label_scale to None",
+  )
+  if "compare" in r:
+    lookup.lookup(COMPARE, r.compare, "rollout.compare")
+    yield (
+      r.compare == "all" or r.draws > 2,
+      f"rollout.compare = {r.compare!r} has no effect with rollout.draws = 2, "
+      "which are one pair: set it to 'all', or draw more",
+    )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dpo_jax import tree
+from dpo_jax import lookup, tree
 from dpo_jax.config import origin
 from dpo_jax.models import axes, families, gguf, hf, lora, peft
 from dpo_jax.parallel import mesh as mesh_lib
@@ -94,14 +94,25 @@ def adapter(shapes, options):
   )
 
 
+# How the kernel of a head begins, (rng, D) -> f32[D], by the head's name. A
+# value is 0 before anything is known; of a reward the gradient would be 0 for
+# all below a kernel of 0, and its spread is that of published reward models.
+HEADS = {
+  "value": lambda rng, embed: jnp.zeros(embed),
+  "reward": lambda rng, embed: (
+    jax.random.normal(rng, (embed,)) / jnp.sqrt(embed + 1.0)
+  ),
+}
+
+
 def with_heads(inner, names, embed, copies=()):
   """Trains scalar heads too, which read the last hidden state.
 
-      value = hidden · kernel + bias, from kernel = 0
+      value = hidden · kernel + bias, from a kernel of HEADS and bias = 0
 
   Args:
     inner: Trained of the model.
-    names: of the heads, such as "value"; () is `inner` itself.
+    names: of the heads, of HEADS; () is `inner` itself.
     embed: D, width of the hidden state.
     copies: names of further models, each trained as the policy is and starting
       where it does, such as "critic".
@@ -113,9 +124,13 @@ def with_heads(inner, names, embed, copies=()):
   def init(base, rng):
     trained = {"model": inner.init(base, rng)}
     for number, name in enumerate(copies, 1):
-      trained[name] = inner.init(base, jax.random.fold_in(rng, number))
-    for name in names:
-      trained[name] = {"kernel": jnp.zeros(embed), "bias": jnp.zeros(())}
+      trained[name] = inner.init(
+        base, jax.random.fold_in(rng, len(names) + number)
+      )
+    for number, name in enumerate(names, 1):
+      begin = lookup.lookup(HEADS, name, "the algorithm's heads")
+      kernel = begin(jax.random.fold_in(rng, number), embed)
+      trained[name] = {"kernel": kernel, "bias": jnp.zeros(())}
     return trained
 
   def policy(base, trained):

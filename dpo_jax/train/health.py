@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import threading
@@ -129,6 +130,8 @@ def first_step(metrics, first, limit):
   Raises: ValueError if rewards or loss are further off.
   """
   noise, loss = float(metrics["rewards/largest"]), float(metrics["loss"])
+  if noise == -math.inf:  # the largest of none
+    return "step 0: no comparison counts"
   if not noise <= limit:
     raise ValueError(
       f"at step 0 policy and reference differ by rewards of up to {noise:.3g}, "

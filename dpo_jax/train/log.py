@@ -42,6 +42,10 @@ _METRICS = {
   "rewards/accuracies": "accuracy",
   "logps/chosen": "chosen",
   "logps/rejected": "rejected",
+  "objective/scores": "score",
+  "objective/kl": "kl",
+  "objective/length": "length",
+  "objective/ended": "ended",
 }
 _STEP = {"grad_norm": "grad", "learning_rate": "lr"}
 _EVALUATION = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from configs import common
+from configs import base, common
 from dpo_jax.config import load as load_lib
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.train import optim
@@ -22,6 +22,8 @@ def saved_before(lora=False):
   del saved["ref_mix"], saved["ref_every"], saved["train"]["max_noise"]
   saved.pop("sweep", None)
   del saved["export"]["public"]
+  for name in saved_lib.LATER:
+    del saved["sample"][name]
   return json.loads(json.dumps(saved))
 
 
@@ -33,7 +35,14 @@ def test_folders_of_before_are_read_with_the_fields_that_came_later(tmp_path):
   assert config.ref == "frozen"
   assert config.sweep.together == 1
   assert config.export.public is False
+  assert config.sample.shots == 0
+  assert config.sample.best_of == config.sample.stop == ()
   saved_lib.check_config(saved_before(), config.to_dict(), "here")
+
+
+def test_later_fields_of_samples_are_as_where_nobody_asks():
+  section = base.get_config().sample
+  assert {name: section[name] for name in saved_lib.LATER} == saved_lib.LATER
 
 
 def test_the_reference_of_an_adapter_has_its_new_name(tmp_path):

@@ -81,6 +81,20 @@ def test_the_files_hold_the_result_and_every_sample(evaluated, measured, trees):
   }
 
 
+def test_the_best_of_n_of_one_prompt_has_no_error_in_the_file(
+  measured, trees, tmp_path
+):
+  config = load("sample.best_of=(1, 2)", "sample.count=1")
+  result = evaluation.evaluate(asking(measured, config), *trees, tmp_path, MADE)
+  text = (tmp_path / "evaluation.json").read_text()
+  items = json.loads(text)["best_of"]["best_of"]
+  for item, own in zip(items, result["best_of"]["best_of"], strict=True):
+    value = item["means"]["reward/vader"]
+    assert value["se"] is None
+    assert value["mean"] == own["means"]["reward/vader"]["mean"]
+    assert item["bound"] == own["bound"]
+
+
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_comparisons_do_not_depend_on_how_the_reference_is_kept(
   mode, trees, held_out, tmp_path

@@ -23,12 +23,6 @@ def load(spec, *overrides):
   return load_lib.load_config(str(conftest.ROOT / spec), overrides)
 
 
-@pytest.fixture(autouse=True)
-def afresh():
-  """No scorer of a test before is taken for one of this."""
-  rewards.load.cache_clear()
-
-
 @pytest.fixture(scope="module")
 def reviews():
   """The scorer that was trained on reviews of the training films."""
@@ -152,6 +146,7 @@ def test_a_spec_that_names_no_scorer_is_refused(spec, message):
 def test_a_missing_package_is_named_with_what_installs_it(
   package, spec, message, monkeypatch
 ):
+  monkeypatch.setattr(rewards, "_LOADED", {})  # as in a new process
   monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(ValueError, match=message):
     rewards.load(spec)

@@ -286,7 +286,13 @@ CASES = {
   "cpo/alpha=0": Case(
     {"beta": 0.5, "alpha": 0.0, "dialect": "paper"}, uniform_reference
   ),
-  "bradley_terry": Case({}, true_reward),
+  "bradley_terry": Case({"label_smoothing": 0.0, "centring": 0.0}, true_reward),
+  # The scores are r* themselves.
+  "bradley_terry_margin": Case(
+    {"alpha": 0.5, "centring": 0.0},
+    lambda world, fields: (1 + fields["alpha"]) * true_reward(world, fields),
+  ),
+  "plackett_luce_reward": Case({"centring": 0.0}, true_reward, {"answers": 4}),
   "dpo under forward_kl": Case(
     PLAIN, under(lambda x: -np.log(1 - x)), divergence="forward_kl"
   ),
@@ -322,6 +328,9 @@ BOUNDARY = {
 NOT_COMPARED = {
   "aot": "of batches: it ranks margins, so no comparison has its own optimum",
   "aot_unpaired": "of batches, as aot",
+  "bradley_terry": "centring > 0: it draws rewards together, not only to 0",
+  "bradley_terry_margin": "centring > 0, as bradley_terry",
+  "plackett_luce_reward": "centring > 0, as bradley_terry",
   "bco": "with the running mean: its shift moves as the policy does",
   "cal_dpo": "of policies, or more answers: calibration and ranking disagree",
   "cpo": "alpha > 0: a ranking and a likelihood at once",

@@ -79,7 +79,10 @@ def connected(wins):
 def least_losses(world):
   """(DPO's policy and loss, a reward model's rewards and loss)."""
   dpo = world_lib.learn("dpo", world, beta=BETA, label_smoothing=0.0)
-  return *dpo, *world_lib.learn("bradley_terry", world)
+  rm = world_lib.learn(
+    "bradley_terry", world, label_smoothing=0.0, centring=0.0
+  )
+  return *dpo, *rm
 
 
 def test_dpo_equals_the_best_reward_model_and_its_optimum():

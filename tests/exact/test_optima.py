@@ -33,7 +33,7 @@ def solve(name):
     logits = np.stack([margin, 0 * margin], axis=-1)
     return world_lib.normalised(logits), want
   found, _ = world_lib.learn(name_of(name), world, **options)
-  if loss.data == "rewards":
+  if loss.of_rewards:
     found = found - found.mean(-1, keepdims=True)
   return found, want
 

@@ -199,6 +199,11 @@ def _mismatched(policy, world):
   return [jnp.concatenate([x, x[:, ::-1]], -1) for x in args], extra, drawn
 
 
+def _reward_rankings(policy, world):
+  (rewards, _), extra, drawn = _rankings(policy, world)
+  return (rewards,), extra, drawn
+
+
 def _rankings(policy, world):
   """All K! orders of the answers, as Plackett–Luce draws them under r*."""
   orders = np.array(list(itertools.permutations(range(len(policy)))))
@@ -213,6 +218,7 @@ COMPARED = {
   "labels": _labels,
   "mismatched": _mismatched,
   "rankings": _rankings,
+  "reward_rankings": _reward_rankings,
 }
 
 
@@ -243,7 +249,7 @@ def objective(name, world, *, free=False, loss=None, kept=0.0, **fields):
   }
 
   def f(z, world, each, kept):
-    policy = z if free or loss.data == "rewards" else jax.nn.log_softmax(z)
+    policy = z if free or loss.of_rewards else jax.nn.log_softmax(z)
     return population(policy, world, loss, {**each, **text}, kept)
 
   return f, (world, each, np.broadcast_to(kept, prompts))
@@ -257,5 +263,5 @@ def learn(name, world, **options):
   f, data = objective(name, world, **options)
   z, value = solver.minimise(f, world.ref, *data)
   loss = options.get("loss") or losses.LOSSES[name]
-  free = options.get("free") or loss.data == "rewards"
+  free = options.get("free") or loss.of_rewards
   return (z if free else normalised(z)), value

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from configs import common, dpo, quickstart, sft
+from configs import common, dpo, quickstart, reward, sft
 from dpo_jax.data.batch import order
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import bpe
@@ -172,6 +172,8 @@ def _lora(w):
   c.optim = common.optim("adamw")
   c.optim.warmup, c.optim.schedule = 1, "cosine"
   c.sample.temperature = 0.5
+  c.sample.scorers = "vader", f"tfidf:{w.labelled}"
+  c.sample.best_of, c.sample.shots, c.sample.shots_from = (2,), 1, "toy:7"
   c.audit.empty = None
   return c
 
@@ -182,6 +184,15 @@ def _sft(w):
   c.train.steps = None
   c.data.eval = None
   return _with(c, data__packed=False, optim__schedule="linear")
+
+
+def _reward(w, arg=""):
+  return _with(_small(reward.get_config(f"smoke{arg}"), w), reward__count=None)
+
+
+def _reward_of_samples(w):
+  fields = {"reward__completions": "toy:24", "reward__count": 16}
+  return _with(_reward(w, ",lora"), **fields)
 
 
 def _quickstart(w):
@@ -255,8 +266,8 @@ def _loss(name):
   return make
 
 
-# A reward model's loss is of no algorithm yet.
-LOSSES = [n for n, loss in losses.LOSSES.items() if loss.data != "rewards"]
+LOSSES = [n for n, loss in losses.LOSSES.items() if not loss.of_rewards]
+OF_REWARDS = [n for n, loss in losses.LOSSES.items() if loss.of_rewards]
 
 _SHAPE = ("model.",)  # what a model is does not depend on the rest
 
@@ -265,6 +276,8 @@ BASES = {
   "lora": Base(_lora, leave=_SHAPE),
   "sft": Base(_sft, leave=_SHAPE),
   "mixture": Base(_mixture, leave=_SHAPE),
+  "reward": Base(_reward, leave=_SHAPE),
+  "reward of samples": Base(_reward_of_samples, "reward."),
   "quickstart": Base(_quickstart, leave=_SHAPE),
   "simpo": Base(_simpo, leave=_SHAPE),
   "kto": Base(_kto, leave=_SHAPE),
@@ -275,5 +288,13 @@ BASES = {
   **{
     f"loss={name}": Base(_loss(name), "loss.", ("loss.name",))
     for name in LOSSES
+  },
+  **{
+    f"loss={name}": Base(
+      functools.partial(_reward, arg=f",loss={name}"),
+      "loss.",
+      ("loss.name",),
+    )
+    for name in OF_REWARDS
   },
 }

@@ -22,7 +22,7 @@ from dpo_jax import export, loop, sweeps, tree, verbs
 from dpo_jax.config import load
 from dpo_jax.eval import generate
 from dpo_jax.models import sample as sample_lib
-from dpo_jax.run import build, forward, held_out
+from dpo_jax.run import build, forward, gain, held_out
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import checkpoint, log
 from dpo_jax.train import state as state_lib
@@ -97,6 +97,10 @@ def training(plan):
     events.append(("evaluate", state.step))
     return {"loss": 0.0}
 
+  def measure(setup, params, frozen, loader, count, unit):
+    events.append(("gain", loader.fingerprint, count, unit))
+    return gain.of_scores([[0.0], [1.0]], unit)
+
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(_folder())
     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -107,6 +111,7 @@ def training(plan):
       (build, "initial_state", lambda *_: _state(0)),
       (forward, "token_logps", _zero_logps),
       (held_out, "evaluate", evaluate),
+      (gain, "measure", measure),
       (checkpoint, "Checkpointer", Checkpointer),
       (log, "peak_flops", lambda: (1.0, "")),
     )

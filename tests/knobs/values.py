@@ -58,11 +58,18 @@ VALUES = {
   "audit.empty": (0.5,),
   "sample.prompts": ("toy:6",),
   "sample.prefix": ((4, 16),),
+  "sample.template": ("so {prompt}:",),
+  "sample.shots_from": ("toy:3", "toy:4", "toy:5"),
+  "sample.stop": (("e",),),
   "sample.top_p": (0.5,),
   "sample.batch_size": (8,),
   "sample.scorers": lambda w: ((f"tfidf:{w.labelled}",),),
+  "sample.best_of": ((1,),),
+  "sample.rank_by": lambda w: ("vader", f"tfidf:{w.labelled}"),
   "sample.labelled": lambda w: (w.labelled_too,),
   "sample.labels": ("deterministic",),
+  "reward.completions": ("toy:12",),
+  "reward.count": (8, 32),
   "train.steps": (4,),
   "train.max_noise": (0.01,),
   "train.max_skipped": (1,),
@@ -89,6 +96,7 @@ def _other_ref(c, w):
 
 def _other_loss(c, w):
   others = {"simpo": "orpo", "kto": "bco_unpaired", "mixture": "rpo"}
+  others["bradley_terry"] = "bradley_terry_margin"
   other = "dpo" if c.loss.name == "ipo" else "ipo"
   c.loss = common.loss(others.get(c.loss.name, other))
 

@@ -82,7 +82,9 @@ FIELDS = {
   ),
   "orpo": grid(odds_weight=(0.1, 1.0)),
   "cpo": grid(beta=(0.1,), alpha=(0.0, 1.0), dialect=TWO),
-  "bradley_terry": [{}],
+  "bradley_terry": grid(label_smoothing=(0.0, 0.2), centring=(0.0, 0.01)),
+  "bradley_terry_margin": grid(alpha=(0.0, 1.0), centring=(0.0, 0.01)),
+  "plackett_luce_reward": grid(centring=(0.0, 0.01)),
 }
 DIVERGENCES = [
   ("forward_kl", {}),
@@ -126,7 +128,7 @@ def moving(case):
 
 def width(case):
   """Completions of a comparison."""
-  data = losses.LOSSES[case.name].data
+  data = losses.LOSSES[case.name].compares
   return {"rankings": 4, "labels": 1}.get(data, 2)
 
 

@@ -272,10 +272,14 @@ def kto(v, held):
 
 def plackett_luce(v, held):
   del held
-  z = v.beta * ratios(v)
+  return of_order(v.beta * ratios(v), v.present)
+
+
+def of_order(z, present):
+  """−log of the probability of an order, best first."""
   out = np.zeros(z.shape[:-1])
   for index in np.ndindex(out.shape):
-    row = z[index][v.present[index]]
+    row = z[index][present[index]]
     for k in range(len(row)):
       out[index] -= row[k] - np.logaddexp.reduce(row[k:])
   return out
@@ -333,4 +337,23 @@ def cpo(v, held):
 
 def bradley_terry(v, held):
   del held
-  return -log_sigmoid(diff(v.rewards))
+  z, epsilon = diff(v.rewards), v.label_smoothing
+  right, wrong = log_sigmoid(z), log_sigmoid(-z)
+  return -(1 - epsilon) * right - epsilon * wrong + centring(v, v.rewards)
+
+
+def centring(v, rewards):
+  return v.centring * rewards.sum(-1) ** 2
+
+
+def bradley_terry_margin(v, held):
+  del held
+  short = diff(v.rewards) - v.alpha * diff(v.scores)
+  return -log_sigmoid(short) + centring(v, v.rewards)
+
+
+def plackett_luce_reward(v, held):
+  del held
+  count = np.maximum(v.present.sum(-1, keepdims=True), 1)
+  twice = 2 * v.rewards * v.present / count
+  return of_order(v.rewards, v.present) + centring(v, twice)

@@ -16,13 +16,14 @@ ONES = np.ones((2, 3, 2))
 
 
 def result(case, values):
-  """(loss, its gradient by all log-probs together), in float64."""
+  """(loss, its gradient by all log-probs, or by rewards), in float64."""
   values = {name: values[name] for name in loss_cases.arguments(case)}
-  scale = np.ones(values["policy_logps"].shape[:-1])
+  scale = np.ones(next(iter(values.values())).shape[:-1])
   (loss, _), gradients = loss_cases.value_and_gradients(
     case, values, scale, "float64"
   )
-  return loss, sum(gradients[name] for name in LOGPS if name in gradients)
+  names = (*LOGPS, "rewards")
+  return loss, sum(gradients[name] for name in names if name in gradients)
 
 
 def given(case, seed, changes):
@@ -124,7 +125,26 @@ def test_a_reward_model_of_the_log_ratios_has_the_loss_of_dpo():
   values = loss_cases.cast(loss_cases.values_of(dpo, seed=0), "float32")
   want, _ = loss_cases.loss_of(dpo, values)
   rewards = 0.3 * (values["policy_logps"] - values["ref_logps"])
-  np.testing.assert_array_equal(ranking.bradley_terry(rewards)["loss"], want)
+  plain = ranking.bradley_terry(rewards, label_smoothing=0.0, centring=0.0)
+  np.testing.assert_array_equal(plain["loss"], want)
+
+
+def test_a_reward_of_a_ranking_of_two_is_one_of_a_pair():
+  pair = loss_cases.of("bradley_terry", centring=0.02)
+  values = loss_cases.values_of(pair, seed=0)
+  order = loss_cases.of("plackett_luce_reward", centring=0.02)
+  two = {**values, "present": np.ones((2, 3, 2), bool)}
+  for got, want in zip(result(order, two), result(pair, values), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_a_margin_of_nothing_is_a_reward_of_pairs():
+  plain = loss_cases.of("bradley_terry", centring=0.02)
+  margin = loss_cases.of("bradley_terry_margin", alpha=0.0, centring=0.02)
+  values = loss_cases.values_of(margin, seed=0)
+  got, want = result(margin, values), result(plain, values)
+  for ours, theirs in zip(got, want, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-9, -1e-9])

@@ -39,6 +39,7 @@ REWARDS = {
   "orpo": lambda v: v.odds_weight * means(v),
   "cpo": lambda v: v.beta * v.policy_logps,
   "bradley_terry": lambda v: v.rewards,
+  "bradley_terry_margin": lambda v: v.rewards,
 }
 
 

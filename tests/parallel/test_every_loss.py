@@ -23,7 +23,7 @@ from tests.parallel import test_topology as topology
 
 pytestmark = pytest.mark.products
 
-TRAINED = [n for n, loss in losses.LOSSES.items() if loss.data != "rewards"]
+TRAINED = [n for n, loss in losses.LOSSES.items() if not loss.of_rewards]
 COUPLED = [n for n in TRAINED if losses.LOSSES[n].batch_level]
 NEEDY = [
   *("sampo", "ld_dpo", "wpo", "tdpo1", "tdpo2", "odpo", "plackett_luce"),

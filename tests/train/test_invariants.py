@@ -53,7 +53,7 @@ def test_the_loss_where_policy_is_reference_is_known(name, loss):
 
 def test_it_is_unknown_where_it_depends_on_the_data():
   for name, loss in losses.LOSSES.items():
-    if loss.reference and loss.data != "rewards":
+    if loss.reference and not loss.of_rewards:
       assert (bounds_of(name)(0.0) is None) == (name in OF_DATA), name
   line = health.first_step(metrics(0.3), bounds_of("ipo"), 0.1)
   assert line.endswith("loss 0.3")

@@ -164,6 +164,21 @@ class Loader:
         yield index, line[start:end]
         start = end
 
+  def unpack_completions(self, number, values):
+    """What an array [R, P, C] of batch `number` holds of each example.
+
+    Args: as `unpack`.
+    Yields: (example index, [its completions]).
+    """
+    counts = self._examples.columns.completions
+    for row, line in zip(self._assign(number), values, strict=True):
+      for place, index in enumerate(row):
+        yield index, line[place, : counts[index]]
+
+  def prompts(self, indices):
+    """Token ids of the prompts of some examples, a tuple each."""
+    return [tuple(self._examples[i].prompt) for i in indices]
+
   def in_order(self):
     """A Loader of one pass over the same examples, in the order of the file."""
     return Loader(self._examples, self._layout, seed=None, **self._options)

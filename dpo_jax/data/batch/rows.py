@@ -48,6 +48,8 @@ EXTRAS = {
   "gaps": COMPLETION,  # largest |log-prob as sampled − in training|, in nats
   "ended": COMPLETION,
   "labels": COMPARISON,  # of single completions
+  "identical": COMPARISON,  # 1 where what is compared is the same
+  "tied": COMPARISON,  # 1 where it has the same score
 }
 
 
@@ -166,7 +168,16 @@ def needed_shape(need, rows):
 
 
 def limits_shape(
-  layout, *, rows, per_row, completions, prompt, completion, pairs, multiple
+  layout,
+  *,
+  rows,
+  per_row,
+  completions,
+  prompt,
+  completion,
+  pairs,
+  multiple,
+  compared=2,
 ):
   """The Shape of all batches that keep to some limits, such as rollouts.
 
@@ -176,8 +187,9 @@ def limits_shape(
     per_row: P, examples in a row.
     completions: C, of an example.
     prompt, completion: tokens of each, at most.
-    pairs: of an example, each of two completions.
+    pairs: comparisons of an example.
     multiple: T, S and E are multiples of this.
+    compared: completions of a comparison.
   """
   prompts = 1 if layout.shared else completions
   tile = prompts * prompt + completions * completion
@@ -189,7 +201,7 @@ def limits_shape(
     completions=completions,
     tile=tile,
     pairs=per_row * pairs,
-    compared=2,
+    compared=compared,
   )
   return rounded(shape, multiple, layout)
 

@@ -3,8 +3,27 @@
 import collections
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Judged(NamedTuple):
+  """Two completions of a prompt, compared by their rewards.
+
+  Attributes:
+    winner, loser: their indices.
+    identical: whether they are the same.
+    tied: whether their rewards are.
+    counts: whether the label says anything: not of identical ones, and
+      "deterministic" not of ties.
+  """
+
+  winner: int
+  loser: int
+  identical: bool
+  tied: bool
+  counts: bool
 
 
 def beginnings(texts, encode, decode, span, seed):
@@ -38,37 +57,83 @@ def beginnings(texts, encode, decode, span, seed):
 
 
 def compare(completions, rewards, labels, seed):
-  """All comparisons between the completions of one prompt.
+  """[winner, loser] of all comparisons that count, see `judged`."""
+  every = judged(completions, rewards, labels, seed)
+  return [[each.winner, each.loser] for each in every if each.counts]
 
-      bradley_terry   i beats j with probability σ(r_i − r_j)
-      deterministic   the higher reward wins; ties are left out
+
+def judged(completions, rewards, labels, seed, *, which="all", scale=1.0):
+  """Comparisons between the completions of one prompt.
+
+      bradley_terry   i beats j with probability σ(κ (r_i − r_j))
+      deterministic   the higher reward wins; ties do not count
 
   Args:
-    completions: texts; equal ones are not compared.
+    completions: of any type; equal ones are identical.
     rewards: of each.
     labels: "bradley_terry" or "deterministic".
     seed: of the draws, a list of ints.
-  Returns: list of [winner, loser].
+    which: "all" of them, or "best_worst": the highest reward and the lowest.
+    scale: κ.
+  Returns: list of Judged.
   Raises: ValueError for a reward that is not finite.
   Source: arXiv:2305.18290 Eq. 1.
   """
-  if not np.all(np.isfinite(rewards)):
-    raise ValueError(f"rewards {rewards} cannot be compared: not all finite")
+  _refuse_infinite(rewards)
   rng = np.random.default_rng(seed)
-  pairs = []
-  for i, j in itertools.combinations(range(len(completions)), 2):
-    gap = rewards[i] - rewards[j]
-    draw = rng.random()
-    if completions[i] == completions[j]:
-      continue
+  chosen = itertools.combinations(range(len(completions)), 2)
+  if which == "best_worst":
+    chosen = [best_worst(rewards)]
+  out = []
+  for i, j in chosen:
+    gap, draw = scale * (rewards[i] - rewards[j]), rng.random()
+    identical, tied = completions[i] == completions[j], gap == 0
     if labels == "bradley_terry":
       wins = draw < 0.5 * (1 + np.tanh(gap / 2))  # σ(gap), without overflow
-    elif gap == 0:
-      continue
+      counts = not identical
     else:
-      wins = gap > 0
-    pairs.append([i, j] if wins else [j, i])
-  return pairs
+      wins, counts = gap > 0, not (identical or tied)
+    sides = (i, j) if wins else (j, i)
+    out.append(Judged(*sides, identical, bool(tied), counts))
+  return out
+
+
+def best_worst(rewards):
+  """Indices of the highest reward and of the lowest; never the same one."""
+  order = np.argsort(-np.asarray(rewards), kind="stable")
+  return int(order[0]), int(order[-1])
+
+
+def ranking(completions, rewards, labels, seed, *, scale=1.0):
+  """Indices of completions from the best to the worst.
+
+      bradley_terry   drawn: Π_k e^(κ r_k) / Σ_{j ≥ k} e^(κ r_j), Plackett–Luce
+      deterministic   by their rewards
+
+  Of identical ones the first is ranked; by "deterministic", of ties too.
+
+  Args and Raises: see `judged`.
+  Source: arXiv:2305.18290 Eq. 18; the draw is a sort of κ r + Gumbel noise.
+  """
+  _refuse_infinite(rewards)
+  kept = []
+  for i, completion in enumerate(completions):
+    known = any(
+      completions[j] == completion
+      or (labels == "deterministic" and rewards[j] == rewards[i])
+      for j in kept
+    )
+    kept += [] if known else [i]
+  values = scale * np.asarray(rewards, np.float64)
+  noise = np.random.default_rng(seed).gumbel(size=len(values))
+  if labels == "bradley_terry":
+    values = values + noise
+  return sorted(kept, key=lambda i: -values[i])
+
+
+def _refuse_infinite(rewards):
+  if not np.all(np.isfinite(rewards)):
+    raise ValueError(f"rewards {rewards} cannot be compared: not all finite")
 
 
 def records(draws, labels, seed):

@@ -17,6 +17,7 @@ _WANTED = {
   "sft": '{"prompt", "completion"}, {"messages"} or {"text"}',
   "label": '{"prompt", "completion", "label"} or {"text", "label"}',
   "prompt": '{"prompt"}',
+  "completions": '{"prompt", "completion"} or {"prompt", "completions"}',
 }
 
 
@@ -223,6 +224,21 @@ def _sft(row, origin):
   return Record(prompt, sides[:1], (), origin)
 
 
+def _completions(row, origin):
+  """All completions of a row, whatever it says of which is better."""
+  if "completions" in row:
+    prompt, sides = several.completions(row)
+    tokens = several.tokens(row, sides) if "tokens" in row else None
+    return Record(prompt, sides, (), origin, tokens=tokens)
+  if "chosen" in row:
+    return _preference(row, origin)._replace(pairs=(), scores=None)
+  record = _sft(row, origin)
+  if "tokens" not in row:
+    return record
+  each = fields.Row({"tokens": [fields.field(row, "tokens", list)]})
+  return record._replace(tokens=several.tokens(each, record.completions))
+
+
 def _messages(row, origin):
   """The record of one conversation, whose last message is the completion."""
   messages = fields.messages(row, "messages")
@@ -263,6 +279,7 @@ FORMS = {
   "sft": _sft,
   "label": _label,
   "prompt": _prompt_only,
+  "completions": _completions,
 }
 
 

@@ -40,6 +40,8 @@ many rows have it.
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
                     preferences, of which it takes the best completion
     prompt          {"prompt"} of any of these
+    completions     SFT or preference, of which it takes every completion; and
+                    "tokens", the ids of "completion" as it was drawn
     label           {"text", "label"}, {"prompt", "completion", "label"},
                     {"messages", "label"}; the label is a finite number, a bool,
                     or the text of one

@@ -42,6 +42,7 @@ class Example(NamedTuple):
 # The form of the rows for each kind of example: see sources.py.
 FORMS = {
   "sft": "sft",
+  "completions": "completions",
   "pairs": "preference",
   "rankings": "preference",
   "labels": "feedback",
@@ -59,7 +60,8 @@ def arrange(example, kind, with_scores):
 
   Args:
     example: Example.
-    kind: see losses.Loss.data, or "sft".
+    kind: see losses.Loss.compares; or "sft" and "completions", which compare
+      nothing.
     with_scores: whether the loss reads the scores of completions; where it does
       not, they do not count as a change of the data either.
   Raises: fields.BadRecord where `problem` finds one.

@@ -106,7 +106,7 @@ def load(name):
   )
 
 
-def _encode_alone(tokenizer, text):
+def encode_alone(tokenizer, text):
   """Ids of a text that continues another: no prefix space is invented.
 
   Encodes it behind an anchor that does not merge with it.
@@ -282,7 +282,7 @@ def _behind(prompt, whole, record, tokenizer, changed):
       yield ids[len(prompt) :]
     else:
       changed["boundary merge"] += 1
-      yield _encode_alone(tokenizer, text)
+      yield encode_alone(tokenizer, text)
 
 
 def continuation(tokenizer, prompt, ids):

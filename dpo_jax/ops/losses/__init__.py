@@ -151,7 +151,24 @@ LOSSES = {
   ),
   # Of reward models.
   "bradley_terry": Loss(
-    "ranking.bradley_terry", data="rewards", reference=False
+    "ranking.bradley_terry",
+    {"label_smoothing": 0.0, "centring": 0.0},
+    data="rewards",
+    reference=False,
+  ),
+  "bradley_terry_margin": Loss(
+    "ranking.bradley_terry_margin",
+    {"alpha": 1.0, "centring": 0.0},
+    needs=("scores",),
+    data="rewards",
+    reference=False,
+  ),
+  "plackett_luce_reward": Loss(
+    "ranking.plackett_luce_reward",
+    {"centring": 0.0},
+    needs=("present",),
+    data="reward_rankings",
+    reference=False,
   ),
 }
 
@@ -168,6 +185,7 @@ RANGES = {
   "penalty": (facts.AT_LEAST_ZERO,),
   "odds_weight": (facts.AT_LEAST_ZERO,),
   "nll_weight": (facts.AT_LEAST_ZERO,),
+  "centring": (facts.AT_LEAST_ZERO,),
   "label_smoothing": (facts.BELOW_HALF,),
 }
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from dpo_jax import lookup
 
 _PACKAGE = "dpo_jax.ops.losses"
+# What compares scalar rewards and no log-probs, and of which completions.
+_OF_REWARDS = {"rewards": "pairs", "reward_rankings": "rankings"}
 
 
 class Loss(NamedTuple):
@@ -21,8 +23,8 @@ class Loss(NamedTuple):
     batch_level: the comparisons of a batch are coupled.
     data: what a comparison is made of: "pairs" (winner, loser), "rankings"
       (best to worst), "labels" (one completion with a label), "mismatched" (the
-      same, and a completion of another prompt) or "rewards" (no log-probs: of
-      reward models).
+      same, and a completion of another prompt); or of reward models, whose
+      losses are `f(rewards, *, …)`: "rewards" (of a pair) or "reward_rankings".
     best_alone: of a comparison it reads the first completion alone, so that in
       a mixture it fits pairs and rankings.
     reference: whether it reads ref_logps.
@@ -46,6 +48,16 @@ class Loss(NamedTuple):
   def fn(self):
     """The function; its file is imported when it is first asked for."""
     return lookup.resolve(self.function, _PACKAGE)
+
+  @property
+  def of_rewards(self):
+    """Whether it reads the scalar rewards of a reward model."""
+    return self.data in _OF_REWARDS
+
+  @property
+  def compares(self):
+    """`data` whatever is read of it: "pairs", "rankings", …"""
+    return _OF_REWARDS.get(self.data, self.data)
 
 
 class Divergence(NamedTuple):
