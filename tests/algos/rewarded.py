@@ -2,12 +2,15 @@
 
 import functools
 import json
+from unittest import mock
 
+import jax
 import numpy as np
 
 from dpo_jax import loop
 from dpo_jax.config import load
 from dpo_jax.eval import rewards, rollouts
+from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.run import build
 from tests import conftest
 
@@ -40,6 +43,14 @@ def config_of(*overrides, arg=""):
     *(f"train.steps={2 * STEPS}", "log.every=1", "checkpoint.every=1"),
   )
   return load.load_config(spec, (*given, *overrides))
+
+
+@functools.cache
+def alone(*overrides, arg=""):
+  """`prepared`, on one device."""
+  mesh = mesh_lib.of_devices(jax.devices()[:1])
+  with mock.patch.object(build, "mesh_of", return_value=(mesh, "jit")):
+    return build.prepare(config_of(*overrides, arg=arg))
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""PPO, RLOO, GRPO and REINFORCE as a run has them: rollouts, steps, controls."""
+"""PPO, RLOO, GRPO and REINFORCE as a run has them: draws, steps, controls."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,6 @@ from dpo_jax.ops import rl
 from tests.algos import rewarded
 
 slow = pytest.mark.slow
-ONE = ("mesh.data=1",)  # device
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def _scorers(monkeypatch):
 
 # ── The first epoch: the policy that is trained is the one that drew ─────────
 
-WHOLE = ("data.batch_size=8", *ONE)  # an epoch is one step
+WHOLE = ("data.batch_size=8",)  # an epoch is one step
 WAYS = {
   "ppo": ("", ()),
   "ppo-copy": (",loss=ppo", ("rollout.critic=copy",)),
@@ -44,7 +45,7 @@ WAYS = {
 )
 def test_in_the_first_epoch_the_ratio_is_one(way):
   arg, overrides = WAYS[way]
-  run = rewarded.prepared(*WHOLE, *overrides, arg=arg)
+  run = rewarded.alone(*WHOLE, *overrides, arg=arg)
   state = rewarded.state_of(run)
   batch, _ = run.feed.batch(0, state)
   there = np.asarray(base.scored_mask(batch))
@@ -74,7 +75,7 @@ def test_in_the_first_epoch_the_ratio_is_one(way):
 
 def test_explained_variance_of_ppo_is_that_of_all_tokens():
   """1 − Var(R − V) / Var(R), of a step that began with a critic."""
-  run = rewarded.prepared(*WHOLE)
+  run = rewarded.alone(*WHOLE)
   state = rewarded.state_of(run)
   head = {
     "kernel": jnp.linspace(-1, 1, len(state.params["value"]["kernel"])),
@@ -99,7 +100,7 @@ def test_explained_variance_of_ppo_is_that_of_all_tokens():
 
 
 def test_ppo_has_every_completion_once_an_epoch_in_another_order():
-  run = rewarded.prepared()
+  run = rewarded.alone()
   state = rewarded.state_of(run)
   drawn = []
   for number in range(rewarded.STEPS):
@@ -108,7 +109,7 @@ def test_ppo_has_every_completion_once_an_epoch_in_another_order():
     drawn.append(np.asarray(batch["example_id"])[there, 0].tolist())
   epochs = drawn[:2], drawn[2:]
   for epoch in epochs:
-    assert sorted(sum(epoch, [])) == list(range(8))
+    assert sorted(itertools.chain(*epoch)) == list(range(8))
   assert epochs[0] != epochs[1]
   assert [run.feed.boundary(n) for n in range(9)] == [
     n % rewarded.STEPS == 0 for n in range(9)
@@ -119,7 +120,8 @@ def test_ppo_has_every_completion_once_an_epoch_in_another_order():
   assert ids[ids > 0].min() >= 8
 
 
-def pieces(kl, scores=0.0):
+def pieces(kl):
+  """The metrics that the controller reads."""
   return {"objective/kl": jnp.float32(kl), "policy/approx_kl": jnp.float32(kl)}
 
 
@@ -129,7 +131,7 @@ def followed(controller, kls, coefficient=0.2):
   out = []
   for number, kl in enumerate(kls, 1):
     extra = policy_gradient.follow(
-      extra, {}, number, pieces(kl), controller=controller
+      extra, {}, jnp.int32(number), pieces(kl), controller=controller
     )
     out.append({name: float(x) for name, x in extra.items()})
   return out
@@ -167,7 +169,7 @@ def test_ppo_stops_for_the_rest_of_an_iteration_only():
   assert stopped == [1, 1, 1, 0]
 
 
-CONTROLLED = ("rollout.warmup=1", "rollout.kl_stop=1e-8", *ONE)
+CONTROLLED = ("rollout.warmup=1", "rollout.kl_stop=1e-8")
 
 
 def differs(one, other):
@@ -181,7 +183,7 @@ def differs(one, other):
 @pytest.mark.parametrize("critic", ["head", pytest.param("copy", marks=slow)])
 def test_ppo_warms_up_its_critic_and_stops_at_a_kl(critic):
   """First the critic alone learns; then steps until the policy has moved."""
-  run = rewarded.prepared(*CONTROLLED, f"rollout.critic={critic}")
+  run = rewarded.alone(*CONTROLLED, f"rollout.critic={critic}")
   state, seen = rewarded.state_of(run), []
   for number in range(3 * rewarded.STEPS):
     batch, _ = run.feed.batch(number, state)
@@ -279,8 +281,8 @@ def fake_draws(prompts, draws, limit):
   [("keep", None, 0.7), ("replace", -1.0, -1.0), ("subtract", 0.2, 0.5)],
 )
 def test_ppo_treats_a_missing_end_as_it_is_told(mode, score, want, monkeypatch):
-  config = rewarded.config_of(*ONE)
-  run = rewarded.prepared(*ONE)
+  config = rewarded.config_of()
+  run = rewarded.alone()
   source = rewarded.source_of(config, run)
   options = source.options._replace(missing_end=mode, missing_score=score)
   drawn = fake_draws(8, 1, 8)
@@ -308,7 +310,7 @@ def test_ppo_treats_a_missing_end_as_it_is_told(mode, score, want, monkeypatch):
 
 def test_end_tokens_in_prompts_change_nothing_for_ppo():
   """An end is looked for in completions, and only they are scored."""
-  config, run = rewarded.config_of(*ONE), rewarded.prepared(*ONE)
+  config, run = rewarded.config_of(), rewarded.alone()
   source, state = rewarded.source_of(config, run), rewarded.state_of(run)
   end = run.setup.tokenizer.end_ids[0]
   prompts = [
@@ -332,7 +334,7 @@ def test_end_tokens_in_prompts_change_nothing_for_ppo():
 
 def test_values_of_ppo_are_read_where_the_token_is_predicted():
   """At source_index: at the prompt's last token for the first one."""
-  run = rewarded.prepared(*ONE)
+  run = rewarded.alone()
   batch, _ = run.feed.batch(0, rewarded.state_of(run))
   batch = jax.device_get(batch)
   there = base.scored_mask(batch)
@@ -355,15 +357,15 @@ MESHES = {
   ),
   "2x2x2": ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
   "pmap": ("mesh.mode=pmap",),
-  "accumulation": ("train.accumulation=2", *ONE),
+  "accumulation": ("train.accumulation=2",),
 }
 
 
-def after_an_iteration(*overrides, arg):
+BIG = ("optim.learning_rate=0.3", "data.batch_size=8")
+
+
+def after_an_iteration(run):
   """(params as numpy, metrics of each step)."""
-  run = rewarded.prepared(
-    *("optim.learning_rate=0.3", "data.batch_size=8", *overrides), arg=arg
-  )
   state, found = rewarded.state_of(run), []
   for number in range(2):
     batch, _ = run.feed.batch(number, state)
@@ -386,16 +388,18 @@ def after_an_iteration(*overrides, arg):
 def test_an_update_is_the_same_on_every_mesh(way, loss):
   """Whitening, averages and the controller are of the global batch."""
   arg = f",optim=sgd,loss={loss}"
-  params, found = after_an_iteration(*MESHES[way], arg=arg)
-  want, alone = after_an_iteration(*ONE, arg=arg)
+  params, found = after_an_iteration(
+    rewarded.prepared(*BIG, *MESHES[way], arg=arg)
+  )
+  want, alone = after_an_iteration(rewarded.alone(*BIG, arg=arg))
   for got, expected in zip(found, alone, strict=True):
     assert set(got) == set(expected)
     for name, value in expected.items():
       # f32 sums of 64 tokens in another order, ratios of variances last.
-      close = dict(rtol=1e-3, atol=2e-5)
+      close = {"rtol": 1e-3, "atol": 2e-5}
       np.testing.assert_allclose(got[name], value, **close, err_msg=name)
   difference = tree.norm(jax.tree.map(jnp.subtract, params, want))
-  start = jax.device_get(rewarded.state_of(rewarded.prepared(*ONE, arg=arg)))
+  start = jax.device_get(rewarded.state_of(rewarded.alone(*BIG, arg=arg)))
   moved = tree.norm(jax.tree.map(jnp.subtract, want, start.params))
   assert float(moved) > 1e-2
   assert float(difference) < 1e-3 * float(moved)
