@@ -50,6 +50,7 @@ class Source(NamedTuple):
     scorer: rewards.Scorer.
     options: the fields of config.rollout.
     batch_size: prompts of a step.
+    room: tokens of the longest prompt.
     layout: rows.Layout.
     shape: the one rows.Shape of all batches.
     measure: compiled (params, frozen, extra, batch) -> {name: f32[R, S]}; None
@@ -62,6 +63,7 @@ class Source(NamedTuple):
   scorer: object
   options: NamedTuple
   batch_size: int
+  room: int
   layout: rows.Layout
   shape: rows.Shape
   measure: Callable | None
@@ -132,12 +134,13 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
   ways = mesh_lib.row_parallelism(setup.mesh) * accumulation
   layout = rows.Layout(False, data.shared, ways, None)
   pairs = options.draws * (options.draws - 1) // 2
+  room = max(len(ids) for _, ids in prompts)
   shape = rows.limits_shape(
     layout,
     rows=batch_size,
     per_row=1,
     completions=options.draws,
-    prompt=max(len(ids) for _, ids in prompts),
+    prompt=room,
     completion=data.max_completion_length,
     pairs=pairs if algorithm.advantages is None else 0,
     multiple=data.shape_multiple,
@@ -147,7 +150,7 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
     fn = functools.partial(measured, algorithm, hparams)
     measure = run_lib.forward(fn, setup.mesh)
     advantages = jax.jit(algorithm.advantages)
-  where = layout, shape, measure, advantages
+  where = room, layout, shape, measure, advantages
   return Source(setup, prompts, scorer, options, batch_size, *where)
 
 
@@ -211,7 +214,9 @@ def draw(source, state, iteration):
   drawn = [
     one
     for batch in generate.draws(
-      setup, policy, [source.prompts[i] for i in chosen], first=start
+      *(setup, policy, [source.prompts[i] for i in chosen]),
+      first=start,
+      room=source.room,
     )
     for one in batch
   ]
