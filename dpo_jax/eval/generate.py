@@ -98,7 +98,7 @@ def check(scorers, given):
       reads([text for text, _ in given])
 
 
-def draws(setup, params, given, *, skip=0, first=0):
+def draws(setup, params, given, *, skip=0, first=0, room=None):
   """Yields batches of Draws, in order.
 
   A completion depends on its prompt, its id and sample.seed, not on the batch
@@ -110,6 +110,8 @@ def draws(setup, params, given, *, skip=0, first=0):
     given: list of (text, ids), as `prompts` returns.
     skip: draws that are there already.
     first: number of the first prompt.
+    room: tokens that a prompt may have; None: those of the longest. It is a
+      shape, so what draws again and again says it once for all.
   """
   if jax.process_count() > 1:
     raise ValueError("sampling runs in one process; sample the run afterwards")
@@ -121,7 +123,7 @@ def draws(setup, params, given, *, skip=0, first=0):
     for n, (text, ids) in enumerate(given, first)
     for k in range(options.draws)
   ][skip:]
-  longest = max(len(ids) for _, ids in given)
+  longest = room or max(len(ids) for _, ids in given)
   compiled = setup.programs.sample
   sharding = NamedSharding(setup.mesh, PartitionSpec(reduce.ROWS))
   for start in range(0, len(work), size):

@@ -52,6 +52,7 @@ class Source(NamedTuple):
     scorer: rewards.Scorer.
     options: the fields of config.rollout.
     batch_size: prompts of a step.
+    room: tokens of the longest prompt.
     layout: rows.Layout.
     shape: the one rows.Shape of all batches.
     measure: compiled (params, frozen, extra, batch) -> {name: f32[R, S]}; None
@@ -66,6 +67,7 @@ class Source(NamedTuple):
   scorer: object
   options: NamedTuple
   batch_size: int
+  room: int
   layout: rows.Layout
   shape: rows.Shape
   measure: Callable | None
@@ -142,12 +144,13 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
   ways = mesh_lib.row_parallelism(setup.mesh) * accumulation
   layout = rows.Layout(False, data.shared, ways, None)
   kind = comparing.KINDS.get(algorithm.compares)
+  room = max(len(ids) for _, ids in prompts)
   shape = rows.limits_shape(
     layout,
     rows=batch_size,
     per_row=1,
     completions=options.draws,
-    prompt=max(len(ids) for _, ids in prompts),
+    prompt=room,
     completion=data.max_completion_length,
     pairs=kind.count(options) if kind else 0,
     compared=kind.compared(options) if kind else 2,
@@ -158,7 +161,7 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
     fn = functools.partial(measured, algorithm, hparams)
     measure = run_lib.forward(fn, setup.mesh)
     advantages = jax.jit(algorithm.advantages)
-  where = layout, shape, measure, advantages
+  where = room, layout, shape, measure, advantages
   of = setup, prompts, scorer, options, batch_size
   of_rows = scorer.rows and run_lib.forward(scorer.rows, setup.mesh)
   return Source(*of, *where, algorithm.compares, of_rows)
@@ -233,7 +236,7 @@ def draw(source, state, iteration):
   )
   policy = setup.trained.model(state.frozen.get("base"), state.params)
   given = [source.prompts[i] for i in chosen]
-  batches = generate.draws(setup, policy, given, first=start)
+  batches = generate.draws(setup, policy, given, first=start, room=source.room)
   drawn = [one for batch in batches for one in batch]
   groups = [
     drawn[i : i + options.draws] for i in range(0, len(drawn), options.draws)
