@@ -22,11 +22,11 @@ class Draw(NamedTuple):
 
   Attributes:
     id: of the draw: prompt number · draws + k.
-    prompt: text.
-    prompt_ids: as training has them.
-    completion: text.
-    ids: as drawn, with the end if it came.
-    finished: whether it came within the limit.
+    prompt: text, without what sample.template and sample.shots put around it.
+    prompt_ids: what the model continued: as training has them, or with that.
+    completion: text, up to its end or to one of sample.stop.
+    ids: as drawn, with the end if it came; the EOS stands for a stop text.
+    finished: whether an end came within the limit.
     logps: of each of `ids` as it was drawn, in nats.
   """
 
@@ -78,9 +78,7 @@ def prompts(setup):
   texts = list(of)
   order = np.random.default_rng(options.seed).permutation(len(texts))
   chosen = [texts[i] for i in order[: options.count]]
-  out = prompting.encoded(
-    setup, {prompt: of[prompt] for prompt in chosen}, policy
-  )
+  out = prompting.encoded(setup, [(p, of[p]) for p in chosen], policy)
   if not out:
     raise ValueError(
       f"sample.prompts = {options.prompts}: no usable prompt (skipped: "
@@ -100,7 +98,7 @@ def check(scorers, given):
       reads([text for text, _ in given])
 
 
-def draws(setup, params, given, *, skip=0, first=0):
+def draws(setup, params, given, *, skip=0, first=0, room=None):
   """Yields batches of Draws, in order.
 
   A completion depends on its prompt, its id and sample.seed, not on the batch
@@ -112,6 +110,8 @@ def draws(setup, params, given, *, skip=0, first=0):
     given: list of (text, ids), as `prompts` returns.
     skip: draws that are there already.
     first: number of the first prompt.
+    room: tokens that a prompt may have; None: those of the longest. It is a
+      shape, so what draws again and again says it once for all.
   """
   if jax.process_count() > 1:
     raise ValueError("sampling runs in one process; sample the run afterwards")
@@ -123,7 +123,7 @@ def draws(setup, params, given, *, skip=0, first=0):
     for n, (text, ids) in enumerate(given, first)
     for k in range(options.draws)
   ][skip:]
-  longest = max(len(ids) for _, ids in given)
+  longest = room or max(len(ids) for _, ids in given)
   compiled = setup.programs.sample
   sharding = NamedSharding(setup.mesh, PartitionSpec(reduce.ROWS))
   for start in range(0, len(work), size):
@@ -191,10 +191,7 @@ def write(setup, params, identity, workdir):
       for batch in progress.over(
         batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
       ):
-        batch = [
-          prompting.cut(draw, setup.tokenizer, options.stop)[0]
-          for draw in batch
-        ]
+        batch = prompting.stopped(setup, batch)
         new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
         file.write("".join(json.dumps(row) + "\n" for row in new))
         file.flush()
@@ -237,12 +234,10 @@ def describe(batch, scorers, count, bos_id):
   the prompt begins without the BOS that there is: whoever reads the text again
   must put none in front.
   """
-  texts = [d.prompt for d in batch], [d.completion for d in batch]
-  scores = {}
-  for scorer in scorers:
-    of_draws = getattr(scorer.score, "of_draws", None)
-    made = scorer.score(*texts) if of_draws is None else of_draws(batch)
-    scores[f"reward/{scorer.name}"] = made
+  scores = {
+    f"reward/{scorer.name}": rewards.of_draws(scorer, batch)
+    for scorer in scorers
+  }
   return [
     {
       "id": draw.id // count,
