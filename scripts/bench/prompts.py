@@ -85,4 +85,6 @@ def fields(job, folder):
     "train.steps": job["steps"],
     **inputs.optimizer(job),
   }
+  if job["task"] == "ppo":  # as Tunix has it
+    values["rollout.critic"] = "copy"
   return [f"{name}={value}" for name, value in values.items()]
