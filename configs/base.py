@@ -66,8 +66,7 @@ def get_config():
   c.sample = s = config_dict.ConfigDict()
   s.prompts = optional(str)  # source of prompts, None: no samples
   s.prefix = optional(tuple)  # (2, 8): prompts are text beginnings
-  # What is asked: a text around {prompt} or the file of one, see
-  # data/tokens/shots.py; None: the prompt as it is.
+  # Text around {prompt}, or a file of it, see data/tokens/shots.py; None: none.
   s.template = optional(str)
   s.shots = 0  # examples in front of each prompt
   s.shots_from = optional(str)  # source of these, with completions
@@ -80,8 +79,8 @@ def get_config():
   s.batch_size = 256  # completions at once
   s.seed = 0  # of prompts, draws and labels
   s.scorers = ()  # see eval/rewards.py; the first is the ground truth r*
-  s.best_of = ()  # (1, 4, 16): what the best of so many draws are worth by r*,
-  s.rank_by = optional(str)  # ranked by this one of scorers; None: the first
+  s.best_of = ()  # (1, 4, 16): what the best of so many draws are worth by r*
+  s.rank_by = optional(str)  # the one of scorers that ranks draws, None: first
   s.labelled = optional(str)  # source to check the scorers on
   s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
 

@@ -116,6 +116,8 @@ def rollout(estimator="ppo"):
   o.kl_stop = config_dict.placeholder(float)
   # The critic: a head on the policy's trunk, on a copy of its own, or none.
   o.critic = "head" if row.critic else "none"
+  # Run folder of a reward model that a copy starts as; None: as the policy.
+  o.critic_from = config_dict.placeholder(str)
   o.warmup = 0  # iterations in which the critic alone learns
   return o
 

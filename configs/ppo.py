@@ -6,8 +6,9 @@
 
 `ppo:loss=rloo` takes another estimator with its own defaults, `:model=…`,
 `:optim=…` and `:lora` are those of configs/dpo.py; `:quickstart` is PPO on the
-ground truth of the quickstart's film reviews, from its SFT policy;
-`:smoke` two steps of a micro model.
+quickstart's film reviews, from its SFT policy, with the reward model of
+`reward:quickstart` (with --config.rollout.scorer=tfidf:reviews:train on the
+ground truth itself); `:smoke` two steps of a micro model.
 """
 
 from dpo_jax.configs import base, common, quickstart
@@ -57,7 +58,7 @@ def policy_gradient(c, loss):
 
 
 def on_reviews(arg):
-  """On beginnings of the quickstart's reviews, with its r* as the reward."""
+  """On beginnings of the quickstart's reviews."""
   root = f"runs/quickstart{'-quick' if arg.quick else ''}"
   c = quickstart.policy(root, arg.quick)
   policy_gradient(c, arg.loss)
@@ -65,7 +66,7 @@ def on_reviews(arg):
   c.init_from = f"{root}/sft"
   c.data.train = "reviews:train"
   c.rollout.prefix = (2, 8)
-  c.rollout.scorer = "tfidf:reviews:train"
+  c.rollout.scorer = f"reward:{root}-reward"
   c.rollout.prompts = 128
   c.data.batch_size = 32
   c.rollout.batch_size = 512

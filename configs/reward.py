@@ -8,11 +8,12 @@ folder is a scorer, `sample.scorers=reward:runs/reward`. `:loss=` takes
 bradley_terry, bradley_terry_margin (of data with scores) or
 plackett_luce_reward (of rankings); `:model=hf:NAME` starts from a pre-trained
 model, `--config.init_from=runs/sft` from a run; `:optim=rmsprop` takes another
-optimiser, `:lora` trains an adapter and the head, `:smoke` is two steps of a
+optimiser, `:lora` trains an adapter and the head, `:quickstart` is the reward
+model of the quickstart's pairs, from its SFT policy, `:smoke` two steps of a
 micro model on generated pairs.
 """
 
-from dpo_jax.configs import base, common
+from dpo_jax.configs import base, common, quickstart
 
 
 def get_config(arg=None):
@@ -22,8 +23,12 @@ def get_config(arg=None):
     model="tiny",
     optim="adamw",
     lora=False,
+    quickstart=False,
+    quick=False,
     smoke=False,
   )
+  if arg.quickstart:
+    return on_reviews(arg)
   c = base.get_config()
   c.algo = "reward"
   c.loss = common.loss(arg.loss)
@@ -37,4 +42,23 @@ def get_config(arg=None):
     c.lora = common.lora()
   if arg.smoke:
     c = common.smoke(c)
+  return c
+
+
+def on_reviews(arg):
+  """On the quickstart's pairs of film reviews; r* labelled them."""
+  root = f"runs/quickstart{'-quick' if arg.quick else ''}"
+  c = quickstart.policy(root, arg.quick)
+  c.workdir = f"{root}-reward"
+  c.algo, c.ref, c.loss = "reward", "none", common.loss(arg.loss)
+  c.init_from = f"{root}/sft"
+  c.reward.centred = True
+  c.data.train = f"{root}/pairs/pairs.jsonl"
+  c.data.eval = f"{root}/held_out/pairs.jsonl"
+  c.data.batch_size = 32
+  c.optim.learning_rate = 3e-4
+  c.optim.schedule = "linear"
+  c.optim.warmup = 10
+  c.optim.eps = 1e-5
+  c.eval.every = 1000
   return c

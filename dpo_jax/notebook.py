@@ -14,8 +14,8 @@ from dpo_jax import algos, report, store, sweeps
 from dpo_jax.algos import base
 from dpo_jax.config import load
 from dpo_jax.data.read import fields, files, records, sources
-from dpo_jax.data.tokens import chat, tokenize
-from dpo_jax.eval import evaluation, generate, rewards
+from dpo_jax.data.tokens import chat
+from dpo_jax.eval import evaluation, generate, prompting, rewards
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import build as build_lib
@@ -258,6 +258,7 @@ def sample(
     "seed": seed,
   }
   point = {f"sample.{k}": v for k, v in asked.items() if v is not None}
+  point |= {"sample.best_of": (), "sample.rank_by": None}  # of whole sources
   config, workdir = _named(run)
   setup = build_lib.prepare_model(load.at(config, point, "sample"))
   if not prompts:
@@ -274,13 +275,14 @@ def sample(
     row = prompt if isinstance(prompt, dict) else {"prompt": prompt}
     record = records.make(row, "prompt", where)
     with fields.at(where):
-      texts.append(chat.prompt(record, template))
-  given = tokenize.prompts(texts, setup.tokenizer, setup.data, policy)
+      texts.append((chat.prompt(record, template), record))
+  given = prompting.encoded(setup, texts, policy)
   generate.check(scorers, given)
   params = _policy(setup, workdir, params)
   bos, rows = setup.tokenizer.bos_id, []
   for batch in generate.draws(setup, params, given):
-    rows += generate.describe(batch, scorers, options.draws, bos)
+    ended = prompting.stopped(setup, batch)
+    rows += generate.describe(ended, scorers, options.draws, bos)
   return rows
 
 

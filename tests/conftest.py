@@ -1,5 +1,7 @@
 """Eight fake CPU devices, and matmuls in full f32, for every test."""
 
+import gc
+import itertools
 import os
 import pathlib
 import shutil
@@ -21,15 +23,40 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Linux gives a process 65,530 memory mappings, and every compiled program holds
 # some: beyond them LLVM aborts the process.
 _MAPPINGS = 25_000
+_ended = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def bounded_mappings():
-  """Lets go of compiled programs before the process runs out of mappings."""
+  """Lets go of compiled programs before the process runs out of mappings.
+
+  Linux takes milliseconds to list them, so it is asked after every tenth test.
+  """
   yield
   maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
+  if next(_ended) % 10 or not maps.exists():
+    return
+  if maps.read_bytes().count(b"\n") > _MAPPINGS:
     jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """A file is a worker's: what its tests share is made once (loadgroup).
+
+  But for tests of the mark `spread`, which end the run, each where there is
+  time.
+  """
+  for item in items:
+    if item.get_closest_marker("spread") is None:
+      item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+
+
+def pytest_collection_finish(session):
+  """Modules and tests stay: no collection of garbage walks them again."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -227,6 +227,16 @@ def test_a_config_samples_what_its_run_would_start_from(ran, built):
   assert start == same
 
 
+def test_a_template_of_the_config_is_around_prompts_of_a_notebook():
+  here = ("sample.max_new_tokens=6", "sample.draws=2")
+  told = load(*here, "sample.template={prompt} was", "sample.best_of=(2,)")
+  twice = ["The plot", "The plot"]
+  rows = dj.sample(told, twice, draws=1)
+  whole = dj.sample(load(*here), [f"{text} was" for text in twice], draws=1)
+  assert [row["prompt"] for row in rows] == twice
+  assert [row["tokens"] for row in rows] == [row["tokens"] for row in whole]
+
+
 def test_prompts_that_cannot_be_continued_are_refused(ran):
   with pytest.raises(ValueError, match=r"\['The film'\]"):
     dj.sample(ran[1], "The film")

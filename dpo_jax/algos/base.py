@@ -77,7 +77,7 @@ class Algorithm(NamedTuple):
     heads: names of scalar heads that it trains beside the model's tree; with
       any, `params` is {"model": …, "value": …}, see run.trained.with_heads.
     copies: names of further models that it trains beside the policy, each as
-      the policy is, see run.trained.with_copies.
+      the policy is, see run.trained.with_heads.
     batch_level: the examples of a batch are coupled, so `combine` must see the
       features of the whole global batch at once.
     extra: trained parameters -> what the state keeps between steps.

@@ -161,7 +161,7 @@ def advantages(scores, drawn, mask, extra, *, estimator, fields):
     extra: of the TrainState.
     estimator: fn of an ops.rl.Estimator.
     fields: config.loss.
-  Returns: ({name of rows.EXTRAS: f32[B, K, N]}, {metric: f32[B, K]}).
+  Returns: {name of rows.EXTRAS: f32[B, K, N]}.
   """
   rewards = advantages_lib.token_rewards(
     *(scores, drawn["old_logps"], drawn["ref_token_logps"], mask),

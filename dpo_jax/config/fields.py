@@ -138,6 +138,7 @@ FIELDS = {
   "rollout.kl_horizon": Field(POLICY, optional=True),
   "rollout.kl_stop": Field(POLICY, optional=True),
   "rollout.critic": Field(POLICY),
+  "rollout.critic_from": Field(POLICY, optional=True),
   "rollout.warmup": Field(POLICY, least=0),
   "reward.centred": Field(MEASURE),
   "reward.unit": Field(MEASURE),

@@ -95,19 +95,21 @@ def encoded(setup, prompts, policy):
 
   Args:
     setup: base.Setup.
-    prompts: {chat.Prompt: its records.Record}.
+    prompts: list of (chat.Prompt, its records.Record).
     policy: sources.Policy for bad records.
   Raises: ValueError for templates and examples that cannot be used.
   """
   options, data, tokenizer = setup.sample, setup.data, setup.tokenizer
   around = _around(options, policy)
   if around is None:
-    return tokenize.prompts(list(prompts), tokenizer, data, policy)
-  bare = {}
-  for prompt, record in prompts.items():
+    alone = [prompt for prompt, _ in prompts]
+    return tokenize.prompts(alone, tokenizer, data, policy)
+  asked, bare = [], {}
+  for prompt, record in prompts:
     try:
       with fields.at(record.origin):
-        bare[_asked(around, prompt, record, tokenizer)] = prompt.text
+        asked.append(_asked(around, prompt, record, tokenizer))
+        bare[asked[-1].text] = prompt.text
     except fields.BadRecord as error:
       policy.bad(error)
   more = (
@@ -118,10 +120,14 @@ def encoded(setup, prompts, policy):
     # It would keep the examples, and cut what is asked.
     data = data._replace(long_prompt="error")
     more = f"{more[:-1]}; keep_start would cut what is asked behind them)"
-  texts = {asked.text: text for asked, text in bare.items()}
-  told = _Told(policy, more)
-  out = tokenize.prompts(list(bare), tokenizer, data, told)
-  return [(texts[text], ids) for text, ids in out]
+  out = tokenize.prompts(asked, tokenizer, data, _Told(policy, more))
+  return [(bare[text], ids) for text, ids in out]
+
+
+def stopped(setup, batch):
+  """Draws that end before a text of sample.stop, see `cut`."""
+  tokenizer, stop = setup.tokenizer, setup.sample.stop
+  return [cut(draw, tokenizer, stop)[0] for draw in batch]
 
 
 def cut(draw, tokenizer, stop):

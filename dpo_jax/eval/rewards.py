@@ -28,6 +28,9 @@ A notebook adds its own, SCORERS["mine"] = f. What f takes says what it is:
     f(prompts, completions)   scores lists of texts, for the spec "mine"
     f(argument)               makes such a function, for "mine:ARGUMENT"
     f()                       makes it, for "mine"
+    Rows(f)                   f(batch) -> f32[R, P, C], traced: rewards of the
+                              completions of rows (see data/batch/rows.py), on
+                              the devices; for rollout.scorer alone
 
 Scores are checked: one finite number a text, or the run ends with the scorer's
 name before anything of them is written.
@@ -48,6 +51,16 @@ from dpo_jax.eval.scorers import hub, runs, texts
 labelled = texts.labelled
 
 
+class Rows(NamedTuple):
+  """An entry of SCORERS that scores rows of tokens, as part of a program.
+
+  Attributes:
+    fn: batch, see data.batch.rows -> f32[R, P, C]; traced.
+  """
+
+  fn: Callable
+
+
 class Scorer(NamedTuple):
   """A reward.
 
@@ -57,10 +70,13 @@ class Scorer(NamedTuple):
       it has an attribute `of_draws`, that takes a list of generate.Draw; if
       `check`, that takes prompts and raises ValueError for those that are too
       long for it, whatever is drawn behind them.
+    rows: of an entry that is Rows its function, and `score` only says so; else
+      None.
   """
 
   name: str
   score: Callable
+  rows: Callable | None = None
 
 
 SCORERS = {
@@ -95,16 +111,41 @@ def load(spec):
   state = _state(argument)
   kept = _LOADED.pop(spec, None)
   if kept is None or kept[0] is not entry or kept[1] != state:
-    score = entry if takes == 2 else entry(*[argument] * takes)
-    kept = entry, state, Scorer(name, checked(spec, score))
+    kept = entry, state, _made(spec, entry, takes, argument)
   _LOADED[spec] = kept
   while len(_LOADED) > _KEPT:
     del _LOADED[next(iter(_LOADED))]
   return kept[2]
 
 
+def _made(spec, entry, takes, argument):
+  """The Scorer of an entry of SCORERS."""
+  name = spec.partition(":")[0]
+  if isinstance(entry, Rows):
+
+    def refused(prompts, completions):
+      raise ValueError(
+        f"scorer {spec!r} scores rows of tokens while a run samples them; here "
+        "texts are scored: take another"
+      )
+
+    return Scorer(name, refused, entry.fn)
+  score = entry if takes == 2 else entry(*[argument] * takes)
+  return Scorer(name, checked(spec, score))
+
+
+def of_draws(scorer, draws):
+  """f64[n] of a list of generate.Draw."""
+  score = scorer.score
+  if hasattr(score, "of_draws"):
+    return score.of_draws(draws)
+  return score([d.prompt for d in draws], [d.completion for d in draws])
+
+
 def _parameters(entry, name):
   """How many parameters without a default a scorer's entry has: 0, 1 or 2."""
+  if isinstance(entry, Rows):
+    return 0
   try:
     parameters = inspect.signature(entry).parameters.values()
   except (TypeError, ValueError) as error:
@@ -163,13 +204,7 @@ def checked(spec, score):
         f"scorer {spec!r} returned scores of shape {list(values.shape)} for "
         f"{count} completions; it must return one number for each"
       )
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-      raise ValueError(
-        f"scorer {spec!r} returned {values[bad[0]]} for completion {bad[0]} "
-        f"({len(bad)} of {count} are not finite)"
-      )
-    return values
+    return finite(spec, values)
 
   @functools.wraps(score)
   def whole(prompts, completions):
@@ -179,6 +214,17 @@ def checked(spec, score):
   if of_draws is not None:
     whole.of_draws = lambda draws: of(of_draws(draws), len(draws))
   return whole
+
+
+def finite(spec, values):
+  """The scores; ValueError for one that is not finite."""
+  bad = np.flatnonzero(~np.isfinite(values))
+  if len(bad):
+    raise ValueError(
+      f"scorer {spec!r} returned {values[bad[0]]} for completion {bad[0]} "
+      f"({len(bad)} of {len(values)} are not finite)"
+    )
+  return values
 
 
 def load_all(specs):

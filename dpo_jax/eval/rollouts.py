@@ -19,7 +19,7 @@ import numpy as np
 from dpo_jax.algos import base
 from dpo_jax.data.batch import loader as loader_lib
 from dpo_jax.data.batch import order, rows
-from dpo_jax.data.tokens import comparisons
+from dpo_jax.data.tokens import comparisons, tokenize
 from dpo_jax.eval import comparing, generate, rewards
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
@@ -31,11 +31,13 @@ class Rollouts(NamedTuple):
   """What was drawn for an iteration, B prompts with K completions each.
 
   Attributes:
-    examples: list of B comparisons.Example, with their scores.
+    drawn: list of B·K generate.Draw.
+    examples: list of B comparisons.Example, with scores once they are `scored`.
     logps: list of B f32[scored tokens of it] in nats, as they were sampled.
     mask: bool[B, K, N], which tokens there are.
   """
 
+  drawn: list
   examples: list
   logps: list
   mask: np.ndarray
@@ -50,12 +52,14 @@ class Source(NamedTuple):
     scorer: rewards.Scorer.
     options: the fields of config.rollout.
     batch_size: prompts of a step.
+    room: tokens of the longest prompt.
     layout: rows.Layout.
     shape: the one rows.Shape of all batches.
     measure: compiled (params, frozen, extra, batch) -> {name: f32[R, S]}; None
       where nothing is needed of the tokens.
     advantages: of the algorithm, compiled; or None.
     compares: of the algorithm.
+    of_rows: of a scorer of rows, compiled: batch -> f32[R, P, C]; else None.
   """
 
   setup: object
@@ -63,11 +67,13 @@ class Source(NamedTuple):
   scorer: object
   options: NamedTuple
   batch_size: int
+  room: int
   layout: rows.Layout
   shape: rows.Shape
   measure: Callable | None
   advantages: Callable | None
   compares: str | None
+  of_rows: Callable | None
 
 
 def feed(setup, algorithm, options, batch_size, accumulation, hparams):
@@ -129,7 +135,7 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
   prompts = generate.prompts(setup)
   scorer = rewards.load(options.scorer)
   generate.check([scorer], prompts)
-  _try(scorer, prompts)
+  _try(scorer, setup.tokenizer, prompts)
   if len(prompts) < options.prompts:
     raise ValueError(
       f"rollout.prompts = {options.prompts}, but {data.train} has only "
@@ -138,12 +144,13 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
   ways = mesh_lib.row_parallelism(setup.mesh) * accumulation
   layout = rows.Layout(False, data.shared, ways, None)
   kind = comparing.KINDS.get(algorithm.compares)
+  room = max(len(ids) for _, ids in prompts)
   shape = rows.limits_shape(
     layout,
     rows=batch_size,
     per_row=1,
     completions=options.draws,
-    prompt=max(len(ids) for _, ids in prompts),
+    prompt=room,
     completion=data.max_completion_length,
     pairs=kind.count(options) if kind else 0,
     compared=kind.compared(options) if kind else 2,
@@ -154,9 +161,10 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
     fn = functools.partial(measured, algorithm, hparams)
     measure = run_lib.forward(fn, setup.mesh)
     advantages = jax.jit(algorithm.advantages)
-  where = layout, shape, measure, advantages
+  where = room, layout, shape, measure, advantages
   of = setup, prompts, scorer, options, batch_size
-  return Source(*of, *where, algorithm.compares)
+  of_rows = scorer.rows and run_lib.forward(scorer.rows, setup.mesh)
+  return Source(*of, *where, algorithm.compares, of_rows)
 
 
 def measured(algorithm, hparams, params, frozen, extra, batch):
@@ -175,23 +183,13 @@ def measured(algorithm, hparams, params, frozen, extra, batch):
 def loader_of(source, state, iteration):
   """The Loader of an iteration: its rollouts, ready for its steps."""
   setup, options = source.setup, source.options
-  rollouts = draw(source, state, iteration)
+  rollouts = scored(source, draw(source, state, iteration))
   examples, compared = rollouts.examples, {}
   if source.compares is not None:
     made = comparing.with_comparisons(examples, source.compares, options)
     examples, compared = made
   seed = np.random.SeedSequence([setup.data.seed, iteration])
-  loader = loader_lib.Loader(
-    examples,
-    source.layout,
-    batch_size=source.batch_size,
-    seed=int(seed.generate_state(1)[0]),
-    budget=1,
-    multiple=setup.data.shape_multiple,
-    steps=options.epochs * (options.prompts // source.batch_size),
-    windows=setup.model.config.windows,
-    shapes=[source.shape],
-  )
+  loader = _loader(source, examples, int(seed.generate_state(1)[0]))
   if source.measure is None:
     loader.set_extras({"old_logps": rollouts.logps, **compared})
     return loader
@@ -199,7 +197,7 @@ def loader_of(source, state, iteration):
   tokens = forward.of_examples(setup, source.measure, loader.in_order(), trees)
   drawn = {name: padded_of(x, rollouts.mask) for name, x in tokens.items()}
   learned = source.advantages(
-    np.asarray([e.scores for e in rollouts.examples], np.float32),
+    np.asarray([e.scores for e in examples], np.float32),
     drawn,
     rollouts.mask,
     jax.device_get(state.extra),
@@ -213,6 +211,22 @@ def loader_of(source, state, iteration):
   return loader
 
 
+def _loader(source, examples, seed):
+  """The Loader of examples in batches of the one shape; seed None: in order."""
+  options = source.options
+  return loader_lib.Loader(
+    examples,
+    source.layout,
+    batch_size=source.batch_size,
+    seed=seed,
+    budget=1,
+    multiple=source.setup.data.shape_multiple,
+    steps=options.epochs * (options.prompts // source.batch_size),
+    windows=source.setup.model.config.windows,
+    shapes=[source.shape],
+  )
+
+
 def draw(source, state, iteration):
   """The Rollouts of an iteration, under the policy of a TrainState."""
   setup, options = source.setup, source.options
@@ -221,65 +235,49 @@ def draw(source, state, iteration):
     start, options.prompts, len(source.prompts), setup.data.seed
   )
   policy = setup.trained.model(state.frozen.get("base"), state.params)
-  drawn = [
-    one
-    for batch in generate.draws(
-      setup, policy, [source.prompts[i] for i in chosen], first=start
-    )
-    for one in batch
+  given = [source.prompts[i] for i in chosen]
+  batches = generate.draws(setup, policy, given, first=start, room=source.room)
+  drawn = [one for batch in batches for one in batch]
+  groups = [
+    drawn[i : i + options.draws] for i in range(0, len(drawn), options.draws)
   ]
-  scores = scored(source.scorer, drawn)
-  missing = ~np.asarray([one.finished for one in drawn])
+  examples = [
+    comparisons.Example(
+      *(number, 0, group[0].prompt_ids),
+      completions=tuple(one.ids for one in group),
+      pairs=(),
+      ended=tuple(one.finished for one in group),
+    )
+    for number, group in enumerate(groups, start)
+  ]
+  logps = [np.concatenate([one.logps for one in group]) for group in groups]
+  lengths = np.asarray([[len(one.ids) for one in group] for group in groups])
+  mask = np.arange(setup.data.max_completion_length) < lengths[..., None]
+  return Rollouts(drawn, examples, logps, mask)
+
+
+def scored(source, rollouts):
+  """The Rollouts with scores, and what a missing end costs in them."""
+  options, examples = source.options, rollouts.examples
+  if source.of_rows is None:
+    scores = rewards.of_draws(source.scorer, rollouts.drawn)
+  else:
+    rows_scored = forward.of_completions(
+      source.setup, source.of_rows, _loader(source, examples, None)
+    )
+    scores = rewards.finite(source.scorer.name, np.concatenate(rows_scored))
+  missing = ~np.asarray([one.finished for one in rollouts.drawn])
   if options.missing_end == "replace":
     scores = np.where(missing, options.missing_score, scores)
   elif options.missing_end == "subtract":
     scores = scores - np.where(missing, options.missing_score, 0.0)
-  examples, logps = [], []
-  for number in range(options.prompts):
-    here = slice(number * options.draws, (number + 1) * options.draws)
-    group = drawn[here]
-    example = comparisons.Example(
-      start + number,
-      0,
-      group[0].prompt_ids,
-      tuple(one.ids for one in group),
-      (),
-      scores=tuple(map(float, scores[here])),
-      ended=tuple(one.finished for one in group),
-    )
-    examples.append(example)
-    logps.append(np.concatenate([one.logps for one in group]))
-  lengths = np.asarray([len(one.ids) for one in drawn])
-  mask = np.arange(setup.data.max_completion_length) < lengths[:, None]
-  mask = mask.reshape(options.prompts, options.draws, -1)
-  return Rollouts(examples, logps, mask)
-
-
-def scored(scorer, drawn):
-  """f64[n] of draws.
-
-  Raises: ValueError for scores that are not finite, or of another number.
-  """
-  of_draws = getattr(scorer.score, "of_draws", None)
-  if of_draws is not None:
-    scores = of_draws(drawn)
-  else:
-    texts = [d.prompt for d in drawn], [d.completion for d in drawn]
-    scores = scorer.score(*texts)
-  scores = np.asarray(scores, np.float64)
-  if scores.shape != (len(drawn),):
-    raise ValueError(
-      f"scorer {scorer.name} returned {scores.shape} for {len(drawn)} texts: "
-      "it must return one number a text"
-    )
-  if not np.all(np.isfinite(scores)):
-    worst = drawn[int(np.argmin(np.isfinite(scores)))]
-    raise ValueError(
-      f"scorer {scorer.name} gave {(~np.isfinite(scores)).sum()} of "
-      f"{len(drawn)} texts a score that is not finite, such as "
-      f"{worst.prompt + worst.completion!r:.80}"
-    )
-  return scores
+  by_prompt = scores.reshape(len(examples), options.draws).tolist()
+  return rollouts._replace(
+    examples=[
+      example._replace(scores=tuple(each))
+      for example, each in zip(examples, by_prompt, strict=True)
+    ]
+  )
 
 
 def padded_of(flat, mask):
@@ -301,10 +299,13 @@ def _fingerprint(prompts):
   return f"{len(prompts)} prompts, {digest}"
 
 
-def _try(scorer, prompts):
+def _try(scorer, tokenizer, prompts):
   """Refuses a scorer that cannot score, before anything is drawn."""
-  blank = [
-    generate.Draw(i, text, ids, "", [], True, [])
-    for i, (text, ids) in enumerate(prompts[:2])
-  ]
-  scored(scorer, blank)
+  if scorer.rows is not None:
+    return
+  drawn = []
+  for number, (text, ids) in enumerate(prompts[:2]):
+    again = ids[-1:]  # a completion of one token
+    more = tokenize.continuation(tokenizer, ids, again)
+    drawn.append(generate.Draw(number, text, ids, more, again, False, [0.0]))
+  rewards.of_draws(scorer, drawn)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dpo_jax import lookup
-from dpo_jax.models import axes, layers, rope
+from dpo_jax.models import axes, layers, lora, rope
 from dpo_jax.models import config as config_lib
 from dpo_jax.ops import attention, logprobs
 from dpo_jax.ops.attention import choice, cudnn
@@ -39,9 +39,12 @@ class Model(NamedTuple):
     init: rng -> params, a nested dict of f32 arrays.
     apply: (params, batch) -> (hidden [R, T, D], logprobs.Head); reads tokens,
       positions, segment_ids, branch_ids and example_index of the batch.
+    prefill: (params, tokens i32[B, T], lengths i32[B]) -> (logits f32[B, V]
+      after the last token of each, cache of T positions).
     decode: (params, tokens i32[B, T], positions i32[B, T], cache, at) ->
       (logits f32[B, V], cache): the logits of position at[b], or f32[B, T, V]
-      with at = None; padded columns are −1e30.
+      with at = None; padded columns are −1e30. Parameters and cache are stacked
+      as they are held, or both as `unstacked` and `unstacked_cache` lay them.
     init_cache: (B, S) -> an empty cache for sequences of up to S positions.
     config: the ModelConfig.
     vocab_size: real tokens.
@@ -49,6 +52,7 @@ class Model(NamedTuple):
 
   init: Callable
   apply: Callable
+  prefill: Callable
   decode: Callable
   init_cache: Callable
   config: config_lib.ModelConfig
@@ -137,9 +141,17 @@ def _rope(config, positions):
 def _run(config, kinds, params, x, context, cache):
   """(x, cache) behind a stack of layers: a loop over the pattern's periods.
 
-  The cache is None, or (keys, values) [layers, B, K, S, H].
+  The cache is None, or (keys, values) [layers, B, K, S, H]; () has those of
+  the layout's tokens returned. Layers of a tuple are not looped over.
   """
   c = config
+  if isinstance(params, tuple):
+    caches = []
+    for kind, layer, kept in zip(kinds, params, cache, strict=True):
+      module = layers.Block(c, kind)
+      x, kept = module.apply({"params": layer}, x, context, kept)
+      caches.append(kept)
+    return x, tuple(caches)
   period = kinds[: len(c.layer_pattern)]
   turns = len(kinds) // len(period)
   unroll = min(c.unroll, turns)
@@ -176,6 +188,49 @@ def _run(config, kinds, params, x, context, cache):
   )
   x, cache = jax.lax.scan(body, x, inputs, unroll=unroll)
   return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cache)
+
+
+def unstacked(config, params):
+  """Parameters for `decode` with layers of their own, ready for its products.
+
+  A loop over stacked layers copies a layer's weights, and its cache in and out,
+  in each turn: for one token that is most of the work. Kernels are dequantised,
+  and in the dtype of the activations; where that is f32, adapters are merged.
+  """
+  c = config
+
+  def ready(node):
+    if not isinstance(node, dict):
+      return node
+    if "kernel" not in node:
+      return {name: ready(child) for name, child in node.items()}
+    kernel = lora.dequantize(node["kernel"])
+    rest = {name: x for name, x in node.items() if name != "kernel"}
+    if "lora_a" in node and c.dtype == "float32":
+      a, b, scale = (rest.pop(f"lora_{name}") for name in ("a", "b", "scale"))
+      kernel = kernel.astype(c.dtype) + scale * jnp.tensordot(a, b, 1)
+    return {"kernel": kernel.astype(c.dtype), **rest}
+
+  def layer(stack, index):
+    return ready(jax.tree.map(lambda leaf: leaf[index], stack))
+
+  out = {name: params[name] for name in params if name not in stacks(c)}
+  tables = {name: x.astype(c.dtype) for name, x in params["embed"].items()}
+  return {
+    **{name: ready(child) for name, child in out.items()},
+    "embed": tables,
+    **{
+      name: tuple(layer(params[name], i) for i in range(len(kinds)))
+      for name, kinds in stacks(c).items()
+    },
+  }
+
+
+def unstacked_cache(cache):
+  """A cache as `decode` takes it with `unstacked` parameters."""
+  return {
+    name: tuple(zip(*stack, strict=True)) for name, stack in cache.items()
+  }
 
 
 def with_kernel(model, device, shared, points):
@@ -274,11 +329,25 @@ def build(config, vocab_size):
     hidden, _ = run(params, tokens, layout.positions, layout, None)
     return hidden, head_of(params)
 
-  def decode(params, tokens, positions, cache, at=None):
-    hidden, cache = run(params, tokens, positions, None, cache)
+  def logits(params, hidden, at):
     if at is not None:
       hidden = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
-    return logprobs.logits(hidden, head_of(params)), cache
+    return logprobs.logits(hidden, head_of(params))
+
+  def prefill(params, tokens, lengths):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    inside = (positions < lengths[:, None]).astype(jnp.int32)
+    layout = attention.Layout(
+      positions, inside, jnp.zeros_like(inside), positions[:, None]
+    )
+    tokens = jnp.where(inside, tokens, 0)
+    fill = dict.fromkeys(stacks(config), ())
+    hidden, cache = run(params, tokens, positions, layout, fill)
+    return logits(params, hidden, lengths - 1), cache
+
+  def decode(params, tokens, positions, cache, at=None):
+    hidden, cache = run(params, tokens, positions, None, cache)
+    return logits(params, hidden, at), cache
 
   def init_cache(batch_size, length):
     # Heads before positions: a step's products then need no transposed copy.
@@ -288,4 +357,4 @@ def build(config, vocab_size):
       for name, kinds in stacks(config).items()
     }
 
-  return Model(init, apply, decode, init_cache, config, vocab_size)
+  return Model(init, apply, prefill, decode, init_cache, config, vocab_size)

@@ -136,7 +136,12 @@ class Attention(nn.Module):
       "scale": c.head_dim**-0.5 if scale is None else scale,
       "softcap": c.attention_softcap,
     }
-    if cache is None:
+    if cache == ():
+      # Prompts: few beside what is made of them, and of no size that a kernel
+      # was chosen for.
+      out = attention.ATTENTION["tiled"](q, k, v, context.layout, **kwargs)
+      cache = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    elif cache is None:
       fn = attention.ATTENTION[c.attention]
       out = fn(q, k, v, context.layout, **kwargs)
     else:

@@ -4,12 +4,21 @@
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models import decoder
+
 _HIDDEN = -1e30
+# Columns that are drawn from together; V is a multiple of it.
+_BLOCK = 128
+# Bytes of layers up to which each gets a copy of its own while tokens are
+# drawn. Larger models have no room for it, and lose less by the copying.
+_COPIED = 4 * 2**30
+_ONE = 0x3F800000  # the bits of 1.0
 
 
 class Samples(NamedTuple):
@@ -19,8 +28,9 @@ class Samples(NamedTuple):
     tokens: i32[B, N]; after the end, the first of `end_ids`.
     lengths: i32[B], tokens drawn including that which ended it.
     finished: bool[B], whether one of `end_ids` was drawn.
-    logps: f32[B, N] nats of each token over all tokens, at the temperature it
-      was drawn at (greedy: at 1); 0 after the end.
+    logps: f32[B, N] nats of each token under the model at the temperature of
+      the draw (1 where that is 0), over all tokens, whatever top-p hid; 0 after
+      the end.
   """
 
   tokens: jax.Array
@@ -32,7 +42,7 @@ class Samples(NamedTuple):
 def compiled(model):
   """`sample` of a model, jitted once per shape.
 
-  A compilation each for (batch size, prompt length, max_new_tokens, end_ids,
+  A compilation each for (prompts, their length, draws, max_new_tokens, end_ids,
   vocab_size); parameters, temperature and top_p are traced.
   """
   return jax.jit(
@@ -44,62 +54,92 @@ def compiled(model):
 def nucleus(logits, top_p):
   """Hides all but the smallest set of tokens whose probability reaches top_p.
 
-  The most likely token always stays. `top_p` may be traced; 1 keeps all, and
-  then the vocabulary is not sorted, which on a CPU costs more than the model.
+  The most likely token always stays; of equally likely ones the first do. The
+  least probability that stays is found by halving, in the 31 bits of an f32
+  between 0 and 1: to sort a vocabulary takes a CPU longer than the model.
+
+  Args:
+    logits: f32[B, V].
+    top_p: in (0, 1], may be traced.
   """
+  probs = jax.nn.softmax(logits, axis=-1)
+  bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
-  def hide(logits):
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    probs = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    ranked = jnp.where(before < top_p, ranked, _HIDDEN)
-    back = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(ranked, back, axis=-1)
+  def mass(least):
+    inside = bits >= least[:, None]
+    return jnp.sum(jnp.where(inside, probs, 0.0), axis=-1)
 
-  return jax.lax.cond(top_p < 1, hide, lambda logits: logits, logits)
+  def halve(_, bounds):  # the mass from `low` on reaches top_p, from `high` not
+    low, high = bounds
+    middle = low + (high - low) // 2
+    reaches = mass(middle) >= top_p
+    return jnp.where(reaches, middle, low), jnp.where(reaches, high, middle)
+
+  none = jnp.zeros(len(logits), jnp.int32)
+  least, above = jax.lax.fori_loop(0, 31, halve, (none, none + _ONE + 1))
+  last = bits == least[:, None]
+  earlier = jnp.cumsum(last, axis=-1) - last
+  before = mass(above)[:, None] + earlier * probs
+  stays = (bits > least[:, None]) | (last & (before < top_p))
+  return jnp.where(stays, logits, _HIDDEN)
+
+
+def _block_sums(logits):
+  """(largest, log Σ exp) of each block of columns: f32[B, V / 128] both."""
+  blocks = logits.reshape(len(logits), -1, _BLOCK)
+  top = jnp.max(blocks, axis=-1)
+  return top, top + jnp.log(jnp.sum(jnp.exp(blocks - top[..., None]), axis=-1))
+
+
+def pick(logits, keys, greedy):
+  """A token of each row: of softmax(logits), or its most likely one.
+
+  First its block of columns is drawn, then the column: the same distribution,
+  with a noise for each block and for each column of one, not for all columns.
+  Both are drawn by the largest of logit + Gumbel noise.
+
+  Args:
+    logits: f32[B, V], V a multiple of 128.
+    keys: PRNG keys [B].
+    greedy: whether it is the most likely, may be traced.
+  Returns: i32[B].
+  """
+  top, total = _block_sums(logits)
+  count = total.shape[1]
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, (count + _BLOCK,)))(keys)
+  noise = jnp.where(greedy, 0.0, noise)
+  scores = jnp.where(greedy, top, total) + noise[:, :count]
+  block = jnp.argmax(scores, axis=-1)[:, None]
+  columns = logits.reshape(len(logits), count, _BLOCK)
+  columns = jnp.take_along_axis(columns, block[..., None], axis=1)[:, 0]
+  column = jnp.argmax(columns + noise[:, count:], axis=-1)
+  return (block[:, 0] * _BLOCK + column).astype(jnp.int32)
 
 
 def _draw(logits, rngs, step, temperature, top_p, known):
-  """(token, its log-prob at that temperature); temperature 0 is greedy."""
-  divisor = jnp.where(temperature > 0, temperature, 1.0)
-  logps = jax.nn.log_softmax(logits / divisor, axis=-1)
+  """(token, its log-prob, see Samples); temperature 0 is greedy."""
+  greedy = temperature == 0
+  scaled = logits / jnp.where(greedy, 1.0, jnp.maximum(temperature, 1e-6))
+  total = jax.nn.logsumexp(_block_sums(scaled)[1], axis=-1)
+  allowed = scaled
   if known is not None:
     index = jnp.arange(logits.shape[-1])
-    logits = jnp.where(index < known, logits, _HIDDEN)
-  scaled = nucleus(logits / divisor, top_p)
+    allowed = jnp.where(index < known, scaled, _HIDDEN)
   keys = jax.vmap(jax.random.fold_in, (0, None))(rngs, step)
-  noise = jax.vmap(lambda key, x: jax.random.gumbel(key, x.shape))(keys, scaled)
-  # One argmax serves both: adding Gumbel noise draws from the softmax. It is
-  # spelled out, as XLA's own is a scalar loop on CPUs, slower than the model.
-  noisy = jnp.where(temperature > 0, scaled + noise, logits)
-  best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
-  index = jnp.arange(noisy.shape[-1], dtype=jnp.int32)
-  token = jnp.min(jnp.where(best, index, noisy.shape[-1] - 1), axis=-1)
-  return token, jnp.take_along_axis(logps, token[:, None], axis=1)[:, 0]
-
-
-def _prefill(model, params, prompts, prompt_lengths, max_new_tokens):
-  """(logits after each prompt f32[B, V], cache with room for what follows)."""
-  batch, length = prompts.shape
-  limit = model.config.max_positions
-  if model.config.position == "learned" and length + max_new_tokens > limit:
-    raise ValueError(
-      f"prompts of {length} and {max_new_tokens} new tokens are more than "
-      f"model.max_positions = {limit}"
-    )
-  cache = model.init_cache(batch, length + max_new_tokens)
-  positions = jnp.broadcast_to(jnp.arange(length), prompts.shape)
-  inside = positions < prompt_lengths[:, None]
-  # What padding writes into the cache is overwritten before it is read: the
-  # new tokens take these positions in turn.
-  tokens = jnp.where(inside, prompts, 0)
-  return model.decode(params, tokens, positions, cache, prompt_lengths - 1)
+  token = jax.lax.cond(
+    top_p < 1,
+    lambda logits: pick(nucleus(logits, top_p), keys, greedy),
+    lambda logits: pick(logits, keys, greedy),
+    allowed,
+  )
+  chosen = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
+  return token, chosen - total
 
 
 def _append(samples, step, token, logp, end_ids):
   """Samples with one more token each, where they have not ended."""
   live = ~samples.finished
+  token = jnp.where(live, token, end_ids[0] if end_ids else 0)
   ended = jnp.isin(token, jnp.int32(end_ids))
   return Samples(
     samples.tokens.at[:, step].set(token),
@@ -107,6 +147,34 @@ def _append(samples, step, token, logp, end_ids):
     samples.finished | (live & ended),
     samples.logps.at[:, step].set(jnp.where(live, logp, 0.0)),
   )
+
+
+def _prefill(model, params, prompts, prompt_lengths, draws, max_new_tokens):
+  """(params, logits f32[B · draws, V] after each prompt, cache) to decode with.
+
+  A prompt is computed once for its draws.
+  """
+  length = prompts.shape[1]
+  limit = model.config.max_positions
+  if model.config.position == "learned" and length + max_new_tokens > limit:
+    raise ValueError(
+      f"prompts of {length} and {max_new_tokens} new tokens are more than "
+      f"model.max_positions = {limit}"
+    )
+  logits, cache = model.prefill(params, prompts, prompt_lengths)
+  # What padding left in the cache is overwritten before it is read: the new
+  # tokens take these positions in turn.
+  room = ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0))
+  logits, cache = (
+    jnp.repeat(logits, draws, axis=0),
+    jax.tree.map(lambda x: jnp.pad(jnp.repeat(x, draws, axis=1), room), cache),
+  )
+  stacks = [params[name] for name in decoder.stacks(model.config)]
+  size = jnp.dtype(model.config.dtype).itemsize
+  if sum(size * math.prod(x.shape) for x in jax.tree.leaves(stacks)) <= _COPIED:
+    params = decoder.unstacked(model.config, params)
+    cache = decoder.unstacked_cache(cache)
+  return params, logits, cache
 
 
 def sample(
@@ -123,7 +191,7 @@ def sample(
   end_ids,
   vocab_size=None,
 ):
-  """Draws one continuation per prompt.
+  """Draws continuations of prompts, K of each.
 
   A continuation depends on its prompt, its example id and `rng`, not on the
   batch it is drawn in.
@@ -133,7 +201,7 @@ def sample(
     params: its parameters.
     prompts: i32[B, T], padded on the right.
     prompt_lengths: i32[B], at least 1.
-    example_ids: i32[B], folded into `rng`.
+    example_ids: i32[B · K], K for each prompt in turn, folded into `rng`.
     rng: typed PRNG key.
     max_new_tokens: N, static.
     temperature: ≥ 0; 0 takes the most likely token.
@@ -141,37 +209,51 @@ def sample(
     end_ids: tuple of ids, each of which ends a text; () to never stop; static.
     vocab_size: ids from here on are never drawn, as the tokenizer has none of
       them (published tables have spare rows); None is all of the model's.
-  Returns: Samples.
-  Raises: ValueError past the end of a learned position table.
+  Returns: Samples of B · K rows.
+  Raises: ValueError past the end of a learned position table, and for ids that
+    are not as many for each prompt.
   """
+  rows, shape = len(example_ids), (len(example_ids), max_new_tokens)
+  if rows % len(prompts):
+    raise ValueError(
+      f"{rows} example_ids are not as many for each of {len(prompts)} prompts"
+    )
+  draws = rows // len(prompts)
   spare = vocab_size is not None and vocab_size < model.vocab_size
   known = vocab_size if spare else None
-  fill = end_ids[0] if end_ids else 0
   rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, example_ids)
-  logits, cache = _prefill(
-    model, params, prompts, prompt_lengths, max_new_tokens
+  params, logits, cache = _prefill(
+    model, params, prompts, prompt_lengths, draws, max_new_tokens
   )
+  prompt_lengths = jnp.repeat(prompt_lengths, draws)
+
+  def drawn(step, logits, samples):
+    token, logp = _draw(logits, rngs, step, temperature, top_p, known)
+    return _append(samples, step, token, logp, end_ids)
 
   def going(carry):
-    step, _, _, samples = carry
+    step, _, samples = carry
     return (step < max_new_tokens) & ~jnp.all(samples.finished)
 
   def body(carry):
-    step, logits, cache, samples = carry
-    token, logp = _draw(logits, rngs, step, temperature, top_p, known)
-    token = jnp.where(samples.finished, fill, token)
-    samples = _append(samples, step, token, logp, end_ids)
-    positions = (prompt_lengths + step)[:, None]
+    step, cache, samples = carry
     logits, cache = model.decode(
-      params, token[:, None], positions, cache, jnp.zeros_like(prompt_lengths)
+      params,
+      jax.lax.dynamic_slice_in_dim(samples.tokens, step - 1, 1, axis=1),
+      (prompt_lengths + step - 1)[:, None],
+      cache,
+      jnp.zeros_like(prompt_lengths),
     )
-    return step + 1, logits, cache, samples
+    return step + 1, cache, drawn(step, logits, samples)
 
-  batch, shape = len(prompts), (len(prompts), max_new_tokens)
   samples = Samples(
-    jnp.full(shape, fill, jnp.int32),
-    jnp.zeros(batch, jnp.int32),
-    jnp.zeros(batch, bool),
+    jnp.zeros(shape, jnp.int32),
+    jnp.zeros(rows, jnp.int32),
+    jnp.zeros(rows, bool),
     jnp.zeros(shape, jnp.float32),
   )
-  return jax.lax.while_loop(going, body, (0, logits, cache, samples))[3]
+  samples = drawn(0, logits, samples)
+  samples = jax.lax.while_loop(going, body, (1, cache, samples))[2]
+  after = jnp.arange(max_new_tokens) >= samples.lengths[:, None]
+  fill = end_ids[0] if end_ids else 0
+  return samples._replace(tokens=jnp.where(after, fill, samples.tokens))

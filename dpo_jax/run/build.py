@@ -22,6 +22,7 @@ from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import base as plain
 from dpo_jax.run import (
   checks,
+  critic,
   feed,
   feeds,
   forward,
@@ -121,13 +122,20 @@ def trained_of(config, model):
   trained = trained_lib.with_heads(
     trained, algorithm.heads, model.config.embed, algorithm.copies
   )
+  begun = config.rollout and config.rollout.get("critic_from")
   run = None  # that a base is of
   if config.init_from and origin.parse(config.init_from)[0] is None:
-    other = saved.saved_config(config.init_from)
-    run = *trained_of(other, model), other.to_dict()
+    run = _of_folder(config.init_from, model)
   return trained, trained_lib.Source(
-    config.init_from, config.init_adapter, config.init_seed, held, run
+    *(config.init_from, config.init_adapter, config.init_seed, held, run),
+    critic=(begun, *_of_folder(begun, model)) if begun else None,
   )
+
+
+def _of_folder(folder, model):
+  """(Trained, Source, config as plain values) of another run of a model."""
+  config = saved.saved_config(folder)
+  return *trained_of(config, model), config.to_dict()
 
 
 def prepare(config):
@@ -169,7 +177,7 @@ def prepare(config):
     setup=setup,
     feed=source,
     held_out=held_out_of(config, setup, algorithm),
-    reference=reference_of(config),
+    reference=reference_of(config, algorithm),
     about=(_about_loss(config), f"{source.about}; {choice}"),
     total=total,
     algorithm=algorithm,
@@ -189,7 +197,9 @@ def prepare_measured(config):
   setup = prepare_model(config)
   algorithm = algorithm_of(config, setup)
   return plain.Measured(
-    setup, held_out_of(config, setup, algorithm), reference_of(config)
+    setup,
+    held_out_of(config, setup, algorithm),
+    reference_of(config, algorithm),
   )
 
 
@@ -219,12 +229,13 @@ def held_out_of(config, setup, algorithm):
   )
 
 
-def reference_of(config):
-  """The Reference of a config."""
+def reference_of(config, algorithm):
+  """The Reference of a config; rollouts are measured by it once, when drawn."""
   return plain.Reference(
     cached=config.ref == "cached",
     store=config.ref_store,
-    in_step=config.ref in ("frozen", "base", "ema"),
+    in_step=config.ref in ("frozen", "base", "ema")
+    and algorithm.advantages is None,
     kept=config.ref != "none" or config.lora is not None,
   )
 
@@ -300,6 +311,9 @@ def initial_state(run, initial):
   since a step donates what it trains.
   """
   state = run.create(initial, jax.random.key(run.setup.source.seed))
+  if run.setup.source.critic is not None:
+    params = critic.started(run.setup, initial, state.params)
+    state = state.replace(params=params)
   return state.replace(frozen=run.setup.trained.frozen(initial))
 
 

@@ -73,6 +73,19 @@ def of_examples(setup, compiled, loader, trees):
   return columns
 
 
+def of_completions(setup, compiled, loader):
+  """List of f32[completions], by example, of a whole in-order pass.
+
+  Args: as `_over`; `compiled` is batch -> f32[R, P, C].
+  """
+  out = [None] * loader.size
+  for index, values in _over(
+    setup, compiled, loader, (), unpack=loader.unpack_completions
+  ):
+    out[index] = values
+  return out
+
+
 def of_slots(apply, params, batch):
   """Rewards f32[R, P, C] of all completions, see algos.reward.rewards."""
   shape = batch["completion_weights"].shape

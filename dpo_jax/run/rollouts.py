@@ -10,7 +10,14 @@ LABELS = checks.LABELS[1:]
 COMPARE = ("all", "best_worst")
 # Fields that not all rollouts have, by Algorithm.compares.
 OWN = {
-  None: ("kl_target", "kl_horizon", "kl_stop", "critic", "warmup"),
+  None: (
+    "kl_target",
+    "kl_horizon",
+    "kl_stop",
+    "critic",
+    "critic_from",
+    "warmup",
+  ),
   "pairs": ("labels", "label_scale", "compare"),
   "rankings": ("labels", "label_scale"),
   "best": (),
@@ -124,6 +131,11 @@ def _rules_of_gradients(c, r):
     r.kl_target is None or c.loss.beta > 0,
     f"rollout.kl_target = {r.kl_target} with loss.beta = 0: there is no "
     "coefficient to adapt; start it at 0.05, say",
+  )
+  yield (
+    r.critic_from is None or r.critic == "copy",
+    f"rollout.critic_from = {r.critic_from!r} has no effect with "
+    f"rollout.critic = {r.critic!r}: set that to 'copy'",
   )
   yield (
     not r.warmup or estimator.critic,

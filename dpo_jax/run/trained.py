@@ -9,6 +9,7 @@ adapter or a head.
 
 import functools
 import re
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -155,6 +156,7 @@ class Source(NamedTuple):
     seed: of random parameters, and of an adapter's.
     held: how the base is held, of lora.BASES.
     run: of a run folder: (its Trained, its Source, its config as plain values).
+    critic: of a critic that starts as a reward model: (folder, *such a run).
   """
 
   spec: str | None
@@ -162,6 +164,7 @@ class Source(NamedTuple):
   seed: int
   held: str
   run: tuple | None = None
+  critic: tuple | None = None
 
 
 def pretrained(spec):
@@ -224,10 +227,35 @@ def trained_shapes(setup):
   return sharded(setup, shapes)
 
 
+_BASES = {}  # {what a base is: (treedef, weak references to its arrays)}
+
+
 def initial(setup):
-  """The base that a run starts from, born sharded: also its reference."""
+  """The base that a run starts from, born sharded: also its reference.
+
+  That of an adapter is held once however many adapters are on it: a policy's,
+  a critic's, a reward model's.
+  """
   if setup.base is not None:
     return setup.base
+  if not setup.trained.on_base:
+    return _loaded(setup)
+  source, step = setup.source, None
+  if source.run is not None:
+    step = checkpoint.latest_step(source.spec)
+  shapes = jax.tree.leaves(base_shapes(setup))
+  arrays = tuple((x.shape, x.dtype.name, x.sharding) for x in shapes)
+  key = source._replace(run=None, critic=None), step, arrays
+  treedef, references = _BASES.get(key, (None, ()))
+  leaves = [reference() for reference in references]
+  if treedef is None or any(leaf is None for leaf in leaves):
+    leaves, treedef = jax.tree.flatten(_loaded(setup))
+    _BASES[key] = treedef, [weakref.ref(leaf) for leaf in leaves]
+  return treedef.unflatten(leaves)
+
+
+def _loaded(setup):
+  """The base of `initial`, read or drawn anew."""
   source = setup.source
   published = pretrained(source.spec)
   if source.adapter is not None:

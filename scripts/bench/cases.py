@@ -30,7 +30,10 @@ MIXES = {
   "hh": Mix(180, 60, 384, 128),
   "tldr": Mix(350, 40, 448, 64),
   "long": Mix(120, 400, 256, 768),
+  # Every completion that is drawn has 64 tokens.
+  "rollout": Mix(96, 64, 128, 64),
   "smoke": Mix(12, 16, 32, 32),
+  "smoke-rollout": Mix(12, 8, 16, 8),
 }
 
 # Presets of models/config.py and the tokens of their vocabularies.
@@ -79,6 +82,33 @@ PEER = "trl"
 _FUSED = ("pythia-70m", "gpt2")
 
 
+class Task(NamedTuple):
+  """What a step is.
+
+  Attributes:
+    unit: what it is counted in.
+    draws: completions that are drawn for each prompt; 0: they are there.
+    modules: {of SYSTEMS: the worker's module}, where that is not its own.
+  """
+
+  unit: str = "pairs"
+  draws: int = 0
+  modules: dict = {}  # noqa: RUF012 - a constant
+
+
+_ROLLOUTS = {
+  "ours": "ours_rollouts",
+  "trl": "trl_rollouts",
+  "tunix": "tunix_rollouts",
+}
+_ON_POLICY = Task("completions", 4, _ROLLOUTS)
+TASKS = {
+  "dpo": Task(),
+  # A step is a whole iteration: draw, score, learn.
+  **dict.fromkeys(("rloo", "grpo", "ppo"), _ON_POLICY),
+}
+
+
 class Case(NamedTuple):
   """One comparison of systems.
 
@@ -90,8 +120,9 @@ class Case(NamedTuple):
       the base is the reference.
     systems: of SYSTEMS, in the order of the table. All are in memory at once.
     steps: of a round.
-    batch: pairs a step.
+    batch: pairs a step, or prompts of an iteration.
     about: marks what is no plain step, in the name.
+    task: of TASKS.
   """
 
   model: str
@@ -102,6 +133,17 @@ class Case(NamedTuple):
   steps: int = 2
   batch: int = 4
   about: str | None = None
+  task: str = "dpo"
+
+  @property
+  def draws(self):
+    """Completions that are drawn for each prompt, or 0."""
+    return TASKS[self.task].draws
+
+  @property
+  def units(self):
+    """Pairs or completions of a step."""
+    return self.batch * (self.draws or 1)
 
   @property
   def name(self):
@@ -136,6 +178,26 @@ SWEEP = Case(
   systems=("ours", "ours4", "matmul"),
   about="sweep4",
 )
+
+
+def _on_policy(model, task, peer):
+  return Case(
+    *(model, "rollout"),
+    systems=("ours", peer, "matmul"),
+    steps=1,
+    batch=8,
+    about=f"on-policy-{task}",
+    task=task,
+  )
+
+
+ON_POLICY = (
+  _on_policy("pythia-70m", "rloo", "trl"),
+  _on_policy("pythia-70m", "grpo", "trl"),
+  _on_policy("smollm2-135m", "rloo", "trl"),
+  _on_policy("smollm2-135m", "grpo", "tunix"),
+  _on_policy("smollm2-135m", "ppo", "tunix"),
+)
 QUICK = (HEADLINE, PADDED, TUNIX)
 CASES = (
   *QUICK,
@@ -149,8 +211,17 @@ CASES = (
   Case("gpt2", "balanced", lora=True, steps=1),
   Case("smollm2-135m", "balanced", steps=1),
   Case("smollm2-135m", "balanced", lora=True, steps=1),
+  *ON_POLICY,
 )
 SMOKE = Case("micro", "smoke", systems=("ours", "padded", "matmul"), steps=1)
+SMOKE_ROLLOUTS = Case(
+  *("micro", "smoke-rollout"),
+  systems=("ours", "matmul"),
+  steps=1,
+  batch=2,
+  about="on-policy-rloo",
+  task="rloo",
+)
 
 
 def choose(pattern):
@@ -187,7 +258,9 @@ class Goal(NamedTuple):
   bound: float
 
 
-_WITH_PEER = tuple(case for case in CASES if PEER in case.systems)
+_WITH_PEER = tuple(
+  case for case in CASES if PEER in case.systems and not case.draws
+)
 _AT_LEAST = {HEADLINE: 5.0, CACHED: 5.5, TLDR: 8.0}
 GOALS = (
   *(
@@ -200,4 +273,7 @@ GOALS = (
   # Each of its steps trains four points: at most 0.8 × the time of four runs,
   # which is less than 3.3 × that of one.
   Goal(SWEEP.name, "pairs", "ours4", "ours", 1 / 0.8),
+  *(
+    Goal(case.name, "pairs", "ours", case.systems[1], 3.0) for case in ON_POLICY
+  ),
 )

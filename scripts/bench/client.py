@@ -75,7 +75,8 @@ class Worker:
     job = {**job, "workdir": str(workdir), "cpus": sorted(cpus)}
     path.write_text(json.dumps(job))
     begin = time.perf_counter()
-    command = [python(system), "-m", f"scripts.bench.{system.module}", path]
+    module = job.get("modules", {}).get(name, system.module)
+    command = [python(system), "-m", f"scripts.bench.{module}", path]
     with self._log.open("w") as log:
       self._process = subprocess.Popen(
         command,
@@ -164,6 +165,6 @@ def _environment(system, folder, job):
     "HF_HOME": str(folder / "hf"),
     "TOKENIZERS_PARALLELISM": "false",
   }
-  if system.module != "ours":
+  if system.module != "ours":  # it does so itself
     found |= KEEP_PAGES
   return found

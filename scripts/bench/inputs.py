@@ -89,14 +89,19 @@ def make(folder, case, steps):
     steps: of every system; the data is one epoch.
   Returns: as `write_examples`.
   """
-  vocab_size = cases.VOCABULARY[case.model]
+  make_model(folder, case)
+  return write_examples(
+    *(folder, cases.MIXES[case.mix], cases.VOCABULARY[case.model]),
+    *(steps, case.batch),
+  )
+
+
+def make_model(folder, case):
+  """Writes the model of a case, unless it is there."""
   model = epath.Path(folder) / case.model
   if not model.exists():
     model.mkdir()
-    write_model(model, case.model, vocab_size)
-  return write_examples(
-    folder, cases.MIXES[case.mix], vocab_size, steps, case.batch
-  )
+    write_model(model, case.model, cases.VOCABULARY[case.model])
 
 
 def write_adapter(job):
@@ -136,8 +141,20 @@ def job(folder, case, steps, overrides):
   The optimiser is the DPO paper's: RMSprop, learning rate 1e-6, gradients
   clipped to a global norm of 10; no warm-up.
   """
+  out = common(folder, case, steps)
+  lora = ",lora" * case.lora
+  return {
+    **out,
+    "config": f"configs/dpo.py:model=hf:{out['model']}{lora}",
+    "fields": fields(out, folder),
+    "overrides": list(overrides),
+  }
+
+
+def common(folder, case, steps):
+  """What a job has whatever its task."""
   mix = cases.MIXES[case.mix]
-  out = {
+  return {
     "model": str(folder / case.model),
     "in_order": str(folder / "in_order.jsonl"),
     "max_prompt": mix.max_prompt,
@@ -154,13 +171,7 @@ def job(folder, case, steps, overrides):
     "eps": 1e-8,
     "clip_norm": 10.0,
     "points": 1,
-  }
-  lora = ",lora" * case.lora
-  return {
-    **out,
-    "config": f"configs/dpo.py:model=hf:{out['model']}{lora}",
-    "fields": fields(out, folder),
-    "overrides": list(overrides),
+    "modules": dict(cases.TASKS[case.task].modules),
   }
 
 
@@ -171,16 +182,23 @@ def fields(job, folder):
     "data.batch_size": job["batch"],
     "data.max_prompt_length": job["max_prompt"],
     "data.max_completion_length": job["max_completion"],
-    "optim.learning_rate": job["learning_rate"],
-    "optim.decay": job["decay"],
-    "optim.eps": job["eps"],
-    "optim.clip_norm": job["clip_norm"],
-    "optim.warmup": 0,
     "train.steps": max(PLANNED, job["steps"]),
     "loss.beta": job["beta"],
+    **optimizer(job),
   }
   if job["lora"]:
     values |= {f"lora.{name}": value for name, value in job["lora"].items()}
   if job["ref"] == "cached":
     values["ref"] = "cached"
   return [f"{name}={value}" for name, value in values.items()]
+
+
+def optimizer(job):
+  """Fields of the optimiser."""
+  return {
+    "optim.learning_rate": job["learning_rate"],
+    "optim.decay": job["decay"],
+    "optim.eps": job["eps"],
+    "optim.clip_norm": job["clip_norm"],
+    "optim.warmup": 0,
+  }

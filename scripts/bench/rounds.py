@@ -4,10 +4,16 @@ import contextlib
 
 import numpy as np
 
-from scripts.bench import cases, client, inputs
+from scripts.bench import cases, client, inputs, prompts
 
 TOLERANCE = 1e-4  # relative, of a step's loss
 WARM_UP = 1  # steps of every system that no time is taken of
+# What a worker on policy says: of each iteration the mean score, the norm of
+# the gradient and the FLOPs that it needs, and the seconds of its parts.
+_ON_POLICY = ("scores", "norms", "flops", "parts")
+# Two systems draw differently: their mean scores lie within so many standard
+# errors, and the norms of their gradients, medians, within this factor.
+ERRORS, FACTOR = 4.0, 1.25
 
 
 def measure(case, folder, *, rounds, cpus, overrides, tick):
@@ -28,8 +34,9 @@ def measure(case, folder, *, rounds, cpus, overrides, tick):
   """
   steps = case.steps
   total = WARM_UP + rounds * steps
-  tokens = inputs.make(folder, case, total)
-  job = inputs.job(folder, case, total, overrides)
+  made = prompts if case.draws else inputs
+  tokens = made.make(folder, case, total)
+  job = made.job(folder, case, total, overrides)
   if case.adapter:
     inputs.write_adapter(job)
   with contextlib.ExitStack() as stack:
@@ -48,20 +55,23 @@ def measure(case, folder, *, rounds, cpus, overrides, tick):
         answer = worker.steps(steps)
         found = out[worker.name]
         found["seconds"].append(answer["seconds"])
-        found["losses"] += answer["losses"]
         found["peak_bytes"] = answer["peak_bytes"]
+        for what in ("losses", *_ON_POLICY):
+          if what in answer:
+            found.setdefault(what, []).extend(answer[what])
         tick(f"round {number + 1}/{rounds} {worker.name}")
   return {
     "case": case._asdict(),
     "mix": cases.MIXES[case.mix]._asdict(),
     "rounds": rounds,
     "steps": steps,
-    "pairs": case.batch * steps,
+    "pairs": case.units * steps,
     "tokens": _by_round(tokens, rounds, steps),
-    "flops": _by_round(out["ours"]["facts"].pop("flops"), rounds, steps),
+    "flops": _by_round(_flops(out["ours"]), rounds, steps),
     "malloc": client.MALLOC,
     "systems": out,
-    "disagreement": disagreement(case, out),
+    "disagreement": {} if case.draws else disagreement(case, out),
+    "unlike": unlike(case, out) if case.draws else [],
   }
 
 
@@ -78,6 +88,11 @@ def _start(ready, first):
     "losses": first["losses"],
     "peak_bytes": first["peak_bytes"],
   }
+
+
+def _flops(ours):
+  """FLOPs that each step needs; of what is drawn only those timed are known."""
+  return ours["facts"].pop("flops", None) or [0] * WARM_UP + ours.pop("flops")
 
 
 def _by_round(values, rounds, steps):
@@ -101,4 +116,28 @@ def disagreement(case, systems):
     if name == "ours" or not losses.size:
       continue
     out[name] = float(np.max(np.abs(losses - mine) / np.abs(mine)))
+  return out
+
+
+def unlike(case, systems):
+  """Lines that say in what a system on policy does not do what ours does.
+
+  What is drawn differs, so scores and gradients are the same on average only.
+  The score of a completion of N words is a mean of N coin tosses.
+  """
+  out, mine = [], systems["ours"]
+  drawn = cases.MIXES[case.mix].max_completion * case.units
+  for name, found in systems.items():
+    if name == "ours" or "scores" not in found:
+      continue
+    count = drawn * len(found["scores"])
+    error = np.sqrt(2 * 0.25 / count)
+    gap = abs(np.mean(found["scores"]) - np.mean(mine["scores"]))
+    if not gap <= ERRORS * error:
+      out.append(f"{name}: mean score {gap:.3f} from ours")
+    if None in found["norms"]:
+      continue
+    ratio = np.median(found["norms"]) / np.median(mine["norms"])
+    if not 1 / FACTOR <= ratio <= FACTOR:
+      out.append(f"{name}: gradients of {ratio:.2f} × the norm of ours")
   return out

@@ -25,8 +25,12 @@ from scripts.bench import protocol
 class Gate(transformers.TrainerCallback):
   """Lets n steps pass for each command, and times them."""
 
-  def __init__(self, channel, losses):
-    self._channel, self._losses = channel, losses
+  def __init__(self, channel, take):
+    """Args:
+    channel: protocol.Channel.
+    take: TrainingArguments -> what to say of the steps since it was called.
+    """
+    self._channel, self._take = channel, take
     self._left = 0
 
   def on_step_begin(self, args, state, control, **kwargs):
@@ -40,11 +44,7 @@ class Gate(transformers.TrainerCallback):
       if torch.cuda.is_available():
         torch.cuda.synchronize()
       seconds = time.perf_counter() - self._begin
-      parts = args.gradient_accumulation_steps
-      found = np.reshape([float(loss) for loss in self._losses], (-1, parts))
-      losses = found.mean(1).tolist()
-      self._losses.clear()
-      self._channel.reply(seconds=seconds, losses=losses)
+      self._channel.reply(seconds=seconds, **self._take(args))
 
 
 class Trainer(trl.DPOTrainer):
@@ -61,28 +61,35 @@ class Trainer(trl.DPOTrainer):
 def config_of(job):
   """TRL's config of a job."""
   return trl.DPOConfig(
-    output_dir=job["workdir"],
-    use_cpu=not torch.cuda.is_available(),
-    bf16=bool(job.get("device")),
-    gradient_checkpointing=False,
+    **shared(job),
     per_device_train_batch_size=job["batch"] // job.get("parts", 1),
     gradient_accumulation_steps=job.get("parts", 1),
-    max_steps=job["steps"],
     max_length=job["max_length"],
     beta=job["beta"],
     precompute_ref_log_probs=job["ref"] == "cached",
-    optim="rmsprop",
-    optim_args=f"alpha={job['decay']},eps={job['eps']}",
-    learning_rate=job["learning_rate"],
-    lr_scheduler_type="constant",
-    max_grad_norm=job["clip_norm"],
     train_sampling_strategy="sequential",
-    dataloader_pin_memory=False,
-    save_strategy="no",
-    logging_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
   )
+
+
+def shared(job):
+  """What the configs of all its trainers have."""
+  return {
+    "output_dir": job["workdir"],
+    "use_cpu": not torch.cuda.is_available(),
+    "bf16": bool(job.get("device")),
+    "gradient_checkpointing": False,
+    "max_steps": job["steps"],
+    "optim": "rmsprop",
+    "optim_args": f"alpha={job['decay']},eps={job['eps']}",
+    "learning_rate": job["learning_rate"],
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": job["clip_norm"],
+    "dataloader_pin_memory": False,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+  }
 
 
 def models(job):
@@ -124,6 +131,13 @@ def main():
     lora_dropout=0.0,
   )
   losses = []
+
+  def take(args):
+    parts = args.gradient_accumulation_steps
+    found = np.reshape([float(loss) for loss in losses], (-1, parts))
+    losses.clear()
+    return {"losses": found.mean(1).tolist()}
+
   trainer = Trainer(
     **models(job),
     args=config_of(job),
@@ -131,7 +145,7 @@ def main():
       "json", data_files=job["in_order"], split="train"
     ),
     peft_config=lora,
-    callbacks=[Gate(channel, losses)],
+    callbacks=[Gate(channel, take)],
   )
   trainer.losses = losses
   if job.get("adapter"):

@@ -165,10 +165,10 @@ def _encoded(records, *, setup, limits, name):
     records, setup.tokenizer, limits, sources.Policy("error")
   )
   longest = setup.model.config.max_positions
-  cut = changed["completion cut"] + changed["prompt cut"]
-  cut += sum(
+  over = sum(
     len(e.prompt) + max(map(len, e.completions)) > longest for e in examples
   )
+  cut = max(changed["completion cut"] + changed["prompt cut"], over)
   if cut:
     raise ValueError(
       f"scorer {name}: {cut} texts are longer than its model can read: "

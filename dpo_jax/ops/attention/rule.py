@@ -125,12 +125,25 @@ def cached(q, k, v, positions, *, window, scale, softcap=None):
     k, v: [B, K, S, H] cache, the new tokens already in it.
     positions: i32[B, T] of the new tokens.
   """
-  k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-  slots = jnp.arange(k.shape[1])
+  batch, length, heads, width = q.shape
+  slots = jnp.arange(k.shape[2])
   mask = slots <= positions[..., None]
   if window is not None:
     mask &= positions[..., None] - slots < window
-  return masked(q, k, v, mask, scale, softcap)
+  # A key serves G queries of each token: rows of one product with the cache as
+  # it lies, where any other order of the axes copies it.
+  rows = batch, k.shape[1], -1, width
+  q = jnp.moveaxis(q.reshape(batch, length, k.shape[1], -1, width), 1, 2)
+  scores = jnp.einsum(
+    "bkqh,bksh->bkqs", q.reshape(rows), k, preferred_element_type=jnp.float32
+  )
+  scores = capped(scores * scale, softcap)
+  scores = scores.reshape(*q.shape[:-1], len(slots))
+  scores = jnp.where(mask[:, None, :, None], scores, HIDDEN)
+  probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  probs = probs.reshape(*rows[:3], len(slots))
+  out = jnp.einsum("bkqs,bksh->bkqh", probs, v).reshape(q.shape)
+  return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, width)
 
 
 def take_rows(x, index):
