@@ -73,6 +73,7 @@ class Algorithm(NamedTuple):
     first: (hparams, largest |Δ|) -> (lowest, at Δ = 0, highest) loss at step 0,
       where policy = reference up to rounding; None if that depends on data.
     held_out: whether data.eval is measured by `combine`.
+    logps: whether the vocabulary's head runs on the scored tokens.
     code: {function of the user's own: digest of its code}, see config.code.
   """
 
@@ -87,6 +88,7 @@ class Algorithm(NamedTuple):
   update: Callable = no_update
   first: Callable | None = None
   held_out: bool = True
+  logps: bool = True
   code: dict = {}  # noqa: RUF012 - a constant
 
   def objective(self, params, frozen, batch, hparams, extra=None):
