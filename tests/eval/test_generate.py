@@ -214,7 +214,7 @@ def test_draws_of_prompts_sorted_by_length_come_in_order_and_unchanged(
   setup, params
 ):
   rng = np.random.default_rng(1)
-  words = "the plot is thin and the cast is wooden but it was long".split()
+  words = ["the", "plot", "is", "thin", "and", "cast", "wooden", "but", "long"]
   texts = [" ".join(rng.choice(words, n)) for n in rng.integers(1, 12, 64)]
   given = list(zip(texts, setup.tokenizer.encode(texts), strict=True))
   lengths = [len(ids) for _, ids in given]
