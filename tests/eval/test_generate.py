@@ -11,7 +11,7 @@ from dpo_jax.config import load as load_lib
 from dpo_jax.data.audit import audit
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import tokenize
-from dpo_jax.eval import generate, rewards
+from dpo_jax.eval import completions, generate, rewards
 from dpo_jax.run import build, trained
 from tests import conftest, folders, templates, worlds
 from tests.models import parity
@@ -260,7 +260,7 @@ def unbroken(setup, params, tmp_path_factory):
   """The folder of an unbroken run of six batches."""
   workdir = tmp_path_factory.mktemp("whole")
   here = at(setup, "sample.scorers=vader")
-  rows = generate.write(here, params, IDENTITY, workdir)
+  rows = completions.write(here, params, IDENTITY, workdir)
   assert len(rows) == 48
   return workdir
 
@@ -329,7 +329,7 @@ def test_a_damaged_file_ends_as_that_of_an_unbroken_run(
 
   monkeypatch.setattr(generate, "draws", recorded)
   here = at(setup, "sample.scorers=vader")
-  rows = generate.write(here, params, IDENTITY, tmp_path)
+  rows = completions.write(here, params, IDENTITY, tmp_path)
   assert skipped == [skip]
   assert (tmp_path / "completions.jsonl").read_bytes() == whole
   assert rows == [json.loads(line) for line in whole.splitlines()]
@@ -345,7 +345,7 @@ def test_a_complete_file_is_left_alone(
     generate, "draws", lambda *_, **__: pytest.fail("drawn again")
   )
   here = at(setup, "sample.scorers=vader")
-  rows = generate.write(here, params, IDENTITY, tmp_path)
+  rows = completions.write(here, params, IDENTITY, tmp_path)
   assert rows == [json.loads(line) for line in whole.splitlines()]
   assert (tmp_path / "completions.jsonl").read_bytes() == whole
 
@@ -359,14 +359,14 @@ def test_draws_of_something_else_are_refused_and_kept(
     (tmp_path / "completions.json").write_text(json.dumps(other))
   (tmp_path / "completions.jsonl").write_bytes(whole)
   with pytest.raises(ValueError, match="another policy, prompts or settings"):
-    generate.write(setup, params, IDENTITY, tmp_path)
+    completions.write(setup, params, IDENTITY, tmp_path)
   assert (tmp_path / "completions.jsonl").read_bytes() == whole
 
 
 def test_labels_need_a_scorer(setup, params, tmp_path):
   here = at(setup, "sample.labels=bradley_terry")
   with pytest.raises(ValueError, match=r"sample.labels needs a scorer"):
-    generate.write(here, params, IDENTITY, tmp_path)
+    completions.write(here, params, IDENTITY, tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -389,7 +389,7 @@ def test_a_scorer_sees_the_prompts_before_anything_is_drawn(
   monkeypatch.setitem(rewards.SCORERS, "short", make)
   here = at(setup, "sample.scorers=short:1")
   with pytest.raises(ValueError, match="too long"):
-    generate.write(here, params, IDENTITY, tmp_path)
+    completions.write(here, params, IDENTITY, tmp_path)
   assert seen == [text for text, _ in generate.prompts(here)]
   assert not (tmp_path / "completions.jsonl").exists()
 
@@ -416,7 +416,7 @@ def test_comparisons_train_on_the_tokens_that_were_drawn(
   labels, setup, params, draws, codes, tmp_path
 ):
   here = at(setup, f"sample.labels={labels}", "sample.scorers=codes:97")
-  rows = generate.write(here, params, IDENTITY, tmp_path)
+  rows = completions.write(here, params, IDENTITY, tmp_path)
   records = records_of(tmp_path)
   examples, changed = tokenize.encode(
     records, setup.tokenizer, here.data, sources.Policy("error")
@@ -446,7 +446,7 @@ def test_labels_do_not_change_the_draws_and_are_seeded(
   labels = ("sample.labels=bradley_terry", "sample.scorers=codes:2,vader")
   texts = []
   for name in ("one", "other"):
-    generate.write(at(setup, *labels), params, IDENTITY, tmp_path / name)
+    completions.write(at(setup, *labels), params, IDENTITY, tmp_path / name)
     texts.append((tmp_path / name / "pairs.jsonl").read_bytes())
   assert texts[0] == texts[1]
   plain = [json.loads(line) for line in whole.splitlines()]
@@ -481,7 +481,7 @@ def test_the_prompts_of_earlier_samples_are_the_same_prompts_again(
   )
   setup = build.prepare_model(config)
   assert setup.tokenizer.bos_id is not None
-  generate.write(setup, trained.initial(setup), IDENTITY, tmp_path)
+  completions.write(setup, trained.initial(setup), IDENTITY, tmp_path)
   given = sorted(ids for _, ids in generate.prompts(setup))
   for name in ("completions", "pairs"):
     config.sample.prompts = str(tmp_path / f"{name}.jsonl")
@@ -594,7 +594,7 @@ def test_what_an_end_of_turn_ended_is_ended_when_it_comes_back(
   """As training data: nothing is added behind it, nothing refused."""
   _, folder = chatty
   setup = build.prepare_model(chats(folder))
-  rows = generate.write(setup, trained.initial(setup), IDENTITY, tmp_path)
+  rows = completions.write(setup, trained.initial(setup), IDENTITY, tmp_path)
   ended = [row["tokens"][-1] == 4 for row in rows]
   assert True in ended
   assert False in ended

@@ -20,7 +20,7 @@ import numpy as np
 
 from dpo_jax import export, loop, sweeps, tree, verbs
 from dpo_jax.config import load
-from dpo_jax.eval import generate
+from dpo_jax.eval import completions
 from dpo_jax.models import sample as sample_lib
 from dpo_jax.run import build, forward, gain, held_out
 from dpo_jax.run import trained as trained_lib
@@ -199,7 +199,7 @@ def sampling(plan):
   with _folder() as folder, contextlib.redirect_stdout(io.StringIO()):
     programs = setup.programs._replace(sample=draw)
     setup = setup._replace(programs=programs)
-    generate.write(setup, None, {}, folder)
+    completions.write(setup, None, {}, folder)
     return calls, _files(folder)
 
 
