@@ -39,6 +39,8 @@ def measure(case, folder, *, rounds, cpus, overrides, tick):
   job = made.job(folder, case, total, overrides)
   if case.adapter:
     inputs.write_adapter(job)
+  if case.task == "reward":
+    inputs.write_head(job)
   with contextlib.ExitStack() as stack:
     workers, out = [], {}
     for name in case.systems:
