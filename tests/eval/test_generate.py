@@ -173,14 +173,15 @@ def test_a_draw_does_not_depend_on_its_batch_or_on_where_it_resumes(
 ):
   assert [d.id for d in draws] == list(range(48))
   large = at(setup, "sample.batch_size=40")  # the last batch has 8
-  for again, whole in (
-    (drawn(large, params), draws),
-    (drawn(setup, params, skip=11), draws[11:]),
-  ):
-    for one, other in zip(again, whole, strict=True):
-      assert one._replace(logps=()) == other._replace(logps=())
-      # Products of another batch size round otherwise.
-      np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+  assert_same(drawn(large, params), draws)
+  assert_same(drawn(setup, params, skip=11), draws[11:])
+
+
+def assert_same(draws, others):
+  """The same tokens; products of another batch size round otherwise."""
+  for one, other in zip(draws, others, strict=True):
+    assert one._replace(logps=()) == other._replace(logps=())
+    np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
 
 
 @pytest.mark.parametrize(("skip", "together"), [(0, 4), (16, 4), (11, 1)])
@@ -189,7 +190,7 @@ def test_draws_of_a_prompt_in_one_pass_are_those_of_their_own(
 ):
   shared = at(setup, "sample.batch_size=32")  # on eight devices: four a prompt
   assert generate._together(4, 32, 8, skip) == together
-  assert drawn(shared, params, skip=skip) == draws[skip:]
+  assert_same(drawn(shared, params, skip=skip), draws[skip:])
 
 
 def test_batches_by_length_hold_each_prompt_once_and_come_window_by_window():
@@ -224,7 +225,7 @@ def test_draws_of_prompts_sorted_by_length_come_in_order_and_unchanged(
   (want,) = generate.draws(one, params, given)
   batches = list(generate.draws(by_length, params, given))
   assert [len(batch) for batch in batches] == [8] * 8
-  assert [draw for batch in batches for draw in batch] == want
+  assert_same([draw for batch in batches for draw in batch], want)
   assert [draw.id for draw in want] == list(range(64))
 
 
