@@ -207,7 +207,8 @@ def test_batches_by_length_hold_each_prompt_once_and_come_window_by_window():
   assert in_order < 0.75 * 100 * 203  # of what padding to the longest takes
   # Seven batches are not worth another compilation.
   turns, padded = generate._plan(lengths[:56], 100, 8)
-  assert [place for turn in turns for place in turn] == list(range(56))
+  in_order = [place for turn in turns for place in sorted(turn)]
+  assert in_order == list(range(56))
   assert set(padded) == {100}
 
 
@@ -215,7 +216,7 @@ def test_draws_of_prompts_sorted_by_length_come_in_order_and_unchanged(
   setup, params
 ):
   rng = np.random.default_rng(1)
-  words = ["the", "plot", "is", "thin", "and", "cast", "wooden", "but", "long"]
+  words = ["the", "plot", "is", "thin", "and", "cast", "wooden", "long"]
   texts = [" ".join(rng.choice(words, n)) for n in rng.integers(1, 12, 64)]
   given = list(zip(texts, setup.tokenizer.encode(texts), strict=True))
   lengths = [len(ids) for _, ids in given]
