@@ -39,11 +39,13 @@ def logps(name):
 merge = jax.jit(lora.merge)
 
 
-@pytest.mark.parametrize("name", list(worlds.MODELS))
-def test_a_new_adapter_changes_nothing(name):
+@pytest.mark.parametrize(
+  ("name", "zero"), [*((name, "b") for name in worlds.MODELS), ("window", "a")]
+)
+def test_a_new_adapter_changes_nothing(name, zero):
   _, base, _ = world(name)
-  new = lora.init(jax.random.key(1), base, 4, ALL)
-  # A new B is 0, so that A B adds an exact 0: no bit depends on A.
+  new = lora.init(jax.random.key(1), base, 4, ALL, zero)
+  # A factor is 0, so that A B adds an exact 0: no bit depends on the other.
   jax.tree.map(np.testing.assert_array_equal, merge(base, new, SCALE), base)
   got = logps(name)(lora.graft(base, new, SCALE))
   zeros = jax.tree.map(np.zeros_like, new)
@@ -198,6 +200,19 @@ def test_targets_choose_kernels_by_path():
   for wrong in ("attn/w/kernel", "embed/tokens", "norm"):
     with pytest.raises(ValueError, match="matches no kernel of a layer"):
       lora.init(jax.random.key(0), base, 2, (wrong,))
+
+
+def test_either_factor_of_a_new_adapter_is_zero_and_the_other_is_not():
+  _, base, _ = world("llama")
+  for zero, other in (("b", "a"), ("a", "b")):
+    new = lora.init(jax.random.key(0), base, 64, ALL, zero)
+    for path, x in tree.named(new):
+      assert np.any(x) == path.endswith(other), path
+  b = new["layers"]["attn"]["q"]["lora_b"]
+  # Normal, 1/√r: 4,096 draws, so a gradient through it keeps its size.
+  assert math.isclose(float(jnp.std(b)), 64**-0.5, rel_tol=0.05)
+  with pytest.raises(ValueError, match=r"lora\.zero.*'b'"):
+    lora.init(jax.random.key(0), base, 4, ALL, "c")
 
 
 def test_the_scale_is_alpha_over_rank_or_over_its_root():
