@@ -61,7 +61,8 @@ def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
   config = load.load_config("configs/dpo.py")
   ipo = load.load_config("configs/dpo.py:loss=ipo")
   adapter = load.load_config("configs/dpo.py:lora")
-  every = [saved.flatten(c.to_dict()) for c in (config, ipo, adapter)]
+  ppo = load.load_config("configs/ppo.py")
+  every = [saved.flatten(c.to_dict()) for c in (config, ipo, adapter, ppo)]
   fields = {path for flat in every for path in flat}
   for field in re.findall(r"--config\.([\w.]+)=", README):
     assert field in fields, field
@@ -84,7 +85,7 @@ def test_every_command_is_accepted_away_from_the_checkout(
   row = {"prompt": "a", "chosen": " b", "rejected": " c"}
   for name in ("my", "held_out", "chat"):
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-  for name in ("chat", "sft"):
+  for name in ("chat", "sft", "reward"):
     run = tmp_path / "runs" / name / "config.json"
     run.parent.mkdir(parents=True)
     run.write_text(json.dumps(load.load_config("dpo:smoke").to_dict()))
@@ -121,7 +122,10 @@ def test_every_block_runs_where_no_checkout_is_in_sight(installed, tmp_path):
   for name, said in (("chosen", "No."), ("rejected", "Yes.")):
     talk[name] = [{"role": "assistant", "content": said}]
   for name, data in (("my", row), ("held_out", row), ("chat", talk)):
-    (tmp_path / f"{name}.jsonl").write_text((json.dumps(data) + "\n") * 64)
+    rows = [json.dumps(data) for _ in range(64)]
+    if name == "my":  # prompts to sample for, 64 of them
+      rows = [json.dumps({**row, "prompt": f"plot {k}"}) for k in range(64)]
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
   for words in commands():
     words = [re.sub("hf:(NAME|.*/.*)", f"hf:{model}", word) for word in words]
     if "--config.data.train=toy" in words:  # as many steps as a minute has
@@ -135,6 +139,8 @@ def test_every_block_runs_where_no_checkout_is_in_sight(installed, tmp_path):
   left = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("runs/*/*")}
   assert left >= {
     *("runs/mine/metrics.jsonl", "runs/dpo/metrics.jsonl"),
+    *("runs/reward/reward.json", "runs/ppo/metrics.jsonl"),
+    "runs/online/metrics.jsonl",
     *("runs/chat/export", "runs/betas/report.html", "runs/losses/report.html"),
     "runs/mine_smoke/metrics.jsonl",
   }
