@@ -33,6 +33,8 @@ WAYS = {
   "rloo-hot": (",loss=rloo", ("rollout.temperature=0.7",)),
   "grpo": (",loss=grpo", ()),
   "reinforce": (",loss=reinforce", ("loss.average=tokens",)),
+  "rloo-adapter": (",loss=rloo,lora", ()),
+  "ppo-adapter-from-a": (",lora", ("lora.zero=a",)),
 }
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from dpo_jax import loop
+from dpo_jax import loop, verbs
 from dpo_jax.eval import generate, rewards, rollouts
 from dpo_jax.models import sample
 from tests.algos import rewarded
@@ -127,6 +127,11 @@ def test_ppo_needs_rollouts(tmp_path):
   config.rollout = None
   with pytest.raises(ValueError, match=r"config\.rollout"):
     loop.fit(config.lock(), tmp_path)
+
+
+def test_prompts_of_ppo_are_nothing_to_audit():
+  with pytest.raises(ValueError, match="audit looks at completions"):
+    verbs.audit(rewarded.config_of(), None, None)
 
 
 def drawn(texts):

@@ -5,6 +5,7 @@
 trains and kills the process before step KILL_AT.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -58,7 +59,7 @@ def saved_steps(folder):
 
 def goes_on(run, config, tmp_path):
   """Trains whole, and again with a kill between boundaries; the last state."""
-  whole = loop.fit(config, tmp_path / "whole", run)
+  loop.fit(config, tmp_path / "whole", run)
   with pytest.raises(Killed):
     loop.fit(config, tmp_path / "cut", killed_before(run, 6))
   assert saved_steps(tmp_path / "cut") == [rewarded.STEPS]  # boundaries alone
@@ -70,7 +71,6 @@ def goes_on(run, config, tmp_path):
   rows = [rewarded.metrics(tmp_path / name)[-1] for name in ("whole", "cut")]
   for name in ("loss", "objective/kl", "objective/kl_coefficient"):
     assert rows[0].get(name) == rows[1].get(name), name
-  del whole
   return resumed.state
 
 
@@ -134,7 +134,9 @@ def test_ppo_with_other_prompts_or_another_scorer_is_refused(tmp_path):
   config = rewarded.config_of(*overrides)
   run, _ = folders.untrained(config, folder, rewarded.STEPS)
   # The same prompts go on.
-  assert int(loop.restore(run, folder, None, _stack())[1].step) == 4
+  with contextlib.ExitStack() as opened:
+    state = loop.restore(run, folder, None, opened)[1]
+  assert int(state.step) == rewarded.STEPS
   other = rewarded.config_of(*overrides, "rollout.scorer=ascii:other")
   with pytest.raises(ValueError, match=r"rollout\.scorer"):
     loop.fit(other, folder)
@@ -142,12 +144,6 @@ def test_ppo_with_other_prompts_or_another_scorer_is_refused(tmp_path):
   with pytest.raises(ValueError, match="prompts"):
     loop.fit(config, folder)
   assert saved_steps(folder) == [rewarded.STEPS]
-
-
-def _stack():
-  import contextlib
-
-  return contextlib.ExitStack()
 
 
 def train_alone(folder, kill_at):
