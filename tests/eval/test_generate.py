@@ -176,6 +176,7 @@ def test_a_draw_does_not_depend_on_its_batch_or_on_where_it_resumes(
   for again, whole in (
     (drawn(large, params), draws),
     (drawn(setup, params, skip=11), draws[11:]),
+    (drawn(setup, params, room=40), draws),
   ):
     for one, other in zip(again, whole, strict=True):
       assert one._replace(logps=()) == other._replace(logps=())
