@@ -65,7 +65,7 @@ def on_reviews(arg):
   c.rollout.prompts = 128
   c.data.batch_size = 32
   c.rollout.batch_size = 512
-  c.train.steps = 20 * c.rollout.epochs * 4
+  c.train.steps = 12 * c.rollout.epochs * 4
   c.optim.learning_rate = 3e-4
   c.optim.warmup = 5
   c.sample.prompts = "reviews:test"

@@ -56,7 +56,8 @@ def on_reviews(arg):
   c.data.train = f"{root}/pairs/pairs.jsonl"
   c.data.eval = f"{root}/held_out/pairs.jsonl"
   c.data.batch_size = 32
-  c.optim.learning_rate = 3e-4
+  c.train.epochs = 4.0
+  c.optim.learning_rate = 1e-3
   c.optim.schedule = "linear"
   c.optim.warmup = 10
   c.optim.eps = 1e-5

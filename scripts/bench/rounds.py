@@ -13,7 +13,7 @@ WARM_UP = 1  # steps of every system that no time is taken of
 _ON_POLICY = ("scores", "norms", "flops", "parts")
 # Two systems draw differently: their mean scores lie within so many standard
 # errors, and the norms of their gradients, medians, within this factor.
-ERRORS, FACTOR = 4.0, 1.25
+ERRORS, FACTOR = 4.0, 1.5
 
 
 def measure(case, folder, *, rounds, cpus, overrides, tick):
@@ -56,7 +56,8 @@ def measure(case, folder, *, rounds, cpus, overrides, tick):
       for worker in workers[shift:] + workers[:shift]:
         answer = worker.steps(steps)
         found = out[worker.name]
-        found["seconds"].append(answer["seconds"])
+        for time in ("seconds", "cpu_seconds"):
+          found[time].append(answer[time])
         found["peak_bytes"] = answer["peak_bytes"]
         for what in ("losses", *_ON_POLICY):
           if what in answer:
@@ -87,6 +88,7 @@ def _start(ready, first):
     "versions": ready["versions"],
     "facts": facts,
     "seconds": [],
+    "cpu_seconds": [],
     "losses": first["losses"],
     "peak_bytes": first["peak_bytes"],
   }

@@ -175,6 +175,7 @@ def test_a_draw_does_not_depend_on_its_batch_or_on_where_it_resumes(
   large = at(setup, "sample.batch_size=40")  # the last batch has 8
   assert_same(drawn(large, params), draws)
   assert_same(drawn(setup, params, skip=11), draws[11:])
+  assert_same(drawn(setup, params, room=40), draws)
 
 
 def assert_same(draws, others):

@@ -150,17 +150,20 @@ def test_the_peers_read_the_examples_in_the_order_of_ours(tmp_path):
 def test_the_peers_draw_for_the_prompts_of_ours_in_its_order(
   tmp_path, monkeypatch
 ):
+  """And room is that of the longest of all, so one sampler is compiled."""
   from dpo_jax.config import load
   from dpo_jax.eval import generate, rewards
   from dpo_jax.run import build
 
-  case, asked = cases.SMOKE_ROLLOUTS, []
+  case, asked, rooms = cases.SMOKE_ROLLOUTS, [], set()
 
   class Asked(Exception):
     pass
 
-  def draws(setup, policy, given, **_):
+  def draws(setup, policy, given, *, first, room):
+    assert first == len(asked)
     asked.extend(text for text, _ in given)
+    rooms.add(room)
     raise Asked
 
   prompts.make(tmp_path, case, 3)
@@ -175,6 +178,9 @@ def test_the_peers_draw_for_the_prompts_of_ours_in_its_order(
       run.feed.batch(number, state)
   in_order = (tmp_path / "in_order.jsonl").read_text().splitlines()
   assert asked == [json.loads(line)["prompt"] for line in in_order]
+  every = (tmp_path / "prompts.jsonl").read_text().splitlines()
+  longest = max(len(json.loads(line)["prompt"].split()) for line in every)
+  assert rooms == {longest}
 
 
 def test_a_score_is_a_share_of_even_words_and_short_draws_are_refused():
