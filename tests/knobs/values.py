@@ -70,6 +70,7 @@ VALUES = {
   "sample.labels": ("deterministic",),
   "reward.completions": ("toy:12",),
   "reward.count": (8, 32),
+  "rollout.compare": ("best_worst",),
   "train.steps": (4,),
   "train.max_noise": (0.01,),
   "train.max_skipped": (1,),
@@ -115,6 +116,10 @@ def _adapter(c, w):
   c.ref_mix = 1.0 if c.ref == "ema" else None
 
 
+def _other_labels(c, w):
+  c.rollout.labels, c.rollout.label_scale = "deterministic", None
+
+
 def _other_position(c, w):
   learned = c.model.position == "learned"
   c.model.position = "rotary" if learned else "learned"
@@ -134,6 +139,7 @@ EDITS = {
   "optim.name": _other_optimizer,
   "loss.divergence": _other_divergence,
   "lora": _adapter,
+  "rollout.labels": _other_labels,
   "model.position": _other_position,
   "model.max_positions": _other_limit,
 }
