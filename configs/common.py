@@ -93,6 +93,7 @@ def lora():
   o.alpha = 32.0  # the product's factor is alpha / r
   o.rank_stabilised = False  # or alpha / √r
   o.targets = (r"(attn|mlp)/\w+/kernel$",)  # path regexes of adapted kernels
+  o.zero = "b"  # the factor that begins at 0; a: B is random, not A
   o.base = "float32"  # how the base is held: float32, bfloat16, int8, nf4
   return o
 

@@ -19,11 +19,6 @@ def sweep():
     yield {"rollout.kl_target": target, "rollout.kl_horizon": 10_000}
 
 
-def sweep_seeds():
-  for seed in (0, 1, 2):
-    yield {"rollout.seed": seed, "data.seed": seed}
-
-
 def get_config(arg=None):
   arg = common.parse_arg(
     arg,

@@ -15,7 +15,7 @@ from dpo_jax.algos import base
 from dpo_jax.config import load
 from dpo_jax.data.read import fields, files, records, sources
 from dpo_jax.data.tokens import chat
-from dpo_jax.eval import evaluation, generate, prompting, rewards
+from dpo_jax.eval import completions, evaluation, generate, prompting, rewards
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import build as build_lib
@@ -282,7 +282,7 @@ def sample(
   bos, rows = setup.tokenizer.bos_id, []
   for batch in generate.draws(setup, params, given):
     ended = prompting.stopped(setup, batch)
-    rows += generate.describe(ended, scorers, options.draws, bos)
+    rows += completions.describe(ended, scorers, options.draws, bos)
   return rows
 
 

@@ -107,7 +107,7 @@ def evaluate(config, workdir, _source):
 
 def sample(config, workdir, _source):
   """Draws completions of a run's policy, or of init_from's, into its folder."""
-  from dpo_jax.eval import generate
+  from dpo_jax.eval import completions
   from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
   from dpo_jax.train import state as state_lib
@@ -133,7 +133,7 @@ def sample(config, workdir, _source):
     "precision": config.precision,
     "tokenizer": config.tokenizer,
   }
-  rows = generate.write(setup, policy, identity, workdir)
+  rows = completions.write(setup, policy, identity, workdir)
   for row in rows[:3]:
     shown = f"{row['prompt']} ⟶{row['completion']}"
     # A policy may write what moves a terminal's cursor, or worse.

@@ -2,7 +2,7 @@
 # The benchmark, from nothing: a venv for dpo_jax and one for each group of its
 # peers, whose needs may clash, the installs, and scripts/bench.py.
 #
-#   bash scripts/bench.sh            all cases, about 50 minutes on two cores
+#   bash scripts/bench.sh            all cases, over an hour on two cores
 #   bash scripts/bench.sh --quick    the headline case, with all peers
 #   bash scripts/bench.sh --device   accelerators; TRL too if it is in the venv
 #

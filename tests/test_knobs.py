@@ -43,7 +43,8 @@ PARTS = {
 }
 # Where to look first, by the beginning of a field's name.
 FIRST = {
-  "loss.": ("loss values", "gradient"),
+  # And what advantages are made with.
+  "loss.": ("loss values", "gradient", "data"),
   "optim.learning_rate": ("rate",),
   "optim.": ("optimizer",),
   "model.": ("model",),
@@ -53,6 +54,8 @@ FIRST = {
   "sample.": ("sample", "sweep"),
   "sweep.": ("sweep",),
   "reward.": ("train",),
+  "rollout.": ("data", "features", "initial", "step"),
+  "rollout": ("train",),
   "audit.": ("audit",),
   "export.": ("export",),
   "checkpoint.": ("train",),
@@ -89,6 +92,7 @@ REFUSALS = {
   "mesh.context": "sequences are not split over devices yet",
   "mesh.data": "it says how many devices there must be",
   "data.bad_records": "to refuse the data is its effect",
+  "rollout": "whether there is one is the algorithm's",
 }
 # Verbs that are not for every base: without prompts, of no published model.
 MAY_REFUSE = ("sample", "export", "workdir")
@@ -132,7 +136,8 @@ def part(plan, name):
   try:
     return plan.once(name, PARTS[name])
   except ValueError as error:
-    return Refused(error)
+    # A folder that was made for this is another the next time.
+    return Refused(re.sub(r"/tmp/\w+", "FOLDER", str(error)))
 
 
 def waits(field, config):

@@ -95,6 +95,7 @@ class Algorithm(NamedTuple):
       the log}: what deserves a look; each is said once.
     held_out: whether data.eval is measured by `combine`.
     held_out_data: what data.eval is made of; None is `data`.
+    logps: whether the vocabulary's head runs on the scored tokens.
     code: {function of the user's own: digest of its code}, see config.code.
   """
 
@@ -115,6 +116,7 @@ class Algorithm(NamedTuple):
   alarms: Callable = no_alarms
   held_out: bool = True
   held_out_data: str | None = None
+  logps: bool = True
   code: dict = {}  # noqa: RUF012 - a constant
 
   def objective(self, params, frozen, batch, hparams, extra=None):

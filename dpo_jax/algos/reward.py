@@ -58,6 +58,7 @@ def make(config, apply):
     needs=frozenset(part.loss.needs),
     heads=(HEAD,),
     batch_level=part.loss.batch_level,
+    logps=False,
     code=part.code,
   )
 

@@ -67,6 +67,7 @@ FIELDS = {
   "lora.alpha": Field(POLICY),
   "lora.rank_stabilised": Field(POLICY),
   "lora.targets": Field(POLICY),
+  "lora.zero": Field(POLICY),
   "lora.base": Field(POLICY),
   "tokenizer": Field(POLICY),
   "optim.": Field(POLICY),

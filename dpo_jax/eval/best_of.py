@@ -106,7 +106,7 @@ def measure(rows, counts, ranking):
   """Best-of-N of some samples, for every N.
 
   Args:
-    rows: dicts of samples, see generate.describe; those of a prompt have one
+    rows: dicts of samples, see completions.describe; those of a prompt have one
       "id" and there are at least max(counts) of them. With "log_ratio" in all
       of them, they are measured against a reference too.
     counts: the N.

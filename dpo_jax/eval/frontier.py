@@ -7,7 +7,14 @@ import numpy as np
 
 from dpo_jax import progress
 from dpo_jax.data.tokens import comparisons
-from dpo_jax.eval import best_of, generate, prompting, rewards, statistics
+from dpo_jax.eval import (
+  best_of,
+  completions,
+  generate,
+  prompting,
+  rewards,
+  statistics,
+)
 from dpo_jax.run import forward
 
 
@@ -22,8 +29,8 @@ def measure(setup, params, ref):
     reward, "kl", "log_ratio" in nats and "length" in tokens), "distinct_1" and
     "distinct_2"; no KL unless temperature and top_p are 1, since else the
     samples are not the policy's; and "best_of", of best_of.measure, where
-    sample.best_of asks for it. rows: a dict a sample, as generate.describe with
-    "kl" and "log_ratio".
+    sample.best_of asks for it. rows: a dict a sample, as completions.describe,
+    with "kl" and "log_ratio".
   """
   options = setup.sample
   scorers = rewards.load_all(options.scorers)
@@ -40,7 +47,7 @@ def measure(setup, params, ref):
   bos = setup.tokenizer.bos_id
   cuts = [prompting.cut(d, setup.tokenizer, options.stop) for d in drawn]
   drawn = [draw for draw, _ in cuts]
-  rows = generate.describe(drawn, scorers, options.draws, bos)
+  rows = completions.describe(drawn, scorers, options.draws, bos)
   # Of all that was drawn until a text stopped, with what stopped it.
   examples = [
     comparisons.Example(d.id, 0, d.prompt_ids, (ids,), ()) for d, ids in cuts
@@ -63,7 +70,7 @@ def measure(setup, params, ref):
   for n in (1, 2):
     summary[f"distinct_{n}"] = distinct(texts, n)
   if options.best_of:
-    ranking = generate.ranking(options, scorers)
+    ranking = completions.ranking(options, scorers)
     summary["best_of"] = best_of.measure(rows, options.best_of, ranking)
   return summary, rows
 

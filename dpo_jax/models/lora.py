@@ -24,6 +24,8 @@ from dpo_jax.ops import linear
 _KERNELS = r"^(layers|rest)/.*/kernel$"
 # How the frozen base may be held.
 BASES = ("float32", "bfloat16", "int8", "nf4")
+# Which factor of a new adapter is 0: b, as in the paper, or a.
+ZERO = ("b", "a")
 _TILE = 64  # weights that share a scale in nf4, along the inputs
 
 
@@ -50,26 +52,41 @@ def paths(base, targets):
   return [path for path in kernels if tree.matches(targets, path)]
 
 
-def init(rng, base, rank, targets):
-  """A new adapter: A uniform within ± 1/√inputs, B zero, so that it adds 0.
+def init(rng, base, rank, targets, zero="b"):
+  """A new adapter, which adds 0 as one factor is.
+
+      zero = b   A uniform within ± 1/√inputs
+      zero = a   B normal, with standard deviation 1/√r
+
+  The factor that is 0 alone has a gradient at first. B's is that of the kernel
+  through a random projection to r numbers, in which examples may nearly cancel;
+  an optimiser that divides by its size then steps in the direction of rounding.
+  A's is that of the kernel through B.
 
   Args:
     rng: PRNG key.
     base: parameter tree, or its shapes.
     rank: r.
     targets: see `paths`.
+    zero: of ZERO.
   Returns: nested dict of f32 arrays.
   """
+  lookup.lookup(ZERO, zero, "lora.zero")
   by_path, adapter = flat(base), {}
   chosen = paths(base, targets)
   for path, key in zip(chosen, jax.random.split(rng, len(chosen)), strict=True):
     shape = by_path[path].shape
     cut = 1 + axes.inputs(path)
-    bound = math.prod(shape[1:cut]) ** -0.5
-    a = jax.random.uniform(key, (*shape[:cut], rank), jnp.float32, -1, 1)
-    b = jnp.zeros((shape[0], rank, *shape[cut:]))
+    of_a, of_b = (*shape[:cut], rank), (shape[0], rank, *shape[cut:])
+    if zero == "b":
+      bound = math.prod(shape[1:cut]) ** -0.5
+      a = bound * jax.random.uniform(key, of_a, jnp.float32, -1, 1)
+      b = jnp.zeros(of_b)
+    else:
+      a = jnp.zeros(of_a)
+      b = rank**-0.5 * jax.random.normal(key, of_b)
     where = path.removesuffix("kernel")
-    adapter |= {f"{where}lora_a": bound * a, f"{where}lora_b": b}
+    adapter |= {f"{where}lora_a": a, f"{where}lora_b": b}
   return tree.nest(adapter)
 
 

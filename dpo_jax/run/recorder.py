@@ -214,9 +214,10 @@ def step_flops(run, stats):
   the weights if they are trained; of attention three. One more of each for the
   reference.
   """
+  scored = stats.scored if run.algorithm.logps else 0
   by_weights, by_attention = model_config.matmul_flops(
     *(run.setup.model.config, run.setup.model.vocab_size),
-    *(stats.tokens, stats.scored, stats.visible),
+    *(stats.tokens, scored, stats.visible),
   )
   ref = run.reference.in_step
   passes = (2 if run.setup.trained.on_base else 3) + ref

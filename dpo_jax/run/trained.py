@@ -72,7 +72,8 @@ def adapter(shapes, options):
 
   Args:
     shapes: all parameters of the model in f32, abstract.
-    options: rank, alpha, rank_stabilised, targets and base, as config.lora.
+    options: rank, alpha, rank_stabilised, targets, zero and base, as
+      config.lora.
   """
   scale = lora.scale_of(options.rank, options.alpha, options.rank_stabilised)
   graft = functools.partial(lora.graft, scale=scale)
@@ -84,7 +85,9 @@ def adapter(shapes, options):
     )
 
   return Trained(
-    init=lambda _, rng: lora.init(rng, shapes, options.rank, options.targets),
+    init=lambda _, rng: lora.init(
+      rng, shapes, options.rank, options.targets, options.zero
+    ),
     policy=graft,
     model=graft,
     merged=merged,

@@ -106,6 +106,7 @@ TASKS = {
   "dpo": Task(),
   # A step is a whole iteration: draw, score, learn.
   **dict.fromkeys(("rloo", "grpo", "ppo"), _ON_POLICY),
+  "reward": Task(modules={"trl": "trl_rewards"}),
 }
 
 
@@ -117,7 +118,7 @@ class Case(NamedTuple):
     mix: of MIXES.
     lora: an adapter of all linear layers, or all parameters.
     ref: "frozen", or "cached": its log-probs computed before; of an adapter
-      the base is the reference.
+      the base is the reference. A reward model has "none".
     systems: of SYSTEMS, in the order of the table. All are in memory at once.
     steps: of a round.
     batch: pairs a step, or prompts of an iteration.
@@ -197,6 +198,12 @@ ON_POLICY = (
   _on_policy("smollm2-135m", "rloo", "trl"),
   _on_policy("smollm2-135m", "grpo", "tunix"),
   _on_policy("smollm2-135m", "ppo", "tunix"),
+  Case(
+    *("pythia-70m", "balanced"),
+    ref="none",
+    about="on-policy-reward",
+    task="reward",
+  ),
 )
 QUICK = (HEADLINE, PADDED, TUNIX)
 CASES = (
@@ -259,7 +266,7 @@ class Goal(NamedTuple):
 
 
 _WITH_PEER = tuple(
-  case for case in CASES if PEER in case.systems and not case.draws
+  case for case in CASES if PEER in case.systems and case.task == "dpo"
 )
 _AT_LEAST = {HEADLINE: 5.0, CACHED: 5.5, TLDR: 8.0}
 GOALS = (

@@ -16,9 +16,10 @@ from scripts.bench import cases, client
 _USAGE = """\
 Benchmarks of dpo_jax and its peers, by turns on the same weights and batches.
 
-  python scripts/bench.py              every case, about 50 minutes on 2 cores
+  python scripts/bench.py              every case, over an hour on 2 cores
   python scripts/bench.py --quick      the headline case, with all peers
   python scripts/bench.py --cases gpt2 --systems ours,trl
+  python scripts/bench.py --cases on-policy     reward models and RL
   python scripts/bench.py --device     accelerators; TRL too if it is there
   python scripts/bench.py --table      the table of the results there are
 
@@ -42,7 +43,7 @@ def parser():
   p.add_argument("--cases", metavar="TEXT", help="cases with it in the name")
   what.add_argument("--device", action="store_true", help="accelerator set")
   what.add_argument("--table", action="store_true", help="print the results")
-  p.add_argument("--smoke", action="store_true", help="a micro shape, 1 round")
+  p.add_argument("--smoke", action="store_true", help="micro shapes, 1 round")
   p.add_argument("--systems", metavar="A,B", help=", ".join(cases.SYSTEMS))
   p.add_argument("--rounds", type=_positive, help="repeats (3)")
   p.add_argument("--steps", type=_positive, help="of a round (1 or 2)")
@@ -89,7 +90,7 @@ def chosen(options):
   """The cases to measure, with the systems that were asked for."""
   found = list(cases.CASES)
   if options.smoke:
-    found = [cases.SMOKE]
+    found = [cases.SMOKE, cases.SMOKE_ROLLOUTS]
   elif options.quick:
     found = list(cases.QUICK)
   elif options.cases:
@@ -121,7 +122,8 @@ def _with(case, wanted, any_case):
 
   `ours` stays, since the needed FLOPs are its own, and the matmul, their rate.
   """
-  allowed = cases.SYSTEMS if any_case else case.systems
+  known = cases.TASKS[case.task].modules if case.draws else cases.SYSTEMS
+  allowed = known if any_case else case.systems
   needed = {"ours", "matmul"} | (set(wanted) & set(allowed))
   return case._replace(systems=tuple(n for n in cases.SYSTEMS if n in needed))
 

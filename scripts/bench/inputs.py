@@ -117,6 +117,17 @@ def write_adapter(job):
   export.write_adapter(folder, setup, setup.trained.init(base, rng))
 
 
+def write_head(job):
+  """Writes the value head that a reward model starts from."""
+  from dpo_jax.config import load
+  from dpo_jax.run import build, trained
+
+  setup = build.prepare_model(load.load_config(job["config"], job["fields"]))
+  rng = jax.random.key(setup.source.seed)
+  params = jax.jit(setup.trained.init)(trained.initial(setup), rng)
+  np.save(job["head"], np.asarray(params["reward"]["kernel"]))
+
+
 def write_examples(folder, mix, vocab_size, steps, batch):
   """Writes examples.jsonl and in_order.jsonl for so many steps.
 
@@ -143,9 +154,12 @@ def job(folder, case, steps, overrides):
   """
   out = common(folder, case, steps)
   lora = ",lora" * case.lora
+  reward = case.task == "reward"
+  start = "reward.py:optim=rmsprop," if reward else "dpo.py:"
   return {
     **out,
-    "config": f"configs/dpo.py:model=hf:{out['model']}{lora}",
+    "head": str(folder / "head.npy") if reward else None,
+    "config": f"configs/{start}model=hf:{out['model']}{lora}",
     "fields": fields(out, folder),
     "overrides": list(overrides),
   }
@@ -183,9 +197,10 @@ def fields(job, folder):
     "data.max_prompt_length": job["max_prompt"],
     "data.max_completion_length": job["max_completion"],
     "train.steps": max(PLANNED, job["steps"]),
-    "loss.beta": job["beta"],
     **optimizer(job),
   }
+  if job["ref"] != "none":
+    values["loss.beta"] = job["beta"]
   if job["lora"]:
     values |= {f"lora.{name}": value for name, value in job["lora"].items()}
   if job["ref"] == "cached":

@@ -34,15 +34,14 @@ def _spread(values, digits=2):
   return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-_HEAD = (
-  "system",
-  "pairs/s",
-  "dpo_jax is",
-  "tokens/s",
-  "of matmul",
-  "peak GiB",
-  "compile",
-)
+def _head(result):
+  unit = _task(result).unit
+  speeds = (f"{unit}/s", "dpo_jax is", "tokens/s", "of matmul")
+  return ("system", *speeds, "peak GiB", "compile")
+
+
+def _task(result):
+  return cases.TASKS[result["case"].get("task", "dpo")]
 
 
 def rows(result):
@@ -74,9 +73,33 @@ def table(results):
   ]
   for name, result in results["cases"].items():
     lines += ["", f"**{name}**, {_described(result)}", ""]
-    lines += [_line(_HEAD), _line(["---", *["---:"] * (len(_HEAD) - 1)])]
+    head = _head(result)
+    lines += [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     lines += [_line(cells) for cells in rows(result)]
+    lines += parts(result)
   return "\n".join(lines)
+
+
+def parts(result):
+  """Lines on where the time of each system goes, of those that tell it.
+
+  Parts lie within others: "rollouts" has "sample", "score" and "measure".
+  """
+  lines = []
+  for name, found in result["systems"].items():
+    told = found.get("parts", ())
+    if not told:
+      continue
+    seconds = [
+      f"{part} {np.median([t[part] for t in told]) / result['steps']:.1f}"
+      for part in told[0]
+    ]
+    whole = np.median(found["seconds"]) / result["steps"]
+    lines.append(
+      f"{cases.SYSTEMS[name].what}: {whole:.1f} s an iteration; "
+      + ", ".join(seconds)
+    )
+  return ["", *lines] if lines else []
 
 
 def _line(cells):
@@ -91,9 +114,15 @@ def _described(result):
     for n in cases.MATMULS
     if n in result["systems"]
   ]
+  batch, task = result["case"]["batch"], _task(result)
+  lengths = f"completions ~{mix['completion']} tokens, {batch} pairs a step"
+  if task.draws:
+    lengths = (
+      f"{task.draws} completions of {mix['completion']} tokens for each, "
+      f"{batch} prompts an iteration"
+    )
   return (
-    f"prompts ~{mix['prompt']}, completions ~{mix['completion']} tokens, "
-    f"{result['case']['batch']} pairs a step, {result['rounds']} rounds of "
+    f"prompts ~{mix['prompt']}, {lengths}, {result['rounds']} rounds of "
     f"{result['steps']}; {', '.join(matmuls)}"
   )
 
@@ -109,6 +138,9 @@ def agreement(results):
           f"LOSSES DIFFER  {name}: {system} from ours by {worst:.1e} relative, "
           f"more than {rounds.TOLERANCE:.0e}"
         )
+    for line in result.get("unlike", ()):
+      good = False
+      lines.append(f"OTHER WORK  {name}: {line}")
   everything = [
     worst
     for result in results["cases"].values()

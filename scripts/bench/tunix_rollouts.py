@@ -49,15 +49,26 @@ def load(job, mesh):
   )
 
 
-def critic_of(model):
-  """A copy with a value head; Tunix's own maker of it wants an untied one."""
-  graph, state = nnx.split(model)
-  critic = nnx.merge(graph, jax.tree.map(jnp.copy, state))
-  critic.config = dataclasses.replace(critic.config, weight_tying=False)
-  critic.lm_head = nnx.Linear(
-    critic.config.embed_dim, 1, use_bias=False, rngs=nnx.Rngs(0)
-  )
-  return critic
+class Critic(nnx.Module):
+  """A copy of a Llama with a value head, as Tunix's PPO calls it.
+
+  Its own maker of critics wants an untied head, and its Llama does not take the
+  segments that it is called with, of which there is one.
+  """
+
+  def __init__(self, model):
+    graph, state = nnx.split(model)
+    self.model = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    self.model.config = dataclasses.replace(model.config, weight_tying=False)
+    self.model.lm_head = nnx.Linear(
+      model.config.embed_dim, 1, use_bias=False, rngs=nnx.Rngs(0)
+    )
+
+  def __call__(
+    self, tokens, positions, cache, attention_mask, segment_ids=None
+  ):
+    del segment_ids
+    return self.model(tokens, positions, cache, attention_mask)
 
 
 def watched(tx):
@@ -99,7 +110,7 @@ def cluster_of(job, mesh):
   return rl_cluster.RLCluster(
     actor=model,
     reference=load(job, mesh),
-    critic=critic_of(model) if ppo else None,
+    critic=Critic(model) if ppo else None,
     tokenizer=transformers.AutoTokenizer.from_pretrained(job["model"]),
     cluster_config=config,
   )

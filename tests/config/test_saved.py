@@ -19,6 +19,8 @@ def saved_before(lora=False):
   config = topology.config_of()
   config.lora = common.lora() if lora else None
   saved = config.to_dict()
+  if lora:
+    del saved["lora"]["zero"]
   del saved["ref_mix"], saved["ref_every"], saved["train"]["max_noise"]
   saved.pop("sweep", None)
   del saved["export"]["public"]
@@ -47,7 +49,9 @@ def test_later_fields_of_samples_are_as_where_nobody_asks():
 
 def test_the_reference_of_an_adapter_has_its_new_name(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(saved_before(lora=True)))
-  assert saved_lib.saved_config(tmp_path).ref == "base"
+  config = saved_lib.saved_config(tmp_path)
+  assert config.ref == "base"
+  assert config.lora.zero == "b"
 
 
 def test_another_reference_is_refused_where_it_was_saved():

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_jax.config import load as load_lib
 from dpo_jax.data.tokens import comparisons
-from dpo_jax.eval import frontier, generate, rewards
+from dpo_jax.eval import completions, frontier, generate, rewards
 from dpo_jax.run import build, forward, trained
 from tests import conftest, folders, worlds
 
@@ -178,6 +178,6 @@ def test_the_rows_are_the_draws_of_the_policy(setup, trees, measured):
   given = generate.prompts(setup)
   drawn = [d for batch in generate.draws(setup, trees[0], given) for d in batch]
   scorers = [rewards.load("vader")]
-  described = generate.describe(drawn, scorers, 8, None)
+  described = completions.describe(drawn, scorers, 8, None)
   for row, want in zip(rows, described, strict=True):
     assert row == {**want, "kl": row["kl"], "log_ratio": row["log_ratio"]}

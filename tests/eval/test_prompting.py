@@ -10,7 +10,14 @@ from dpo_jax import preflight
 from dpo_jax.config import load as load_lib
 from dpo_jax.config import saved
 from dpo_jax.data.tokens import tokenize
-from dpo_jax.eval import best_of, frontier, generate, prompting, rewards
+from dpo_jax.eval import (
+  best_of,
+  completions,
+  frontier,
+  generate,
+  prompting,
+  rewards,
+)
 from dpo_jax.run import build, checks, trained
 from tests import conftest, folders, templates, worlds
 
@@ -219,7 +226,7 @@ def letters(monkeypatch):
 
 def drawn(setup, params, workdir, *overrides):
   here = folders.asking(setup, load(*overrides))
-  rows = generate.write(here, params, {}, workdir)
+  rows = completions.write(here, params, {}, workdir)
   lines = (workdir / "completions.jsonl").read_text().splitlines()
   assert rows == [json.loads(line) for line in lines]
   return rows

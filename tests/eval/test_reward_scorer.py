@@ -12,7 +12,7 @@ import dpo_jax
 from dpo_jax import cli
 from dpo_jax.config import load as load_lib
 from dpo_jax.data.tokens import vocabulary
-from dpo_jax.eval import generate, rewards
+from dpo_jax.eval import completions, generate, rewards
 from dpo_jax.run import build, gain, trained
 from tests import conftest, folders
 from tests.models import parity
@@ -262,7 +262,7 @@ def test_scores_that_are_not_one_number_a_text_are_refused(
     )
     setup = build.prepare_model(policy)
     with pytest.raises(ValueError, match="scorer 'mine'"):
-      generate.write(setup, trained.initial(setup), {}, tmp_path)
+      completions.write(setup, trained.initial(setup), {}, tmp_path)
     assert (tmp_path / "completions.jsonl").read_text() == ""
 
 

@@ -12,7 +12,7 @@ from sklearn.feature_extraction import text as features
 
 from dpo_jax.config import load as load_lib
 from dpo_jax.data.tokens import comparisons
-from dpo_jax.eval import generate, rewards
+from dpo_jax.eval import completions, generate, rewards
 from dpo_jax.run import build, forward
 from tests import conftest, folders
 
@@ -226,7 +226,7 @@ def test_an_implicit_reward_of_draws_is_of_their_tokens(trained):
   np.testing.assert_allclose(
     score.of_draws(draws([], ids=[7])), texts, atol=1e-4
   )
-  (row, *_) = generate.describe(
+  (row, *_) = completions.describe(
     draws([]), [rewards.Scorer("it", score)], 1, None
   )
   assert row["reward/it"] == round(float(cut[0]), 6)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from configs import common, dpo, online, quickstart, reward, sft
+from configs import common, dpo, online, ppo, quickstart, reward, sft
 from dpo_jax.data.batch import order
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import bpe
-from dpo_jax.ops import losses
+from dpo_jax.ops import losses, rl
 from dpo_jax.run import build as build_lib
 from dpo_jax.run import trained
 from dpo_jax.train import checkpoint
@@ -51,6 +51,7 @@ class World(NamedTuple):
     adapter: folder of a PEFT adapter of it.
     run: folder of a run of the micro model.
     tokenizer: folder of one.
+    reward: folder of a reward model of the micro model.
   """
 
   data: str
@@ -60,6 +61,7 @@ class World(NamedTuple):
   adapter: str
   run: str
   tokenizer: str
+  reward: str
 
 
 def build(folder):
@@ -77,6 +79,8 @@ def build(folder):
   bpe.train([row["prompt"] for row in toy], 270, world.tokenizer)
   _write_published(pathlib.Path(world.model), pathlib.Path(world.adapter))
   _write_run(pathlib.Path(world.run), _dpo(world).lock())
+  whole = _with(_reward(world), reward__centred=False)
+  _write_run(pathlib.Path(world.reward), whole.lock())
   return world
 
 
@@ -111,7 +115,7 @@ def _write_published(model, adapter):
 
 def _write_run(folder, config):
   """A run folder whose parameters are all 1."""
-  shapes = trained.model_shapes(build_lib.prepare_model(config))
+  shapes = trained.trained_shapes(build_lib.prepare_model(config))
   params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
   zero = jnp.zeros((), jnp.int32)
   state = state_lib.TrainState(zero, params, {}, {}, {}, zero)
@@ -224,14 +228,41 @@ def _published(w):
   return c
 
 
+def _ppo(w, arg="", **fields):
+  return _drawn(ppo.get_config(f"smoke{arg}"), w, **fields)
+
+
 def _online(w, arg="", **fields):
-  """Rollouts that are compared, of two iterations."""
-  c = _small(online.get_config(f"smoke{arg}"), w)
+  return _drawn(online.get_config(f"smoke{arg}"), w, **fields)
+
+
+def _drawn(c, w, **fields):
+  """Rollouts of which every prompt is drawn once in two iterations or so."""
+  c = _small(c, w)
   c.data.eval, c.data.max_completion_length = None, 8
   c.data.batch_size, c.data.shape_multiple = 8, 8
   c.rollout.prompts, c.rollout.epochs, c.rollout.batch_size = 16, 2, 16
   c.train.steps = 12
   return _with(c, **fields)
+
+
+def _rollouts_of_ppo(w):
+  return _ppo(
+    w,
+    rollout__kl_target=3.0,
+    rollout__kl_horizon=100,
+    rollout__missing_end="subtract",
+    rollout__missing_score=0.5,
+    rollout__warmup=1,
+  )
+
+
+def _rollouts_of_rloo(w):
+  return _ppo(w, ",loss=rloo", rollout__prefix=(4, 24), rollout__draws=2)
+
+
+def _critic_copied(w):
+  return _ppo(w, rollout__critic="copy", init_from=w.run)
 
 
 def _pairs_drawn(w):
@@ -294,6 +325,9 @@ BASES = {
   "reward": Base(_reward, leave=_SHAPE),
   "reward of samples": Base(_reward_of_samples, "reward."),
   "quickstart": Base(_quickstart, leave=_SHAPE),
+  "ppo": Base(_rollouts_of_ppo, "rollout."),
+  "rloo": Base(_rollouts_of_rloo, "rollout."),
+  "critic": Base(_critic_copied, "rollout.critic"),
   "simpo": Base(_simpo, leave=_SHAPE),
   "kto": Base(_kto, leave=_SHAPE),
   "published": Base(_published),
@@ -314,5 +348,13 @@ BASES = {
       ("loss.name",),
     )
     for name in OF_REWARDS
+  },
+  **{
+    f"loss={name}": Base(
+      functools.partial(_ppo, arg=f",loss={name}"),
+      "loss.",
+      ("loss.name",),
+    )
+    for name in rl.ESTIMATORS
   },
 }

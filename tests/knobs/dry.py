@@ -20,12 +20,13 @@ import numpy as np
 
 from dpo_jax import export, loop, sweeps, tree, verbs
 from dpo_jax.config import load
-from dpo_jax.eval import generate
-from dpo_jax.models import sample as sample_lib
+from dpo_jax.data.batch import loader
+from dpo_jax.eval import completions
 from dpo_jax.run import build, forward, gain, held_out
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import checkpoint, log
 from dpo_jax.train import state as state_lib
+from tests.knobs import drawn
 from tests.knobs import plan as plan_lib
 
 NOISE = 0.05  # rewards at step 0 of the steps that cost nothing
@@ -71,6 +72,7 @@ def command(plan):
 
 def training(plan):
   """What `train` logs, evaluates, saves and stores, at which steps."""
+  build.check(plan.config)
   peaks = (plan.before or plan).once("peaks", plan_lib.peaks)
   events = []
 
@@ -119,6 +121,10 @@ def training(plan):
     )
     run, _ = plan_lib.run_of(plan._replace(cache={}))
     run = run._replace(step=_free_step(run, peaks))
+    if run.feed.loader is None:  # what is drawn is a part of its own
+      stats = loader.Stats(1, 1, 1, 1, 1, 1.0)
+      feed = run.feed._replace(batch=lambda number, state: ({}, stats))
+      run = run._replace(feed=feed)
     try:
       loop.fit(plan.config, folder / "run", run)
     except (ValueError, FloatingPointError) as error:
@@ -186,20 +192,10 @@ def sampling(plan):
   """What `sample` asks of the sampler, and the files that it writes."""
   setup, _ = plan_lib.setup_of(plan)
   calls = []
-
-  def draw(params, tokens, lengths, numbers, key, **options):
-    arrays = tokens, lengths, numbers, jax.random.key_data(key)
-    calls.append((tokens.shape, options, plan_lib.digest(*arrays)))
-    rng = np.random.default_rng(int(calls[-1][2], 16))
-    shape = len(tokens), options["max_new_tokens"]
-    letters = rng.integers(ord("a"), ord("z"), shape, np.int32)
-    ends = np.full(len(tokens), shape[1])
-    return sample_lib.Samples(letters, ends, ends == 0, np.zeros(shape))
-
   with _folder() as folder, contextlib.redirect_stdout(io.StringIO()):
-    programs = setup.programs._replace(sample=draw)
+    programs = setup.programs._replace(sample=drawn.sampler(calls))
     setup = setup._replace(programs=programs)
-    generate.write(setup, None, {}, folder)
+    completions.write(setup, None, {}, folder)
     return calls, _files(folder)
 
 
@@ -253,6 +249,7 @@ def exporting(plan):
       (trained_lib, "initial", zeros),
       (trained_lib, "merged", zeros),
       (trained_lib, "restored", trained),
+      (gain, "read", lambda *_: (1.0, 0.0)),
       (export, "push", lambda folder, *to: pushed.append(to)),
     )
     verbs.export(plan.config, folder, None)

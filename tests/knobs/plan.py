@@ -5,9 +5,9 @@ jaxpr of a step without its dead code, the batches of the loader; those of
 dry.py. A field that changes no part of a config has no effect in it.
 """
 
-import hashlib
 import re
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -17,10 +17,11 @@ from dpo_jax import tree
 from dpo_jax.algos import base
 from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run as run_lib
-from dpo_jax.run import build
+from dpo_jax.run import build, critic
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import step as step_lib
 from tests import worlds
+from tests.knobs import drawn
 
 
 class Plan(NamedTuple):
@@ -73,16 +74,7 @@ def run_of(plan):
   return _prepared(plan, "its run", build.prepare)
 
 
-def digest(*values):
-  """Of the content of arrays, or of bytes."""
-  out = hashlib.blake2b(digest_size=8)
-  for x in values:
-    if not isinstance(x, bytes):
-      x = np.asarray(x)
-      out.update(f"{x.dtype}{x.shape}".encode())
-      x = x.tobytes()
-    out.update(x)
-  return out.hexdigest()
+digest = drawn.digest
 
 
 def traced(fn, *args):
@@ -142,7 +134,30 @@ def _initial_state(plan):
   if setup.source.spec is not None:  # files are read, not traced
     kept = plan.once("its base", lambda _: trained_lib.initial(setup))
     setup = setup._replace(base=kept)
-  return lambda: build.initial_state(run, trained_lib.initial(setup))
+
+  def initial_state():
+    with mock.patch.object(critic, "started", lambda *args: begun(*args)):
+      return build.initial_state(run, trained_lib.initial(setup))
+
+  def begun(setup, base, params):
+    """As files of a reward model say, which are read and not traced."""
+    read = plan.once("its critic", lambda _: _read_critic(setup))
+    return {**params, "critic": read["critic"], "value": read["value"]}
+
+  return initial_state
+
+
+def _read_critic(setup):
+  """What critic.started makes of zeros."""
+  with jax.ensure_compile_time_eval():
+    zeros = jax.tree.map(
+      lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
+      trained_lib.trained_shapes(setup),
+    )
+    return _STARTED(setup, None, zeros)
+
+
+_STARTED = critic.started
 
 
 def _state(plan):
@@ -154,10 +169,18 @@ def _state(plan):
 def data(plan):
   """Which examples come when, and as which arrays."""
   run, _ = run_of(plan)
+  if run.feed.loader is None:
+    return [run.total, drawn_of(plan)[0]]
   parts = [run.total, _batches(run.feed.loader)]
   if plan.config.data.eval is not None:
     parts.append(_batches(run.held_out.loader()[0]))
   return parts
+
+
+def drawn_of(plan):
+  """(what rollouts draw and learn from, the first batch of it)."""
+  run, _ = run_of(plan)
+  return plan.once("drawn", lambda _: drawn.of_run(plan.config, run))
 
 
 def _batches(loader):
@@ -174,7 +197,7 @@ def step(plan):
   run, precision = run_of(plan)
   setup, state = run.setup, _state(plan)
   call = run.step
-  batch = run_lib.place_batch(_batch(run), setup.mesh, setup.mode)
+  batch = run_lib.place_batch(_batch(plan), setup.mesh, setup.mode)
   args = state, batch, run.hparams
   with jax.default_matmul_precision(precision):
     if setup.mode == "pmap":
@@ -186,8 +209,11 @@ def step(plan):
   return found, _values_read(run, found), _about(state)
 
 
-def _batch(run):
+def _batch(plan):
   """A batch, with log-probs of a cached reference where the step needs them."""
+  run, _ = run_of(plan)
+  if run.feed.loader is None:
+    return drawn_of(plan)[1]
   batch, _ = run.feed.loader.batch(0)
   if not run.reference.cached:
     return batch
@@ -209,14 +235,14 @@ def _features(plan):
 
 def features(plan):
   """What the loss reads of policy, reference and batch."""
-  run, precision = run_of(plan)
+  _, precision = run_of(plan)
   with jax.default_matmul_precision(precision):
-    return traced(_features(plan), _state(plan), _batch(run))
+    return traced(_features(plan), _state(plan), _batch(plan))
 
 
 def _read_by_loss(plan):
   """(moving, fixed), abstract."""
-  return jax.eval_shape(_features(plan), _state(plan), _batch(run_of(plan)[0]))
+  return jax.eval_shape(_features(plan), _state(plan), _batch(plan))
 
 
 def peaks(plan):

@@ -42,6 +42,7 @@ VALUES = {
   "loss.dialect": ("trl_1",),
   "loss.bco.dialect": ("trl_1",),
   "lora.targets": ((r"attn/\w+/kernel$",),),
+  "lora.zero": ("a",),
   "lora.base": ("bfloat16", "float32"),
   "optim.schedule": ("linear", "constant"),
   "optim.freeze": (("attn",),),
@@ -81,6 +82,21 @@ VALUES = {
   "mesh.data": (4,),
   "mesh.fsdp": (2,),
   "mesh.tensor": (2,),
+  "rollout.scorer": lambda w: (f"tfidf:{w.labelled}",),
+  "rollout.prefix": ((4, 16),),
+  "rollout.prompts": (24,),
+  "rollout.kl_target": (6.0,),
+  "rollout.kl_horizon": (200,),
+  "rollout.kl_stop": (0.5,),
+  "rollout.missing_score": (0.25,),
+  "rollout.critic": ("copy", "head"),
+  "rollout.critic_from": lambda w: (w.reward,),
+  "loss.gamma": (0.9,),
+  "loss.lam": (0.5,),
+  "loss.value_lam": (0.5,),
+  "loss.average": ("sums", "means"),
+  "loss.whiten": ("both", "rewards"),
+  "loss.scale": ("none",),
   "export.folder": ("elsewhere",),
   "export.form": ("adapter", "merged"),
   "export.dtype": ("bfloat16",),
@@ -116,6 +132,15 @@ def _adapter(c, w):
   c.ref_mix = 1.0 if c.ref == "ema" else None
 
 
+def _rollouts(c, w):
+  c.rollout = common.rollout()
+
+
+def _other_end(c, w):
+  c.rollout.missing_end = "replace"
+  c.rollout.missing_score = c.rollout.missing_score or 0.5
+
+
 def _other_labels(c, w):
   c.rollout.labels, c.rollout.label_scale = "deterministic", None
 
@@ -139,6 +164,8 @@ EDITS = {
   "optim.name": _other_optimizer,
   "loss.divergence": _other_divergence,
   "lora": _adapter,
+  "rollout": _rollouts,
+  "rollout.missing_end": _other_end,
   "rollout.labels": _other_labels,
   "model.position": _other_position,
   "model.max_positions": _other_limit,

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_jax import tree
 from dpo_jax.algos import base as base_lib
-from dpo_jax.models import decoder, lora
+from dpo_jax.models import decoder, lora, unstacked
 from tests import worlds
 
 ALL = (r"(attn|mlp)/\w+/kernel$",)
@@ -39,11 +39,13 @@ def logps(name):
 merge = jax.jit(lora.merge)
 
 
-@pytest.mark.parametrize("name", list(worlds.MODELS))
-def test_a_new_adapter_changes_nothing(name):
+@pytest.mark.parametrize(
+  ("name", "zero"), [*((name, "b") for name in worlds.MODELS), ("window", "a")]
+)
+def test_a_new_adapter_changes_nothing(name, zero):
   _, base, _ = world(name)
-  new = lora.init(jax.random.key(1), base, 4, ALL)
-  # A new B is 0, so that A B adds an exact 0: no bit depends on A.
+  new = lora.init(jax.random.key(1), base, 4, ALL, zero)
+  # A factor is 0, so that A B adds an exact 0: no bit depends on the other.
   jax.tree.map(np.testing.assert_array_equal, merge(base, new, SCALE), base)
   got = logps(name)(lora.graft(base, new, SCALE))
   zeros = jax.tree.map(np.zeros_like, new)
@@ -115,6 +117,32 @@ def test_decoding_with_a_cache_sees_the_adapter():
   np.testing.assert_allclose(grafted, merged, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_their_own_compute_what_the_stack_does(kind, dtype):
+  """With an adapter, which is merged in f32 alone, on a quantised base."""
+  model, base, adapter = world("llama")
+  config = dataclasses.replace(model.config, dtype=dtype)
+  model = decoder.build(config, worlds.VOCAB)
+  held = {path: lora.store(path, x, kind) for path, x in tree.named(base)}
+  params = lora.graft(tree.nest(held), adapter, SCALE)
+  tokens = jax.random.randint(jax.random.key(3), (2, 1), 0, worlds.VOCAB)
+  cache = model.init_cache(2, 3)
+  at = jnp.zeros((2, 1), jnp.int32)
+  layers = unstacked.params_of(config, params)
+  for leaf in jax.tree.leaves(layers["layers"][0]["mlp"]["up"]["kernel"]):
+    assert leaf.dtype == dtype
+  merged = "lora_a" not in layers["layers"][0]["mlp"]["up"]
+  assert merged == (dtype == "float32")
+  decode = jax.jit(model.decode)
+  want, _ = decode(params, tokens, at, cache)
+  got, _ = decode(layers, tokens, at, unstacked.cache_of(cache))
+  # Logits of order 1, of f32 sums in another order; bf16 has 8 bits.
+  tolerance = 2e-5 if dtype == "float32" else 5e-2
+  want, got = (np.asarray(x)[..., : worlds.VOCAB] for x in (want, got))
+  np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize(
   ("kind", "changes"),
   [
@@ -172,6 +200,19 @@ def test_targets_choose_kernels_by_path():
   for wrong in ("attn/w/kernel", "embed/tokens", "norm"):
     with pytest.raises(ValueError, match="matches no kernel of a layer"):
       lora.init(jax.random.key(0), base, 2, (wrong,))
+
+
+def test_either_factor_of_a_new_adapter_is_zero_and_the_other_is_not():
+  _, base, _ = world("llama")
+  for zero, other in (("b", "a"), ("a", "b")):
+    new = lora.init(jax.random.key(0), base, 64, ALL, zero)
+    for path, x in tree.named(new):
+      assert np.any(x) == path.endswith(other), path
+  b = new["layers"]["attn"]["q"]["lora_b"]
+  # Normal, 1/√r: 4,096 draws, so a gradient through it keeps its size.
+  assert math.isclose(float(jnp.std(b)), 64**-0.5, rel_tol=0.05)
+  with pytest.raises(ValueError, match=r"lora\.zero.*'b'"):
+    lora.init(jax.random.key(0), base, 4, ALL, "c")
 
 
 def test_the_scale_is_alpha_over_rank_or_over_its_root():

@@ -4,12 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from scripts.bench import cases, driver, inputs, protocol, rounds, summary
+from scripts.bench import (
+  cases,
+  driver,
+  inputs,
+  prompts,
+  protocol,
+  rounds,
+  summary,
+)
 from tests import conftest
 
 
@@ -138,6 +147,107 @@ def test_the_peers_read_the_examples_in_the_order_of_ours(tmp_path):
     assert max(len(chosen), len(rejected)) <= mix.max_completion
 
 
+def test_the_peers_draw_for_the_prompts_of_ours_in_its_order(
+  tmp_path, monkeypatch
+):
+  from dpo_jax.config import load
+  from dpo_jax.eval import generate, rewards
+  from dpo_jax.run import build
+
+  case, asked = cases.SMOKE_ROLLOUTS, []
+
+  class Asked(Exception):
+    pass
+
+  def draws(setup, policy, given, **_):
+    asked.extend(text for text, _ in given)
+    raise Asked
+
+  prompts.make(tmp_path, case, 3)
+  job = prompts.job(tmp_path, case, 3, ())
+  monkeypatch.setattr(generate, "draws", draws)
+  scores = protocol.Scores(job)
+  monkeypatch.setitem(rewards.SCORERS, "bench", lambda _: scores)
+  run = build.prepare(load.load_config(job["config"], job["fields"]))
+  state = types.SimpleNamespace(params=None, frozen={})
+  for number in range(3):
+    with pytest.raises(Asked):
+      run.feed.batch(number, state)
+  in_order = (tmp_path / "in_order.jsonl").read_text().splitlines()
+  assert asked == [json.loads(line)["prompt"] for line in in_order]
+
+
+def test_a_score_is_a_share_of_even_words_and_short_draws_are_refused():
+  score = protocol.Scores({"max_completion": 4})
+  assert score([""], [""]) == [0.0]  # how a feed tries a scorer
+  assert score(["", ""], ["2 4 6 7", "1 3 5 7"]) == [0.75, 0.0]
+  assert score.means == [0.0, 0.375]
+  with pytest.raises(ValueError, match="5 tokens were drawn, of 8"):
+    score(["", ""], ["2 4 6 7", "1"])
+
+
+def test_parts_are_taken_once():
+  parts = protocol.Parts()
+  twice = parts.of("twice", lambda x: 2 * x)
+  assert twice(2) == twice(twice(1)) == 4
+  assert parts.take()["twice"] > 0
+  assert parts.take() == {}
+
+
+def on_policy(**systems):
+  """Results of two rounds on policy."""
+  case = cases.SMOKE_ROLLOUTS._replace(systems=tuple(systems))
+  result = {
+    "case": case._asdict(),
+    "mix": cases.MIXES[case.mix]._asdict(),
+    "rounds": 2,
+    "steps": 1,
+    "pairs": case.units,
+    "tokens": [64, 64],
+    "flops": [1e9, 1e9],
+    "malloc": "any",
+    "systems": systems,
+    "disagreement": {},
+    "unlike": rounds.unlike(case, systems),
+  }
+  return {"machine": "2-core CPU", "cases": {case.name: result}}
+
+
+def iterations(seconds, scores, norms):
+  told = {"scores": scores, "norms": norms}
+  parts = [{"sample": 0.6 * s, "update": 0.3 * s} for s in seconds]
+  return {**worker(seconds), **told, "parts": parts}
+
+
+@pytest.mark.parametrize(
+  ("scores", "norms", "says"),
+  [
+    ([0.5, 0.45], [1.1, 1.0], None),
+    ([0.9, 0.95], [1.1, 1.0], "mean score 0.425 from ours"),
+    ([0.5, 0.45], [64.0, 70.0], "gradients of 67.00 × the norm of ours"),
+    ([0.5, 0.45], [1.0, float("nan")], "gradients of nan"),
+  ],
+)
+def test_a_system_on_policy_that_does_other_work_fails_the_run(
+  scores, norms, says, capsys
+):
+  """Scores of 64 coin tosses have a standard error of 0.06."""
+  ours = iterations([1, 4], [0.5, 0.5], [1.0, 1.0])
+  trl = iterations([5, 12], scores, norms)
+  found = on_policy(ours=ours, trl=trl, matmul=worker([1, 2], flops=4e9))
+  assert driver.report(found, None) == (0 if says is None else 1)
+  assert (says or "") in capsys.readouterr().out
+
+
+def test_a_table_on_policy_counts_completions_and_tells_the_parts():
+  ours = iterations([1, 4], [0.5, 0.5], [1.0, 1.0])
+  found = on_policy(ours=ours, matmul=worker([1, 2], flops=4e9))
+  table = summary.table(found)
+  assert "completions/s" in table
+  assert "pairs" not in table
+  assert "dpo_jax: 2.5 s an iteration; sample 1.5, update 0.8" in table
+
+
 def test_lengths_have_the_mean_they_are_asked_for():
   found = inputs.lengths(np.random.default_rng(0), 150, 10_000, 20_000)
   assert abs(found.mean() - 150) < 1  # standard error 0.4
@@ -181,7 +291,7 @@ def run(out, *options):
 def test_ours_and_the_padded_step_run_by_turns_and_agree(tmp_path):
   out = tmp_path / "results.json"
   assert "agree with ours" in run(out, "--smoke")
-  (result,) = json.loads(out.read_text())["cases"].values()
+  result, on_policy = json.loads(out.read_text())["cases"].values()
   assert set(result["systems"]) == {"ours", "padded", "matmul"}
   for name in ("ours", "padded"):
     found = result["systems"][name]
@@ -189,6 +299,9 @@ def test_ours_and_the_padded_step_run_by_turns_and_agree(tmp_path):
     assert len(found["seconds"]) == 1
     assert found["facts"]["compilations"] >= 1
   assert result["disagreement"]["padded"] < 1e-5
+  found = on_policy["systems"]["ours"]
+  assert set(found["parts"][0]) >= {"sample", "score", "measure", "update"}
+  assert 0 < found["norms"][0] < np.inf
   assert str(conftest.ROOT) not in out.read_text()
 
 

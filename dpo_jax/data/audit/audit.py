@@ -28,6 +28,12 @@ def audit(name, options, limits, kind, with_scores):
     then for all if there are several], "checks": see `counts.checks`}.
   Raises: ValueError for what is wrong with a file, or with the config.
   """
+  if kind not in comparisons.FORMS:
+    raise ValueError(
+      f"audit looks at completions, and data.train = {options.train!r} is of "
+      "prompts alone, which the policy answers; audit what it was trained on "
+      "before, with that config"
+    )
   tokenizer = tokenize.load(name)
   written = tokenizer.specials
   about = {

@@ -1,0 +1,134 @@
+"""Draws of a policy as a file of its folder, scored, and compared."""
+
+import hashlib
+import json
+
+import jax
+from etils import epath
+
+from dpo_jax import progress, store
+from dpo_jax.data.read import fields, files, pairs
+from dpo_jax.eval import best_of, generate, prompting, rewards, statistics
+
+
+def write(setup, params, identity, workdir):
+  """Draws completions into `completions.jsonl`, and comparisons of them.
+
+  A run that stopped goes on where it was; what is complete is left alone. With
+  sample.labels other than "none" the comparisons go to `pairs.jsonl`, and with
+  sample.best_of what the best of them are worth to `best_of.json`.
+
+  Args:
+    setup: base.Setup.
+    params: placed parameters of the policy.
+    identity: plain dict of what the draws depend on.
+    workdir: folder.
+  Returns: list of dicts, one a draw, as in the file.
+  Raises: ValueError if the folder holds draws of something else.
+  """
+  if jax.process_count() > 1:
+    raise ValueError("sampling runs in one process; sample the run afterwards")
+  options = setup.sample
+  scorers = rewards.load_all(options.scorers)
+  if options.labels != "none" and not scorers:
+    raise ValueError("sample.labels needs a scorer: set sample.scorers")
+  workdir = epath.Path(workdir)
+  path, given = workdir / "completions.jsonl", generate.prompts(setup)
+  generate.check(scorers, given)
+  digest = hashlib.blake2b(repr(given).encode(), digest_size=8).hexdigest()
+  ends = setup.tokenizer.end_ids
+  identity = {**identity, "prompts": digest}
+  if len(ends) > 1:  # the EOS alone is the tokenizer's
+    identity["ends"] = ends
+  total = len(given) * options.draws
+  rows = _continue(path, identity, options.batch_size, total)
+  if len(rows) < total:
+    batches = generate.draws(setup, params, given, skip=len(rows))
+    with path.open("a") as file:
+      for batch in progress.over(
+        batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
+      ):
+        batch = prompting.stopped(setup, batch)
+        new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
+        file.write("".join(json.dumps(row) + "\n" for row in new))
+        file.flush()
+        rows += new
+  if options.best_of:
+    measured = best_of.measure(rows, options.best_of, ranking(options, scorers))
+    text = json.dumps(statistics.plain(measured), indent=2) + "\n"
+    store.write(workdir / "best_of.json", text.encode())
+    print(best_of.table(measured))
+  if options.labels != "none":
+    first = f"reward/{scorers[0].name}"
+    labelled = [{**row, "reward": row[first]} for row in rows]
+    out, left_out = pairs.records(labelled, options.labels, options.seed)
+    text = "".join(json.dumps(record) + "\n" for record in out)
+    store.write(workdir / "pairs.jsonl", text.encode())
+    count = sum(len(record["pairs"]) for record in out)
+    missing = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
+    print(
+      f"{count} comparisons of {len(out)} prompts in {workdir / 'pairs.jsonl'}"
+      f"{f' (left out: {missing})' if missing else ''}"
+    )
+  return rows
+
+
+def ranking(options, scorers):
+  """Key of the reward that ranks draws, of sample.rank_by.
+
+  Args: config.sample; list of rewards.Scorer, of its scorers.
+  """
+  place = 0
+  if options.rank_by is not None:
+    place = options.scorers.index(options.rank_by)
+  return f"reward/{scorers[place].name}"
+
+
+def describe(batch, scorers, count, bos_id):
+  """Draws as plain dicts, with their rewards.
+
+  With `count` draws a prompt, "id" numbers the prompts. "bos" is False where
+  the prompt begins without the BOS that there is: whoever reads the text again
+  must put none in front.
+  """
+  scores = {
+    f"reward/{scorer.name}": rewards.of_draws(scorer, batch)
+    for scorer in scorers
+  }
+  return [
+    {
+      "id": draw.id // count,
+      "prompt": draw.prompt,
+      **({} if bos_id in (None, draw.prompt_ids[0]) else {"bos": False}),
+      "completion": draw.completion,
+      "finished": draw.finished,
+      "length": len(draw.ids),
+      "tokens": draw.ids,
+      **{name: round(float(values[i]), 6) for name, values in scores.items()},
+    }
+    for i, draw in enumerate(batch)
+  ]
+
+
+def _continue(path, identity, batch_size, total):
+  """The rows of whole batches that are there; the file is cut to them."""
+  about, resumed = path.parent / "completions.json", path.exists()
+  if resumed:
+    saved = store.read_json(about) if about.exists() else None
+    if saved != json.loads(json.dumps(identity)):
+      raise ValueError(
+        f"{path} was drawn from another policy, prompts or settings; delete "
+        "it, or use a new --workdir (and name the policy's run by "
+        "--config.init_from)"
+      )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  about.write_text(json.dumps(identity))
+  rows = []
+  for _, row in files.jsonl(path) if resumed else ():
+    if isinstance(row, fields.BadRecord):
+      break  # cut short by a kill; a draw has its place by its number
+    rows.append(row)
+  if len(rows) < total:
+    rows = rows[: len(rows) // batch_size * batch_size]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return rows
