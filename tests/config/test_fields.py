@@ -18,8 +18,13 @@ SELECTED = ("loss.", "model.", "optim.")
 
 
 def paths():
-  """The fields of configs/base.py, with an adapter, of every optimiser."""
-  out = {"lora"}
+  """The fields of configs/base.py, with an adapter, of every optimiser.
+
+  And of all rollouts.
+  """
+  out = {"lora", "rollout"}
+  for section in (common.rollout(), common.rollout_of_comparisons()):
+    out |= {f"rollout.{name}" for name in section}
   for name in optimizers.OPTIMIZERS:
     config = base.get_config()
     config.optim, config.lora = common.optim(name), common.lora()

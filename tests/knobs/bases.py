@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from configs import common, dpo, ppo, quickstart, reward, sft
+from configs import common, dpo, online, ppo, quickstart, reward, sft
 from dpo_jax.data.batch import order
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import bpe
@@ -229,8 +229,16 @@ def _published(w):
 
 
 def _ppo(w, arg="", **fields):
+  return _drawn(ppo.get_config(f"smoke{arg}"), w, **fields)
+
+
+def _online(w, arg="", **fields):
+  return _drawn(online.get_config(f"smoke{arg}"), w, **fields)
+
+
+def _drawn(c, w, **fields):
   """Rollouts of which every prompt is drawn once in two iterations or so."""
-  c = _small(ppo.get_config(f"smoke{arg}"), w)
+  c = _small(c, w)
   c.data.eval, c.data.max_completion_length = None, 8
   c.data.batch_size, c.data.shape_multiple = 8, 8
   c.rollout.prompts, c.rollout.epochs, c.rollout.batch_size = 16, 2, 16
@@ -255,6 +263,11 @@ def _rollouts_of_rloo(w):
 
 def _critic_copied(w):
   return _ppo(w, rollout__critic="copy", init_from=w.run)
+
+
+def _pairs_drawn(w):
+  fields = {"missing_end": "subtract", "missing_score": 0.5, "prefix": (4, 24)}
+  return _online(w, **{f"rollout__{k}": v for k, v in fields.items()})
 
 
 # Layers that see a window, and what Gemma has beside.
@@ -318,6 +331,9 @@ BASES = {
   "simpo": Base(_simpo, leave=_SHAPE),
   "kto": Base(_kto, leave=_SHAPE),
   "published": Base(_published),
+  "online": Base(_pairs_drawn, "rollout."),
+  "ranked": Base(lambda w: _online(w, ",loss=plackett_luce"), "rollout."),
+  "best": Base(lambda w: _online(w, ",loss=nll"), "rollout."),
   "window": Base(_model(_WINDOW), "model."),
   "learned": Base(_model(_LEARNED), "model."),
   "divergence": Base(lambda w: _dpo(w, ",divergence=alpha"), "loss."),

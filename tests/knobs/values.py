@@ -71,6 +71,7 @@ VALUES = {
   "sample.labels": ("deterministic",),
   "reward.completions": ("toy:12",),
   "reward.count": (8, 32),
+  "rollout.compare": ("best_worst",),
   "train.steps": (4,),
   "train.max_noise": (0.01,),
   "train.max_skipped": (1,),
@@ -140,6 +141,10 @@ def _other_end(c, w):
   c.rollout.missing_score = c.rollout.missing_score or 0.5
 
 
+def _other_labels(c, w):
+  c.rollout.labels, c.rollout.label_scale = "deterministic", None
+
+
 def _other_position(c, w):
   learned = c.model.position == "learned"
   c.model.position = "rotary" if learned else "learned"
@@ -161,6 +166,7 @@ EDITS = {
   "lora": _adapter,
   "rollout": _rollouts,
   "rollout.missing_end": _other_end,
+  "rollout.labels": _other_labels,
   "model.position": _other_position,
   "model.max_positions": _other_limit,
 }
