@@ -1,4 +1,4 @@
-"""Which device holds what does not decide what an adapter learns (marin#4903)."""
+"""Which device holds what decides nothing of what an adapter learns."""
 
 import functools
 
