@@ -69,7 +69,7 @@ tier() { # MARK XLA-FLAGS DISTRIBUTION …
     --dist "$3" --durations=10 "${@:4}" || [[ $? == 5 ]]
 }
 
-tier "not slow${all:+ or products}" "$quick" load "$@"
+tier "not slow${all:+ or products}" "$quick" loadgroup "$@"
 [[ -n "$all" ]] || exit 0
 # Not before: what is fast must do without torch. (SmolLM2-135M is only read.)
 install --editable ".[test,examples,log,parity]"

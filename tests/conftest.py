@@ -1,5 +1,7 @@
 """Eight fake CPU devices, and matmuls in full f32, for every test."""
 
+import gc
+import itertools
 import os
 import pathlib
 import shutil
@@ -21,15 +23,55 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Linux gives a process 65,530 memory mappings, and every compiled program holds
 # some: beyond them LLVM aborts the process.
 _MAPPINGS = 25_000
+_ended = itertools.count(1)
+
+# Files of few dear tests that share next to nothing: they fill the run's end.
+_SPREAD = (
+  "tests/algos/test_own_loss.py",
+  "tests/algos/test_toy_on_policy.py",
+  "tests/parallel/test_hlo.py",
+  "tests/parallel/test_topology.py",
+  "tests/test_loop.py",
+)
 
 
 @pytest.fixture(autouse=True)
 def bounded_mappings():
-  """Lets go of compiled programs before the process runs out of mappings."""
+  """Lets go of compiled programs before the process runs out of mappings.
+
+  Linux takes milliseconds to list them, so it is asked after every tenth test.
+  """
   yield
   maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
+  if next(_ended) % 10 or not maps.exists():
+    return
+  if maps.read_bytes().count(b"\n") > _MAPPINGS:
     jax.clear_caches()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """`--dist loadgroup`: a file is one worker's, one of _SPREAD is anyone's."""
+  if config.getvalue("dist") != "loadgroup":
+    return None
+  from xdist import scheduler
+
+  by_file = scheduler.LoadFileScheduling(config, log)
+  by_file._split_scope = unit_of
+  return by_file
+
+
+def unit_of(nodeid):
+  """What goes to one worker with a test; the largest units go first."""
+  file = nodeid.partition("::")[0]
+  return nodeid if file in _SPREAD else file
+
+
+def pytest_collection_finish(session):
+  """Modules and tests stay: no collection of garbage walks them again."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
