@@ -12,7 +12,7 @@ from dpo_jax.algos import terms
 from dpo_jax.config import load as load_lib
 from dpo_jax.ops import losses
 from dpo_jax.ops.losses import base
-from tests import conftest
+from tests import conftest, folders
 
 
 def squared(policy_logps, ref_logps, *, beta):
@@ -126,7 +126,7 @@ def test_a_loss_of_the_package_that_became_another_is_seen(
   tmp_path, monkeypatch
 ):
   config = load_lib.load_config(str(conftest.ROOT / "configs/dpo.py:smoke"))
-  loop.fit(config, tmp_path)
+  folders.untrained(config, tmp_path, step=config.train.steps)
 
   def dpo(policy_logps, ref_logps, *, beta, label_smoothing):
     return squared(policy_logps, ref_logps, beta=beta + label_smoothing)

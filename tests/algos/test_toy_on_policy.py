@@ -231,21 +231,16 @@ class Killed(BaseException):
   """Stands for the end of the process."""
 
 
-def killed_before(monkeypatch, step):
-  """Has the feed end the run when it is asked for this step."""
-  whole = make_feed
+def with_own_feed(run, killed_before=None):
+  """A Run that has drawn nothing; its feed may end it before a step."""
+  made = make_feed(None, run.setup, run.algorithm)
 
-  def broken(config, setup, algorithm):
-    made = whole(config, setup, algorithm)
+  def batch(number, state):
+    if number == killed_before:
+      raise Killed
+    return made.batch(number, state)
 
-    def batch(number, state):
-      if number == step:
-        raise Killed
-      return made.batch(number, state)
-
-    return made._replace(batch=batch)
-
-  monkeypatch.setitem(build.FEEDS, "toy prompts", broken)
+  return run._replace(feed=made._replace(batch=batch))
 
 
 def checksums(folder, step=12):
@@ -273,18 +268,17 @@ WAYS = {  # and one device, in processes of their own
   ],
 )
 def test_a_run_that_ends_between_boundaries_goes_on_to_the_same_bits(
-  way, monkeypatch, tmp_path
+  way, tmp_path
 ):
   config = config_of(*WAYS[way])
-  whole = loop.fit(config, tmp_path / "whole")
-  with monkeypatch.context() as patched:
-    killed_before(patched, 6)
-    with pytest.raises(Killed):
-      loop.fit(config, tmp_path / "cut")
+  run = build.prepare(config)  # its programs are compiled once
+  whole = loop.fit(config, tmp_path / "whole", with_own_feed(run))
+  with pytest.raises(Killed):
+    loop.fit(config, tmp_path / "cut", with_own_feed(run, killed_before=6))
   # Every step was due, and the one boundary was saved.
   with checkpoint.Checkpointer(tmp_path / "cut", keep=2) as saved:
     assert saved.steps() == [4]
-  resumed = loop.fit(config, tmp_path / "cut")
+  resumed = loop.fit(config, tmp_path / "cut", with_own_feed(run))
   assert checksums(tmp_path / "cut") == checksums(tmp_path / "whole")
   assert (
     metrics(tmp_path / "cut")[-1]["loss"]
@@ -311,9 +305,10 @@ def test_a_killed_process_goes_on_to_the_same_bits_and_has_learned(tmp_path):
 
 
 def test_reinforce_raises_the_exact_expectation(tmp_path):
-  config = config_of("train.steps=40", *WAYS["2x2x2"])
-  result = loop.fit(config, tmp_path)
-  setup = build.prepare_model(config)
+  rarely = ("checkpoint.every=40", "log.every=40")
+  config = config_of("train.steps=40", *rarely, *WAYS["2x2x2"])
+  run = build.prepare(config)
+  result, setup = loop.fit(config, tmp_path, run), run.setup
   before = expected_reward(setup, trained.initial(setup))
   after = expected_reward(setup, result.state.params["model"])
   assert before < 0.1

@@ -109,6 +109,8 @@ def training(plan):
       (held_out, "evaluate", evaluate),
       (checkpoint, "Checkpointer", Checkpointer),
       (log, "peak_flops", lambda: (1.0, "")),
+      (jax.profiler, "start_trace", lambda _: events.append("traced from")),
+      (jax.profiler, "stop_trace", lambda: events.append("traced to")),
     )
     run, _ = plan_lib.run_of(plan._replace(cache={}))
     run = run._replace(step=_free_step(run, peaks))
