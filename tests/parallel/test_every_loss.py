@@ -148,7 +148,16 @@ def test_a_coupled_loss_is_that_of_the_global_batch(loss, cut, name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("cut", slow_but("mesh, accumulation"))
-@pytest.mark.parametrize("loss", NEEDY)
+# tdpo1 needs what tdpo2 needs, and mpo what nll and rpo need.
+@pytest.mark.parametrize(
+  "loss",
+  [
+    pytest.param(loss, marks=pytest.mark.slow)
+    if loss in ("tdpo2", "nll", "rpo")
+    else loss
+    for loss in NEEDY
+  ],
+)
 def test_what_a_loss_needs_does_not_depend_on_the_cut(loss, cut, name):
   got, want = compute(loss, name, **CUT[cut]), truth(loss, name)
   topology.assert_equal_up_to_rounding(got, want)
