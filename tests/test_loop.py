@@ -19,7 +19,6 @@ from dpo_jax.train import checkpoint, health, log
 from dpo_jax.train import state as state_lib
 from tests import conftest, folders
 
-pytestmark = pytest.mark.spread
 slow = pytest.mark.slow
 DRIVER = pathlib.Path(__file__).with_name("driver.py")
 
