@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax import progress, store
@@ -15,6 +16,9 @@ from dpo_jax.data.tokens import chat, tokenize
 from dpo_jax.eval import rewards
 from dpo_jax.ops import reduce
 from dpo_jax.parallel import mesh as mesh_lib
+
+# Batches whose prompts are sorted by length, and drawn before any is written.
+_WINDOW = 8
 
 
 class Draw(NamedTuple):
@@ -97,7 +101,8 @@ def draws(setup, params, given, *, skip=0):
   """Yields batches of Draws, in order.
 
   A completion depends on its prompt, its id and sample.seed, not on the batch
-  it is drawn in, so a run that stopped goes on with `skip`.
+  it is drawn in, so a run that stopped goes on with `skip`. Several processes
+  draw together, and each yields all.
 
   Args:
     setup: base.Setup.
@@ -105,46 +110,117 @@ def draws(setup, params, given, *, skip=0):
     given: list of (text, ids), as `prompts` returns.
     skip: draws that are there already.
   """
-  if jax.process_count() > 1:
-    raise ValueError("sampling runs in one process; sample the run afterwards")
   options = setup.sample
   ways = mesh_lib.row_parallelism(setup.mesh)
   size = -(-options.batch_size // ways) * ways
+  together = _together(options.draws, size, ways, skip)
   work = [
-    (n * options.draws + k, text, ids)
+    _Prompt(n * options.draws + k, text, ids)
     for n, (text, ids) in enumerate(given)
-    for k in range(options.draws)
-  ][skip:]
+    for k in range(0, options.draws, together)
+  ][skip // together :]
   longest = max(len(ids) for _, ids in given)
-  compiled = setup.programs.sample
+  lengths = [len(prompt.ids) for prompt in work]
+  turns, lengths = _plan(lengths, longest, size // together)
+  ready, number = {}, skip
+  for turn, length in zip(turns, lengths, strict=True):
+    some = [work[place] for place in turn]
+    drawn = _drawn(setup, params, some, length, size // together, together)
+    ready |= {draw.id: draw for draw in drawn}
+    while batch := _next(ready, number, size, len(given) * options.draws):
+      number += len(batch)
+      yield batch
+
+
+class _Prompt(NamedTuple):
+  """A prompt, and the id of the first of the draws made of it together."""
+
+  first: int
+  text: str
+  ids: list[int]
+
+
+def _together(draws, size, ways, skip):
+  """How many draws of a prompt share one pass over it.
+
+  As many as fill batches evenly, on each of `ways` devices, from `skip` on.
+  """
+  return next(
+    k
+    for k in range(draws, 0, -1)
+    if not (draws % k or size % (k * ways) or skip % k)
+  )
+
+
+def _plan(lengths, longest, size):
+  """Batches of prompts of like length: (places of each, length of each).
+
+  Where there are batches enough to be worth a compilation more, those of
+  `_WINDOW` batches are sorted, and padded to the longest prompt of all, half of
+  it or a quarter. They come in order after each window.
+
+  Args:
+    lengths: of the prompts, in order.
+    longest: of all prompts, those of an earlier run among them.
+    size: prompts of a batch.
+  """
+  count = len(lengths)
+  padded, window = [longest], size
+  if count >= _WINDOW * size:
+    rounded = (-(-longest // (8 * part)) * 8 for part in (4, 2))
+    padded = [*(x for x in rounded if x < longest), longest]
+    window = _WINDOW * size if len(padded) > 1 else size
+  turns = []
+  for start in range(0, count, window):
+    places = range(start, min(start + window, count))
+    order = sorted(places, key=lambda place: lengths[place])
+    turns += [order[at : at + size] for at in range(0, len(order), size)]
+  needed = [max(lengths[place] for place in turn) for turn in turns]
+  return turns, [next(x for x in padded if x >= n) for n in needed]
+
+
+def _next(ready, number, size, total):
+  """The batch of draws from `number` on, taken from `ready`; [] if not all."""
+  ids = range(number, min(number + size, total))
+  return [ready.pop(i) for i in ids] if all(i in ready for i in ids) else []
+
+
+def _drawn(setup, params, some, length, size, together):
+  """The Draws of one batch: `together` of each of up to `size` _Prompts."""
+  options = setup.sample
+  padded = some + [some[-1]] * (size - len(some))
+  tokens = np.zeros((size, length), np.int32)
+  for row, prompt in zip(tokens, padded, strict=True):
+    row[: len(prompt.ids)] = prompt.ids
+  lengths = np.asarray([len(prompt.ids) for prompt in padded], np.int32)
+  ids = np.asarray([p.first + k for p in padded for k in range(together)])
   sharding = NamedSharding(setup.mesh, PartitionSpec(reduce.ROWS))
-  for start in range(0, len(work), size):
-    here = work[start : start + size]
-    padded = here + [here[-1]] * (size - len(here))
-    tokens = np.zeros((size, longest), np.int32)
-    for row, (_, _, ids) in zip(tokens, padded, strict=True):
-      row[: len(ids)] = ids
-    lengths = np.asarray([len(ids) for _, _, ids in padded], np.int32)
-    numbers = np.asarray([number for number, _, _ in padded], np.int32)
-    with jax.set_mesh(setup.mesh):
-      out = compiled(
-        params,
-        *jax.device_put((tokens, lengths, numbers), sharding),
-        jax.random.key(options.seed),
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        end_ids=setup.tokenizer.end_ids,
-        vocab_size=setup.tokenizer.vocab_size,
-      )
-    out = jax.device_get(out)
-    batch = []
-    for i, (number, text, prompt_ids) in enumerate(here):
-      ids = out.tokens[i, : out.lengths[i]].tolist()
-      completion = tokenize.continuation(setup.tokenizer, prompt_ids, ids)
-      done = bool(out.finished[i])
-      batch.append(Draw(number, text, prompt_ids, completion, ids, done))
-    yield batch
+  rows = [
+    jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+    for x in (tokens, lengths, ids.astype(np.int32))
+  ]
+  with jax.set_mesh(setup.mesh):
+    out = setup.programs.sample(
+      params,
+      *rows,
+      jax.random.key(options.seed),
+      max_new_tokens=options.max_new_tokens,
+      temperature=options.temperature,
+      top_p=options.top_p,
+      end_ids=setup.tokenizer.end_ids,
+      vocab_size=setup.tokenizer.vocab_size,
+    )
+  if jax.process_count() > 1:
+    out = multihost_utils.process_allgather(out, tiled=True)
+  out = jax.device_get(out)
+  batch = []
+  for row in range(len(some) * together):
+    prompt = some[row // together]
+    drawn = out.tokens[row, : out.lengths[row]].tolist()
+    text = tokenize.continuation(setup.tokenizer, prompt.ids, drawn)
+    about = prompt.text, prompt.ids, text, drawn, bool(out.finished[row])
+    batch.append(Draw(int(ids[row]), *about))
+  return batch
 
 
 def write(setup, params, identity, workdir):
@@ -161,6 +237,8 @@ def write(setup, params, identity, workdir):
   Returns: list of dicts, one a draw, as in the file.
   Raises: ValueError if the folder holds draws of something else.
   """
+  if jax.process_count() > 1:
+    raise ValueError("sampling runs in one process; sample the run afterwards")
   options = setup.sample
   scorers = rewards.load_all(options.scorers)
   if options.labels != "none" and not scorers:

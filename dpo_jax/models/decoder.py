@@ -4,6 +4,7 @@ Linen stays inside this file: `build` returns pure functions of a nested dict.
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dpo_jax import lookup
-from dpo_jax.models import axes, layers, lora, rope
+from dpo_jax.models import axes, layers, rope
 from dpo_jax.models import config as config_lib
 from dpo_jax.ops import attention, logprobs
 from dpo_jax.ops.attention import choice, cudnn
@@ -44,7 +45,7 @@ class Model(NamedTuple):
     decode: (params, tokens i32[B, T], positions i32[B, T], cache, at) ->
       (logits f32[B, V], cache): the logits of position at[b], or f32[B, T, V]
       with at = None; padded columns are −1e30. Parameters and cache are stacked
-      as they are held, or both as `unstacked` and `unstacked_cache` lay them.
+      as they are held, or both as models/unstacked.py lays them.
     init_cache: (B, S) -> an empty cache for sequences of up to S positions.
     config: the ModelConfig.
     vocab_size: real tokens.
@@ -190,49 +191,6 @@ def _run(config, kinds, params, x, context, cache):
   return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cache)
 
 
-def unstacked(config, params):
-  """Parameters for `decode` with layers of their own, ready for its products.
-
-  A loop over stacked layers copies a layer's weights, and its cache in and out,
-  in each turn: for one token that is most of the work. Kernels are dequantised,
-  and in the dtype of the activations; where that is f32, adapters are merged.
-  """
-  c = config
-
-  def ready(node):
-    if not isinstance(node, dict):
-      return node
-    if "kernel" not in node:
-      return {name: ready(child) for name, child in node.items()}
-    kernel = lora.dequantize(node["kernel"])
-    rest = {name: x for name, x in node.items() if name != "kernel"}
-    if "lora_a" in node and c.dtype == "float32":
-      a, b, scale = (rest.pop(f"lora_{name}") for name in ("a", "b", "scale"))
-      kernel = kernel.astype(c.dtype) + scale * jnp.tensordot(a, b, 1)
-    return {"kernel": kernel.astype(c.dtype), **rest}
-
-  def layer(stack, index):
-    return ready(jax.tree.map(lambda leaf: leaf[index], stack))
-
-  out = {name: params[name] for name in params if name not in stacks(c)}
-  tables = {name: x.astype(c.dtype) for name, x in params["embed"].items()}
-  return {
-    **{name: ready(child) for name, child in out.items()},
-    "embed": tables,
-    **{
-      name: tuple(layer(params[name], i) for i in range(len(kinds)))
-      for name, kinds in stacks(c).items()
-    },
-  }
-
-
-def unstacked_cache(cache):
-  """A cache as `decode` takes it with `unstacked` parameters."""
-  return {
-    name: tuple(zip(*stack, strict=True)) for name, stack in cache.items()
-  }
-
-
 def with_kernel(model, device, shared, points):
   """The Model with the attention kernel of a device, where it has one.
 
@@ -291,6 +249,24 @@ def _attention_facts(config, shared):
   }
 
 
+def _prompts(tokens, lengths):
+  """The Layout of prompts, one a row and padded on the right."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  inside = (positions < lengths[:, None]).astype(jnp.int32)
+  branches = jnp.zeros_like(inside)
+  return attention.Layout(positions, inside, branches, positions[:, None])
+
+
+def _empty_cache(config, batch_size, length):
+  """Keys and values of each stack, [layers, B, K, S, H] of zeros."""
+  # Heads before positions: a step's products then need no transposed copy.
+  shape = (batch_size, config.kv_heads, length, config.head_dim)
+  return {
+    name: tuple(jnp.zeros((len(kinds), *shape), config.dtype) for _ in "kv")
+    for name, kinds in stacks(config).items()
+  }
+
+
 def build(config, vocab_size):
   """The Model of a ModelConfig for a vocabulary of `vocab_size` tokens."""
   lookup.lookup(attention.ATTENTION, config.attention, "model.attention")
@@ -335,26 +311,15 @@ def build(config, vocab_size):
     return logprobs.logits(hidden, head_of(params))
 
   def prefill(params, tokens, lengths):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    inside = (positions < lengths[:, None]).astype(jnp.int32)
-    layout = attention.Layout(
-      positions, inside, jnp.zeros_like(inside), positions[:, None]
-    )
-    tokens = jnp.where(inside, tokens, 0)
+    layout = _prompts(tokens, lengths)
+    tokens = jnp.where(layout.segment_ids, tokens, 0)
     fill = dict.fromkeys(stacks(config), ())
-    hidden, cache = run(params, tokens, positions, layout, fill)
+    hidden, cache = run(params, tokens, layout.positions, layout, fill)
     return logits(params, hidden, lengths - 1), cache
 
   def decode(params, tokens, positions, cache, at=None):
     hidden, cache = run(params, tokens, positions, None, cache)
     return logits(params, hidden, at), cache
 
-  def init_cache(batch_size, length):
-    # Heads before positions: a step's products then need no transposed copy.
-    shape = (batch_size, config.kv_heads, length, config.head_dim)
-    return {
-      name: tuple(jnp.zeros((len(kinds), *shape), config.dtype) for _ in "kv")
-      for name, kinds in stacks(config).items()
-    }
-
+  init_cache = functools.partial(_empty_cache, config)
   return Model(init, apply, prefill, decode, init_cache, config, vocab_size)

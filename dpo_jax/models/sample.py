@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models import decoder
+from dpo_jax.models import decoder, unstacked
 
 _HIDDEN = -1e30
 # Columns that are drawn from together; V is a multiple of it.
@@ -172,8 +172,8 @@ def _prefill(model, params, prompts, prompt_lengths, draws, max_new_tokens):
   stacks = [params[name] for name in decoder.stacks(model.config)]
   size = jnp.dtype(model.config.dtype).itemsize
   if sum(size * math.prod(x.shape) for x in jax.tree.leaves(stacks)) <= _COPIED:
-    params = decoder.unstacked(model.config, params)
-    cache = decoder.unstacked_cache(cache)
+    params = unstacked.params_of(model.config, params)
+    cache = unstacked.cache_of(cache)
   return params, logits, cache
 
 
@@ -213,7 +213,7 @@ def sample(
   Raises: ValueError past the end of a learned position table, and for ids that
     are not as many for each prompt.
   """
-  rows, shape = len(example_ids), (len(example_ids), max_new_tokens)
+  rows = len(example_ids)
   if rows % len(prompts):
     raise ValueError(
       f"{rows} example_ids are not as many for each of {len(prompts)} prompts"
@@ -225,35 +225,50 @@ def sample(
   params, logits, cache = _prefill(
     model, params, prompts, prompt_lengths, draws, max_new_tokens
   )
-  prompt_lengths = jnp.repeat(prompt_lengths, draws)
 
   def drawn(step, logits, samples):
     token, logp = _draw(logits, rngs, step, temperature, top_p, known)
     return _append(samples, step, token, logp, end_ids)
 
-  def going(carry):
-    step, _, samples = carry
-    return (step < max_new_tokens) & ~jnp.all(samples.finished)
+  samples = drawn(0, logits, _none(rows, max_new_tokens))
+  starts = jnp.repeat(prompt_lengths, draws)
+  samples = _continue(model, params, cache, starts, samples, drawn)
+  after = jnp.arange(max_new_tokens) >= samples.lengths[:, None]
+  fill = end_ids[0] if end_ids else 0
+  return samples._replace(tokens=jnp.where(after, fill, samples.tokens))
 
-  def body(carry):
-    step, cache, samples = carry
-    logits, cache = model.decode(
-      params,
-      jax.lax.dynamic_slice_in_dim(samples.tokens, step - 1, 1, axis=1),
-      (prompt_lengths + step - 1)[:, None],
-      cache,
-      jnp.zeros_like(prompt_lengths),
-    )
-    return step + 1, cache, drawn(step, logits, samples)
 
-  samples = Samples(
+def _none(rows, max_new_tokens):
+  """Samples without a token."""
+  shape = rows, max_new_tokens
+  return Samples(
     jnp.zeros(shape, jnp.int32),
     jnp.zeros(rows, jnp.int32),
     jnp.zeros(rows, bool),
     jnp.zeros(shape, jnp.float32),
   )
-  samples = drawn(0, logits, samples)
-  samples = jax.lax.while_loop(going, body, (1, cache, samples))[2]
-  after = jnp.arange(max_new_tokens) >= samples.lengths[:, None]
-  fill = end_ids[0] if end_ids else 0
-  return samples._replace(tokens=jnp.where(after, fill, samples.tokens))
+
+
+def _continue(model, params, cache, starts, samples, drawn):
+  """Samples of one token to their end, or the last step.
+
+  Args:
+    model, params, cache: to decode with.
+    starts: i32[B], the position of the first token of each.
+    samples: Samples.
+    drawn: (step, logits, samples) -> samples with the token of that step.
+  """
+
+  def going(carry):
+    step, _, samples = carry
+    return (step < samples.tokens.shape[1]) & ~jnp.all(samples.finished)
+
+  def body(carry):
+    step, cache, samples = carry
+    last = jax.lax.dynamic_slice_in_dim(samples.tokens, step - 1, 1, axis=1)
+    positions = (starts + step - 1)[:, None]
+    at = jnp.zeros_like(starts)
+    logits, cache = model.decode(params, last, positions, cache, at)
+    return step + 1, cache, drawn(step, logits, samples)
+
+  return jax.lax.while_loop(going, body, (1, cache, samples))[2]

@@ -177,6 +177,52 @@ def test_a_draw_does_not_depend_on_its_batch_or_on_where_it_resumes(
   assert drawn(setup, params, skip=11) == draws[11:]
 
 
+@pytest.mark.parametrize(("skip", "together"), [(0, 4), (16, 4), (11, 1)])
+def test_draws_of_a_prompt_in_one_pass_are_those_of_their_own(
+  setup, params, draws, skip, together
+):
+  shared = at(setup, "sample.batch_size=32")  # on eight devices: four a prompt
+  assert generate._together(4, 32, 8, skip) == together
+  assert drawn(shared, params, skip=skip) == draws[skip:]
+
+
+def test_batches_by_length_hold_each_prompt_once_and_come_window_by_window():
+  lengths = np.random.default_rng(0).integers(1, 100, 203).tolist()
+  turns, padded = generate._plan(lengths, 100, 8)
+  assert sorted(place for turn in turns for place in turn) == list(range(203))
+  assert set(padded) == {32, 56, 100}
+  in_order = 0
+  for number, (turn, length) in enumerate(zip(turns, padded, strict=True)):
+    assert len(turn) == 8 or number == len(turns) - 1
+    assert {place // 64 for place in turn} == {number // 8}
+    assert max(lengths[place] for place in turn) <= length
+    in_order += length * len(turn)
+  assert in_order < 0.75 * 100 * 203  # of what padding to the longest takes
+  # Seven batches are not worth another compilation.
+  turns, padded = generate._plan(lengths[:56], 100, 8)
+  in_order = [place for turn in turns for place in sorted(turn)]
+  assert in_order == list(range(56))
+  assert set(padded) == {100}
+
+
+def test_draws_of_prompts_sorted_by_length_come_in_order_and_unchanged(
+  setup, params
+):
+  rng = np.random.default_rng(1)
+  words = ["the", "plot", "is", "thin", "and", "cast", "wooden", "long"]
+  texts = [" ".join(rng.choice(words, n)) for n in rng.integers(1, 12, 64)]
+  given = list(zip(texts, setup.tokenizer.encode(texts), strict=True))
+  lengths = [len(ids) for _, ids in given]
+  assert min(lengths) < max(lengths) / 4
+  one = at(setup, "sample.draws=1", "sample.batch_size=64")
+  by_length = at(setup, "sample.draws=1", "sample.batch_size=8")
+  (want,) = generate.draws(one, params, given)
+  batches = list(generate.draws(by_length, params, given))
+  assert [len(batch) for batch in batches] == [8] * 8
+  assert [draw for batch in batches for draw in batch] == want
+  assert [draw.id for draw in want] == list(range(64))
+
+
 def test_draws_differ_by_prompt_number_and_seed(setup, params, draws):
   assert len({tuple(d.ids) for d in draws}) > 40
   other = drawn(at(setup, "sample.seed=1"), params)

@@ -12,7 +12,7 @@ import pytest
 from dpo_jax import tree
 from dpo_jax.algos import base
 from dpo_jax.data.tokens import comparisons
-from dpo_jax.models import axes, decoder
+from dpo_jax.models import axes, decoder, unstacked
 from dpo_jax.models import config as model_config
 from dpo_jax.ops import logprobs
 from tests import worlds
@@ -58,18 +58,23 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(name):
   batch = worlds.batch(items, packed=False)
   forward = jax.jit(lambda batch: logprobs.logits(*model.apply(params, batch)))
 
-  cache = jax.jit(model.init_cache, static_argnums=(0, 1))(2, 16)
+  # As the sampler does it: a prompt, padded, then layers of their own.
+  start, cache = jax.jit(model.prefill)(
+    params, jnp.pad(tokens[:, :5], ((0, 0), (0, 2))), jnp.int32([5, 5])
+  )
+  room = (*[(0, 0)] * 3, (0, 9), (0, 0))
+  cache = unstacked.cache_of(jax.tree.map(lambda x: jnp.pad(x, room), cache))
+  layers = unstacked.params_of(model.config, params)
   positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
   decode = jax.jit(model.decode)
-  start, cache = decode(params, tokens[:, :5], positions[:, :5], cache)
-  steps = [start]
+  steps = [start[:, None]]
   for t in range(5, 12):
     at = slice(t, t + 1)
-    step, cache = decode(params, tokens[:, at], positions[:, at], cache)
+    step, cache = decode(layers, tokens[:, at], positions[:, at], cache)
     steps.append(step)
   # Logits of order 1 after two f32 layers.
   np.testing.assert_allclose(
-    np.concatenate(steps, axis=1), forward(batch), rtol=1e-4, atol=2e-5
+    np.concatenate(steps, axis=1), forward(batch)[:, 4:], rtol=1e-4, atol=2e-5
   )
 
 

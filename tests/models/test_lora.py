@@ -11,7 +11,7 @@ import pytest
 
 from dpo_jax import tree
 from dpo_jax.algos import base as base_lib
-from dpo_jax.models import decoder, lora
+from dpo_jax.models import decoder, lora, unstacked
 from tests import worlds
 
 ALL = (r"(attn|mlp)/\w+/kernel$",)
@@ -113,6 +113,32 @@ def test_decoding_with_a_cache_sees_the_adapter():
   grafted = decode(lora.graft(base, adapter, SCALE))
   merged = decode(lora.merge(base, adapter, SCALE))
   np.testing.assert_allclose(grafted, merged, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_their_own_compute_what_the_stack_does(kind, dtype):
+  """With an adapter, which is merged in f32 alone, on a quantised base."""
+  model, base, adapter = world("llama")
+  config = dataclasses.replace(model.config, dtype=dtype)
+  model = decoder.build(config, worlds.VOCAB)
+  held = {path: lora.store(path, x, kind) for path, x in tree.named(base)}
+  params = lora.graft(tree.nest(held), adapter, SCALE)
+  tokens = jax.random.randint(jax.random.key(3), (2, 1), 0, worlds.VOCAB)
+  cache = model.init_cache(2, 3)
+  at = jnp.zeros((2, 1), jnp.int32)
+  layers = unstacked.params_of(config, params)
+  for leaf in jax.tree.leaves(layers["layers"][0]["mlp"]["up"]["kernel"]):
+    assert leaf.dtype == dtype
+  merged = "lora_a" not in layers["layers"][0]["mlp"]["up"]
+  assert merged == (dtype == "float32")
+  decode = jax.jit(model.decode)
+  want, _ = decode(params, tokens, at, cache)
+  got, _ = decode(layers, tokens, at, unstacked.cache_of(cache))
+  # Logits of order 1, of f32 sums in another order; bf16 has 8 bits.
+  tolerance = 2e-5 if dtype == "float32" else 5e-2
+  want, got = (np.asarray(x)[..., : worlds.VOCAB] for x in (want, got))
+  np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
