@@ -69,6 +69,10 @@ SYSTEMS = {
   "trl": System("trl_worker", _TORCH, False, "TRL DPOTrainer", "trl"),
   "original": System("original", _TORCH, False, "original repository's step"),
   "tunix": System("tunix_worker", _JAX, True, "Tunix DPOTrainer"),
+  "sampler": System("sampler", None, True, "dpo_jax's sampler"),
+  "generate": System(
+    "generate", _TORCH, False, "transformers' generate", "transformers"
+  ),
   "matmul": System("matmul", None, False, "f32 matmul, JAX"),
   "matmul-torch": System("matmul_torch", _TORCH, False, "f32 matmul, torch"),
 }
