@@ -1,4 +1,4 @@
-"""The comparison with transformers' generate: its arithmetic and its command."""
+"""The comparison with transformers' generate: arithmetic and command."""
 
 import pytest
 
