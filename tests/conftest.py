@@ -25,6 +25,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 _MAPPINGS = 25_000
 _ended = itertools.count(1)
 
+# Files of few dear tests that share next to nothing: they fill the run's end.
+_SPREAD = (
+  "tests/algos/test_own_loss.py",
+  "tests/algos/test_toy_on_policy.py",
+  "tests/parallel/test_hlo.py",
+  "tests/parallel/test_topology.py",
+  "tests/test_loop.py",
+)
+
 
 @pytest.fixture(autouse=True)
 def bounded_mappings():
@@ -40,16 +49,22 @@ def bounded_mappings():
     jax.clear_caches()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  """A file is a worker's: what its tests share is made once (loadgroup).
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """`--dist loadgroup`: a file is one worker's, one of _SPREAD is anyone's."""
+  if config.getvalue("dist") != "loadgroup":
+    return None
+  from xdist import scheduler
 
-  But for tests of the mark `spread`, which end the run, each where there is
-  time.
-  """
-  for item in items:
-    if item.get_closest_marker("spread") is None:
-      item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
+  by_file = scheduler.LoadFileScheduling(config, log)
+  by_file._split_scope = unit_of
+  return by_file
+
+
+def unit_of(nodeid):
+  """What goes to one worker with a test; the largest units go first."""
+  file = nodeid.partition("::")[0]
+  return nodeid if file in _SPREAD else file
 
 
 def pytest_collection_finish(session):

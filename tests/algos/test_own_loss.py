@@ -14,8 +14,6 @@ from dpo_jax.ops import losses
 from dpo_jax.ops.losses import base
 from tests import conftest, folders
 
-pytestmark = pytest.mark.spread
-
 
 def squared(policy_logps, ref_logps, *, beta):
   h = base.margins(base.log_ratios(policy_logps, ref_logps))

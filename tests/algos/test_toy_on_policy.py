@@ -207,8 +207,6 @@ def place(setup, examples):
 
 # ── The run ──────────────────────────────────────────────────────────────────
 
-pytestmark = pytest.mark.spread
-
 
 def config_of(*overrides):
   config = load.load_config(

@@ -40,12 +40,12 @@ def sampler(calls):
     arrays = tokens, lengths, numbers, jax.random.key_data(key)
     calls.append((tokens.shape, options, digest(*arrays)))
     rng = np.random.default_rng(int(calls[-1][2], 16))
-    shape = len(tokens), options["max_new_tokens"]
+    shape = len(numbers), options["max_new_tokens"]
     letters = rng.integers(ord("a"), ord("z"), shape, np.int32)
     for row in letters:  # words that a scorer may know
       words = list(rng.choice([b" bad ", b" fun "]))
       row[: len(words)] = words[: shape[1]]
-    ends = np.full(len(tokens), shape[1])
+    ends = np.full(len(numbers), shape[1])
     return sample_lib.Samples(letters, ends, ends == 0, np.zeros(shape))
 
   return draw

@@ -16,8 +16,6 @@ from dpo_jax.train import step as step_lib
 from tests import worlds
 from tests.parallel import test_topology as topology
 
-pytestmark = pytest.mark.spread
-
 _COLLECTIVE = re.compile(
   r"= (?P<shape>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all"
   r"|collective-permute)(-start)?\("

@@ -29,7 +29,7 @@ from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 from tests import worlds
 
-pytestmark = [pytest.mark.products, pytest.mark.spread]
+pytestmark = pytest.mark.products
 
 ITEMS = worlds.examples(16, seed=1, completions=4)
 HPARAMS = {
