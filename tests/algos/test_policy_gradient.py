@@ -11,7 +11,7 @@ from configs import common
 from dpo_jax import tree
 from dpo_jax.algos import base, policy_gradient
 from dpo_jax.data.batch import rows
-from dpo_jax.eval import generate, rollouts
+from dpo_jax.eval import generate, rewards, rollouts
 from dpo_jax.ops import rl
 from tests.algos import rewarded
 
@@ -291,10 +291,10 @@ def test_ppo_treats_a_missing_end_as_it_is_told(mode, score, want, monkeypatch):
   options = source.options._replace(missing_end=mode, missing_score=score)
   drawn = fake_draws(8, 1, 8)
   monkeypatch.setattr(generate, "draws", lambda *_, **__: iter([drawn]))
-  monkeypatch.setattr(rollouts, "scored", lambda *_: np.full(len(drawn), 0.7))
-  made = rollouts.draw(
-    source._replace(options=options), rewarded.state_of(run), 0
-  )
+  monkeypatch.setattr(rewards, "of_draws", lambda *_: np.full(len(drawn), 0.7))
+  source = source._replace(options=options)
+  made = rollouts.draw(source, rewarded.state_of(run), 0)
+  made = rollouts.scored(source, made)
   for example, one in zip(made.examples, drawn, strict=True):
     expected = 0.7 if one.finished else want
     # .7 stays .7: no score is rounded on its way into the batch.
