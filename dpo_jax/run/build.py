@@ -276,7 +276,8 @@ def sharing(config, run):
   And in init_seed. Data and compiled functions are shared.
   """
   if not run.feed.ahead:  # its batches are made with these fields
-    return prepare(config)
+    anew = prepare(config)
+    return anew._replace(setup=anew.setup._replace(base=run.setup.base))
   checks.values(config)
   setup, hparams = run.setup, feeds.hyper_params(config)
   measured = run.held_out and run.held_out._replace(hparams=hparams)
