@@ -29,11 +29,6 @@ def sweep():
     yield {"loss.beta": beta}
 
 
-def sweep_seeds():
-  for seed in range(3):
-    yield {"rollout.seed": seed}
-
-
 def get_config(arg=None):
   arg = common.parse_arg(
     arg,

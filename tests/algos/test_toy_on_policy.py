@@ -157,7 +157,7 @@ def draw(setup, state, iteration):
       np.asarray(prompts, np.int32),
       np.asarray([len(ids) for ids in prompts], np.int32),
       ids.astype(np.int32),
-      jax.random.key(3),
+      jax.random.key(4),
       max_new_tokens=1,
       temperature=1.0,
       top_p=1.0,
