@@ -17,7 +17,7 @@ import pytest
 from dpo_jax.config import fields as field_table
 from dpo_jax.config import load, saved
 from dpo_jax.models import decoder
-from dpo_jax.run import checks
+from dpo_jax.run import build, checks
 from tests import conftest
 from tests.knobs import bases, dry, values
 from tests.knobs import plan as plan_lib
@@ -222,7 +222,7 @@ def test_every_field_has_an_effect_or_is_refused(field, before):
 
 def _accepted(config):
   try:
-    checks.values(config)
+    build.check(config)
   except ValueError:
     return False
   return True
