@@ -43,9 +43,9 @@ def no_update(extra, params, step, metrics):
   return extra
 
 
-def always(extra):
+def always(extra, step):
   """For algorithms whose every update applies."""
-  del extra
+  del extra, step
   return jnp.bool_(True)
 
 
@@ -84,7 +84,7 @@ class Algorithm(NamedTuple):
     update: (extra, trained parameters, steps done, metrics) -> extra, after an
       update; metrics are those of the whole batch. An update that is refused
       for not being finite changes nothing of it.
-    applies: extra -> whether the next update changes parameters.
+    applies: (extra, updates done) -> whether the next one changes parameters.
     advantages: of "prompts": (scores, drawn, mask, extra) -> extra arrays of
       tokens for the steps of an iteration, see policy_gradient.advantages.
     compares: of "prompts": what the scores of the completions of a prompt

@@ -75,7 +75,7 @@ def make(config, apply):
       _extra, coefficient=fields["beta"], warmup=controller.warmup
     ),
     update=functools.partial(follow, controller=controller),
-    applies=lambda extra: extra["stopped"] == 0,
+    applies=lambda extra, step: step >= extra["rests"],
     advantages=functools.partial(
       advantages, estimator=estimator.fn, fields=fields
     ),
@@ -97,7 +97,7 @@ def _extra(params, *, coefficient, warmup):
 
   coefficient: of the KL penalty; kl, seen: sum of the KLs of the steps of this
   iteration, and their number; learns: 0 where the critic alone learns, else 1;
-  stopped: 1 where the rest of the iteration is left out.
+  rests: updates done until which all others are left out.
   """
   del params
   return {
@@ -105,7 +105,7 @@ def _extra(params, *, coefficient, warmup):
     "kl": jnp.float32(0),
     "seen": jnp.float32(0),
     "learns": jnp.float32(warmup == 0),
-    "stopped": jnp.float32(0),
+    "rests": jnp.int32(0),
   }
 
 
@@ -125,20 +125,21 @@ def follow(extra, params, step, metrics, *, controller):
   ends = step % controller.steps == 0
   kl = extra["kl"] + metrics["objective/kl"]
   seen = extra["seen"] + 1
-  coefficient, stopped = extra["coefficient"], extra["stopped"]
+  coefficient, rests = extra["coefficient"], extra["rests"]
   if controller.target is not None:
     error = jnp.clip(kl / seen / controller.target - 1, -0.2, 0.2)
     factor = 1 + error * controller.completions / controller.horizon
     coefficient = jnp.where(ends, coefficient * factor, coefficient)
   if controller.kl_stop is not None:
     over = metrics["policy/approx_kl"] > controller.kl_stop
-    stopped = jnp.maximum(stopped, over.astype(jnp.float32))
+    end = -(-step // controller.steps) * controller.steps
+    rests = jnp.where(over, end, rests)
   return {
     "coefficient": coefficient,
     "kl": jnp.where(ends, 0.0, kl),
     "seen": jnp.where(ends, 0.0, seen),
     "learns": (step >= controller.warmup).astype(jnp.float32),
-    "stopped": jnp.where(ends, 0.0, stopped),
+    "rests": rests,
   }
 
 

@@ -53,7 +53,7 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     # ── Guard: chosen on the device, since the host sees a step's numbers late
     loss = metrics["loss"]
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(moved)
-    applies = finite & algorithm.applies(state.extra)
+    applies = finite & algorithm.applies(state.extra, state.step)
 
     def guard(new, old, when=finite):
       return jax.tree.map(lambda n, o: jnp.where(when, n, o), new, old)

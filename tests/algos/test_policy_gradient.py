@@ -160,15 +160,16 @@ def test_ppo_s_coefficient_follows_the_kl_of_an_iteration(kls, error):
 
 def test_ppo_stops_for_the_rest_of_an_iteration_only():
   controller = CONTROLLER._replace(steps=3, target=None, kl_stop=0.5)
-  stopped = [
-    state["stopped"] for state in followed(controller, (0.1, 0.6, 0.1, 0.1))
-  ]
-  assert stopped == [0, 1, 0, 0]
-  stopped = [
-    state["stopped"]
-    for state in followed(controller._replace(steps=4), (0.6, 0.1, 0.1, 0.9))
-  ]
-  assert stopped == [1, 1, 1, 0]
+
+  def resting(controller, kls):  # before the updates 2, 3, …
+    states = followed(controller, kls)
+    return [n < state["rests"] for n, state in enumerate(states, 1)]
+
+  kls = (0.1, 0.6, 0.1, 0.1)
+  assert resting(controller, kls) == [False, True, False, False]
+  kls = (0.6, 0.1, 0.1, 0.9)
+  longer = controller._replace(steps=4)
+  assert resting(longer, kls) == [True, True, True, False]
 
 
 CONTROLLED = ("rollout.warmup=1", "rollout.kl_stop=1e-8")

@@ -83,7 +83,7 @@ def test_ppo_killed_between_boundaries_goes_on_to_the_same_bits(tmp_path):
   assert float(state.extra["learns"]) == 1
   assert abs(state.params["value"]["kernel"]).max() > 0
   paths = " ".join(rewarded.checksums(tmp_path / "cut", TOTAL))
-  for name in ("coefficient", "learns", "stopped", "value"):
+  for name in ("coefficient", "learns", "rests", "value"):
     assert name in paths, name
 
 
