@@ -7,7 +7,6 @@ import numpy as np
 from scripts.bench import cases, client, inputs, prompts
 
 TOLERANCE = 1e-4  # relative, of a step's loss
-WARM_UP = 1  # steps of every system that no time is taken of
 # What a worker on policy says: of each iteration the mean score, the norm of
 # the gradient and the FLOPs that it needs, and the seconds of its parts.
 _ON_POLICY = ("scores", "norms", "flops", "parts")
@@ -32,8 +31,8 @@ def measure(case, folder, *, rounds, cpus, overrides, tick):
   Returns: plain values, for the results.
   Raises: client.Failed.
   """
-  steps = case.steps
-  total = WARM_UP + rounds * steps
+  steps, warm_up = case.steps, cases.TASKS[case.task].warm_up
+  total = warm_up + rounds * steps
   made = prompts if case.draws else inputs
   tokens = made.make(folder, case, total)
   job = made.job(folder, case, total, overrides)
@@ -47,7 +46,7 @@ def measure(case, folder, *, rounds, cpus, overrides, tick):
       job["points"] = 4 if name == "ours4" else 1
       worker = client.Worker(name, job, folder, cpus)
       stack.callback(worker.stop)
-      first = worker.steps(WARM_UP)
+      first = worker.steps(warm_up)
       workers.append(worker)
       out[name] = _start(worker.ready, first)
       tick(f"{name} ready")
@@ -96,12 +95,12 @@ def _start(ready, first):
 
 def _flops(ours):
   """FLOPs that each step needs; of what is drawn only those timed are known."""
-  return ours["facts"].pop("flops", None) or [0] * WARM_UP + ours.pop("flops")
+  return ours["facts"].pop("flops", None) or ours.pop("flops")
 
 
 def _by_round(values, rounds, steps):
-  """Sums of what each step has, for each round."""
-  return np.reshape(values[WARM_UP:], (rounds, steps)).sum(1).tolist()
+  """Sums of what each step has, for each round; the last steps are timed."""
+  return np.reshape(values[-rounds * steps :], (rounds, steps)).sum(1).tolist()
 
 
 def disagreement(case, systems):
