@@ -61,7 +61,7 @@ VALUES = {
   "sample.prefix": ((4, 16),),
   "sample.template": ("so {prompt}:",),
   "sample.shots_from": ("toy:3", "toy:4", "toy:5"),
-  "sample.stop": (("e",),),
+  "sample.stop": (("e", "a", "u"),),
   "sample.top_p": (0.5,),
   "sample.batch_size": (8,),
   "sample.scorers": lambda w: ((f"tfidf:{w.labelled}",),),
