@@ -213,7 +213,9 @@ def loader_of(source, state, iteration):
 
 def _loader(source, examples, seed):
   """The Loader of examples in batches of the one shape; seed None: in order."""
-  options = source.options
+  options, steps = source.options, None
+  if seed is not None:
+    steps = options.epochs * (options.prompts // source.batch_size)
   return loader_lib.Loader(
     examples,
     source.layout,
@@ -221,7 +223,7 @@ def _loader(source, examples, seed):
     seed=seed,
     budget=1,
     multiple=source.setup.data.shape_multiple,
-    steps=options.epochs * (options.prompts // source.batch_size),
+    steps=steps,
     windows=source.setup.model.config.windows,
     shapes=[source.shape],
   )

@@ -4,51 +4,22 @@ They talk over the loopback, with two fake devices each.
 """
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from dpo_jax.run import build, forward, reference, trained
-from tests import conftest, store_driver
+from tests import processes, store_driver
 
 SECONDS = 120  # each takes ten, alone on two cores
 
 
 def together(folder, kill_at=None):
   """[(exit code, stderr)] of two processes that attach at the same time."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  flags = "--xla_force_host_platform_device_count"
-  kept = [x for x in os.environ["XLA_FLAGS"].split() if flags not in x]
-  env = {**os.environ, "XLA_FLAGS": " ".join([*kept, f"{flags}=2"])}
-  command = [sys.executable, "-m", "tests.store_driver", str(folder), str(port)]
-  processes = [
-    subprocess.Popen(
-      [*command, "2", str(process), str(kill_at)],
-      cwd=conftest.ROOT,
-      env=env,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for process in range(2)
-  ]
-  try:
-    errors = [x.communicate(timeout=SECONDS)[1] for x in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  return [(x.returncode, e) for x, e in zip(processes, errors, strict=True)]
-
-
-def assert_both_succeed(ends):
-  assert [code for code, _ in ends] == [0, 0], "\n".join(e for _, e in ends)
+  return processes.together(
+    "tests.store_driver", folder, kill_at, seconds=SECONDS
+  )
 
 
 def said(folder):
@@ -86,7 +57,7 @@ def test_a_store_of_two_processes_is_that_of_one(tmp_path, monkeypatch):
   there[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
   resumed = together(tmp_path)
-  assert_both_succeed(resumed)
+  processes.assert_both_succeed(resumed)
   assert sum("00000-" in error for _, error in resumed) == 1  # warned once
   assert there[0].read_bytes() == content
   after = blocks_of(tmp_path)
