@@ -44,13 +44,17 @@ CONFIGS = sorted(
 
 # Forms that reach a first checkpoint in their own way: adapters without a
 # reference, state that is kept between steps, a moving reference, labels.
-FORMS = ("dpo.py:smoke,loss=simpo,lora", "sft.py:smoke,lora")
-FORMS += ("dpo.py:smoke,loss=mpo,ref=ema", "dpo.py:smoke,loss=kto")
+FORMS = ("dpo.py:smoke,loss=simpo,lora", "dpo.py:smoke,loss=mpo,ref=ema")
+SLOW_FORMS = ("sft.py:smoke,lora", "dpo.py:smoke,loss=kto")
 
 
 @pytest.mark.parametrize(
   "spec",
-  [*(pytest.param(f"{n}:smoke", marks=slow) for n in CONFIGS), *FORMS],
+  [
+    *(pytest.param(f"{n}:smoke", marks=slow) for n in CONFIGS),
+    *FORMS,
+    *(pytest.param(form, marks=slow) for form in SLOW_FORMS),
+  ],
 )
 def test_every_config_trains_two_steps_in_its_smoke_form(spec, tmp_path):
   config = load(f"configs/{spec}")

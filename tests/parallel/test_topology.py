@@ -270,9 +270,9 @@ def test_vmap_over_beta_equals_one_run_for_each():
     assert_equal_up_to_rounding(got, want)
 
 
-@pytest.mark.parametrize(
-  "dtype", ["float32", pytest.param("bfloat16", marks=SLOW)]
-)
+# The fast tier has whole runs in one program: tests/run/test_together.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_vmap_over_states_and_beta_equals_one_step_for_each(dtype):
   """Three small models, each with its β, in one program and of one batch."""
   fn, single, params, batch = plain(dtype)

@@ -58,8 +58,11 @@ def nbytes(value):
 @pytest.mark.parametrize(
   "kind",
   [
-    *("float32", "nf4"),
-    *(pytest.param(k, marks=pytest.mark.slow) for k in ("bfloat16", "int8")),
+    "float32",
+    *(
+      pytest.param(kind, marks=pytest.mark.slow)
+      for kind in ("bfloat16", "int8", "nf4")
+    ),
   ],
 )
 def test_the_base_is_there_once_and_only_adapters_have_optimiser_state(
