@@ -87,7 +87,8 @@ class Recorder:
       followed = trackers.make(run.rhythm.reports, asked, workdir, start)
     self._run, self._workdir, self._checkpoints = run, workdir, checkpoints
     self._evaluation = self._failure = None
-    self._name, self._alarmed = name, set()
+    self._name = name
+    self._raised, self._alarmed = set(), set()  # last time, and so far
     steps = (row for row in history(workdir) if row["kind"] == "train")
     self._first = next(steps, None) if start else None
     self._logger = log.Logger(
@@ -194,9 +195,11 @@ class Recorder:
       return
     self._first = self._first or logged
     alarms = self._run.algorithm.alarms(self._first, logged)
-    for name in sorted(alarms.keys() - self._alarmed):
+    # Twice in a row: a minibatch is few samples.
+    lasting = alarms.keys() & self._raised
+    for name in sorted(lasting - self._alarmed):
       self._logger.say(f"{self._name}LOOK: {alarms[name]}")
-    self._alarmed |= alarms.keys()
+    self._raised, self._alarmed = set(alarms), self._alarmed | lasting
     limit = self._run.rhythm.max_skipped
     if logged["skipped"] >= limit:
       saved = self._checkpoints.steps()
