@@ -45,6 +45,7 @@ def test_metrics_that_a_run_does_not_have_raise_no_alarm():
 def test_a_run_of_ppo_says_once_what_went_astray(monkeypatch, capsys, tmp_path):
   rewarded.registered(monkeypatch)
   target = ("rollout.kl_target=1e-6", "rollout.kl_horizon=1000")
+  target += ("optim.learning_rate=0.01",)
   loop.fit(rewarded.config_of(*target), tmp_path)
   said = [x for x in capsys.readouterr().out.splitlines() if "LOOK" in x]
   assert len(said) == 1
