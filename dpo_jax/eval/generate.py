@@ -36,7 +36,7 @@ class Draw(NamedTuple):
   completion: str
   ids: list[int]
   finished: bool
-  logps: list[float]
+  logps: list[float] = ()
 
 
 def prompts(setup):

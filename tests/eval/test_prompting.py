@@ -220,7 +220,6 @@ def letters(monkeypatch):
     return score
 
   monkeypatch.setitem(rewards.SCORERS, "codes", make)
-  rewards.load.cache_clear()
   return read
 
 
