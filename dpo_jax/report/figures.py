@@ -25,6 +25,8 @@ SMOOTHING = 0.05
 MOST_POINTS = 600
 PANELS = (
   ("training loss", ("loss",)),
+  ("score of what the policy samples", ("objective/scores",)),
+  ("sequence KL of what it samples, nats", ("objective/kl",)),
   ("held-out loss", ("held_out/loss",)),
   ("reward accuracy on training pairs", ("rewards/accuracies",)),
   ("reward accuracy on held-out pairs", ("held_out/rewards/accuracies",)),
