@@ -132,7 +132,9 @@ def test_exact_gradient_ascent_on_the_reward_reaches_the_same_policy():
   policy = world_lib.normalised(z)
   assert world_lib.total_variation(policy, want).max() < 1e-8
   best = beta * world_lib.log_partition(world, beta[:, None])
-  assert np.abs(least + best).max() < 1e-12
+  # What is left is β KL(π ‖ π*), of policies that near; where the gradient has
+  # vanished, rounding decides after which step the search ends.
+  assert np.abs(least + best).max() < 1e-9
 
 
 def test_along_the_frontier_reward_rises_by_beta_for_each_nat():
