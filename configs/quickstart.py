@@ -123,7 +123,7 @@ def dpo(root, quick):
   c.sample.prompts = "reviews:test"
   c.sample.labelled = "reviews:test"
   c.sample.seed = 2  # at every β: its samples differ by the policy alone
-  c.sample.count = 256 if quick else 512
+  c.sample.count = 512
   return c
 
 
