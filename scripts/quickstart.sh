@@ -2,8 +2,8 @@
 # The DPO paper's first experiment in small, on real text, from nothing: a venv
 # in the checkout, the install, and the stages of configs/quickstart.py.
 #
-#   bash scripts/quickstart.sh            about ten minutes on two cores
-#   QUICK=1 bash scripts/quickstart.sh    about three: less model, less data
+#   bash scripts/quickstart.sh            about five minutes on two cores
+#   QUICK=1 bash scripts/quickstart.sh    about two: less model, less data
 #
 # Stages that are done are skipped: after Ctrl-C the same command goes on.
 set -euo pipefail
