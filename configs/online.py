@@ -79,22 +79,12 @@ def on_reviews(arg):
   """On beginnings of the quickstart's reviews, with its r* as the scorer."""
   root = f"runs/quickstart{'-quick' if arg.quick else ''}"
   c = online(quickstart.policy(root, arg.quick), arg)
+  quickstart.on_policy(c, root, "tfidf:reviews:train")
   c.workdir = f"{root}-online-{arg.loss}"
-  c.init_from = f"{root}/sft"
-  c.data.train = "reviews:train"
-  c.rollout.prefix = (2, 8)
-  c.rollout.scorer = "tfidf:reviews:train"
-  c.rollout.prompts = 128
-  c.data.batch_size = 32
-  c.rollout.batch_size = 512
   c.train.steps = 100
   c.optim.learning_rate = 5e-4
   c.optim.schedule = "linear"
   c.optim.warmup = 10
-  c.sample.prompts = "reviews:test"
-  c.sample.labelled = "reviews:test"
-  c.sample.seed = 2
-  c.log.every = 4
   return c
 
 

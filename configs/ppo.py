@@ -57,21 +57,11 @@ def on_reviews(arg):
   root = f"runs/quickstart{'-quick' if arg.quick else ''}"
   c = quickstart.policy(root, arg.quick)
   policy_gradient(c, arg.loss)
+  quickstart.on_policy(c, root, f"reward:{root}-reward")
   c.workdir = f"{root}-{arg.loss}"
-  c.init_from = f"{root}/sft"
-  c.data.train = "reviews:train"
-  c.rollout.prefix = (2, 8)
-  c.rollout.scorer = f"reward:{root}-reward"
-  c.rollout.prompts = 128
-  c.data.batch_size = 32
-  c.rollout.batch_size = 512
   c.train.steps = 12 * c.rollout.epochs * 4
   c.optim.learning_rate = 3e-4
   c.optim.warmup = 5
-  c.sample.prompts = "reviews:test"
-  c.sample.labelled = "reviews:test"
-  c.sample.seed = 2
-  c.log.every = 4
   return c
 
 

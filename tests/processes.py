@@ -1,4 +1,4 @@
-"""Two processes of one job, which talk over the loopback."""
+"""Processes of their own: one alone, and two that talk over the loopback."""
 
 import os
 import socket
@@ -6,6 +6,15 @@ import subprocess
 import sys
 
 from tests import conftest
+
+
+def alone(module, *arguments):
+  """The exit code of a process that runs a module, on one device."""
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  flags = [f for f in flags if "device_count" not in f]
+  env = {**os.environ, "XLA_FLAGS": " ".join(flags)}
+  command = [sys.executable, "-m", module, *map(str, arguments)]
+  return subprocess.run(command, env=env, cwd=conftest.ROOT).returncode
 
 
 def together(module, folder, *arguments, devices=2, seconds=240):

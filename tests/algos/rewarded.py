@@ -72,6 +72,21 @@ def source_of(config, run):
   )
 
 
+class Killed(BaseException):
+  """Stands for the end of the process."""
+
+
+def killed_before(run, step):
+  """The run whose feed ends it when it is asked for a step."""
+
+  def batch(number, state):
+    if number == step:
+      raise Killed
+    return run.feed.batch(number, state)
+
+  return run._replace(feed=run.feed._replace(batch=batch))
+
+
 def registered(monkeypatch):
   """Adds SCORERS for a test."""
   for name, make in SCORERS.items():

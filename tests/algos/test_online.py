@@ -20,6 +20,7 @@ from dpo_jax.run import build, trained
 from dpo_jax.run import rollouts as rules
 from dpo_jax.train import checkpoint
 from tests import conftest, worlds
+from tests.algos import rewarded
 
 WAYS = {  # eight devices, and eight rows a step
   "accumulation": ("mesh.data=4", "mesh.tensor=2", "train.accumulation=2"),
@@ -430,21 +431,6 @@ def labels_of(name):
 # ── Runs ─────────────────────────────────────────────────────────────────────
 
 
-class Killed(BaseException):
-  """Stands for the end of the process."""
-
-
-def killed_before(run, step):
-  """The Run whose feed ends it when it is asked for this step."""
-
-  def batch(number, state):
-    if number == step:
-      raise Killed
-    return run.feed.batch(number, state)
-
-  return run._replace(feed=run.feed._replace(batch=batch))
-
-
 def metrics(folder):
   lines = (folder / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines]
@@ -480,8 +466,8 @@ def test_a_run_killed_in_an_iteration_goes_on_to_the_same_bits(
   config = config_of(arg, *WAYS[way])
   run = build.prepare(config)
   whole = loop.fit(config, tmp_path / "whole", run)
-  with pytest.raises(Killed):
-    loop.fit(config, tmp_path / "cut", killed_before(run, 3))
+  with pytest.raises(rewarded.Killed):
+    loop.fit(config, tmp_path / "cut", rewarded.killed_before(run, 3))
   # Every step was due, and the one boundary was saved.
   with checkpoint.Checkpointer(tmp_path / "cut", keep=2) as saved:
     assert saved.steps() == [2]

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 
 import jax
@@ -20,7 +19,7 @@ from dpo_jax import loop
 from dpo_jax.eval import rewards
 from dpo_jax.run import build
 from dpo_jax.train import checkpoint
-from tests import conftest, folders
+from tests import folders, processes
 from tests.algos import rewarded
 
 slow = pytest.mark.slow
@@ -37,21 +36,6 @@ def _scorers(monkeypatch):
   rewarded.registered(monkeypatch)
 
 
-class Killed(BaseException):
-  """Stands for the end of the process."""
-
-
-def killed_before(run, step):
-  """The run whose feed ends it when it is asked for a step."""
-
-  def batch(number, state):
-    if number == step:
-      raise Killed
-    return run.feed.batch(number, state)
-
-  return run._replace(feed=run.feed._replace(batch=batch))
-
-
 def saved_steps(folder):
   with checkpoint.Checkpointer(folder, keep=2) as saved:
     return saved.steps()
@@ -60,8 +44,8 @@ def saved_steps(folder):
 def goes_on(run, config, tmp_path):
   """Trains whole, and again with a kill between boundaries; the last state."""
   loop.fit(config, tmp_path / "whole", run)
-  with pytest.raises(Killed):
-    loop.fit(config, tmp_path / "cut", killed_before(run, 6))
+  with pytest.raises(rewarded.Killed):
+    loop.fit(config, tmp_path / "cut", rewarded.killed_before(run, 6))
   assert saved_steps(tmp_path / "cut") == [rewarded.STEPS]  # boundaries alone
   resumed = loop.fit(config, tmp_path / "cut", run)
   sums = [
@@ -109,7 +93,9 @@ def test_every_ppo_goes_on_to_the_same_bits(way, tmp_path):
 def test_a_killed_process_of_ppo_goes_on_to_the_same_bits(tmp_path):
   names, kills = ("whole", "cut", "cut"), (-1, 7, -1)
   codes = [
-    train_alone(tmp_path / name, kill)
+    processes.alone(
+      "tests.algos.test_policy_gradient_resume", tmp_path / name, kill
+    )
     for name, kill in zip(names, kills, strict=True)
   ]
   assert codes == [0, -signal.SIGKILL, 0]
@@ -144,17 +130,6 @@ def test_ppo_with_other_prompts_or_another_scorer_is_refused(tmp_path):
   with pytest.raises(ValueError, match="prompts"):
     loop.fit(config, folder)
   assert saved_steps(folder) == [rewarded.STEPS]
-
-
-def train_alone(folder, kill_at):
-  """Exit code of a process that trains; it kills itself before a step."""
-  command = [sys.executable, "-m", "tests.algos.test_policy_gradient_resume"]
-  flags = os.environ.get("XLA_FLAGS", "").split()
-  flags = [f for f in flags if "device_count" not in f]
-  env = {**os.environ, "XLA_FLAGS": " ".join(flags)}
-  return subprocess.run(
-    [*command, str(folder), str(kill_at)], env=env, cwd=conftest.ROOT
-  ).returncode
 
 
 def main(folder, kill_at):

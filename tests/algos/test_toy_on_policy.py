@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 
 import jax
@@ -33,7 +32,7 @@ from dpo_jax.data.tokens import comparisons
 from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import build, feed, feeds, trained
 from dpo_jax.train import checkpoint
-from tests import conftest
+from tests import conftest, processes
 
 PROMPTS = ("the plot", "the film", "the cast", "the end ")  # of one length
 DRAWS, MINIBATCHES, EPOCHS = 16, 2, 2  # of an iteration
@@ -292,7 +291,10 @@ def test_a_run_that_ends_between_boundaries_goes_on_to_the_same_bits(
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_bits_and_has_learned(tmp_path):
   folders = [tmp_path / "whole", tmp_path / "cut", tmp_path / "cut"]
-  codes = [train_alone(*a) for a in zip(folders, (-1, 7, -1), strict=True)]
+  codes = [
+    processes.alone("tests.algos.test_toy_on_policy", *a)
+    for a in zip(folders, (-1, 7, -1), strict=True)
+  ]
   assert codes == [0, -signal.SIGKILL, 0]
   assert checksums(tmp_path / "cut") == checksums(tmp_path / "whole")
   rows_logged = metrics(tmp_path / "cut")
@@ -380,17 +382,6 @@ def test_a_signal_between_boundaries_is_obeyed_at_the_next(
   assert int(result.state.step) == 8
   with checkpoint.Checkpointer(tmp_path, keep=2) as saved:
     assert saved.steps()[0] == 8
-
-
-def train_alone(folder, kill_at):
-  """Exit code of a process that trains; it kills itself before a step."""
-  command = [sys.executable, "-m", "tests.algos.test_toy_on_policy"]
-  flags = os.environ.get("XLA_FLAGS", "").split()
-  flags = [f for f in flags if "device_count" not in f]
-  env = {**os.environ, "XLA_FLAGS": " ".join(flags)}
-  return subprocess.run(
-    [*command, str(folder), str(kill_at)], env=env, cwd=conftest.ROOT
-  ).returncode
 
 
 if __name__ == "__main__":
