@@ -7,7 +7,8 @@ A spec names a scorer and what it is made from:
     vader               compound sentiment of the VADER lexicon, in [−1, 1]
     classifier:NAME     log-odds of the last label of a Hugging Face classifier,
                         e.g. classifier:siebert/sentiment-roberta-large-english
-                        (the paper's; needs torch)
+                        (needs torch)
+    probability:NAME    p(last label) of it: the paper's r*, in [0, 1]
     model:NAME          output of a Hugging Face reward model with one label
                         (needs torch), of the text as it is
     implicit:FOLDER     β·(log π − log π_ref) of a run trained here: the reward
@@ -83,6 +84,7 @@ SCORERS = {
   "tfidf": texts.tfidf,
   "vader": texts.vader,
   "classifier": hub.classifier,
+  "probability": hub.probability,
   "model": hub.model,
   "implicit": runs.implicit,
   "reward": runs.reward,
