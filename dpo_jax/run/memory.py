@@ -164,18 +164,33 @@ def _fixed(setup, optimizer, extra):
   """Bytes of a device for the state, the gradient and a copy of that."""
   shapes = trained_lib.trained_shapes(setup)
   updated, _ = tree.split(shapes, optimizer.trains)
-  moments = jax.eval_shape(optimizer.tx.init, updated)
-  slots = tree.nbytes(moments) / tree.nbytes(updated)
+  slots = slots_of(optimizer, updated)
   kept = {"extra": jax.eval_shape(extra, shapes)}  # as it lies in the state
   kept = trained_lib.sharded(setup, kept)
-  # Parameters, also those that are not updated; then what there is of the rest.
-  of_a_point = _of_shards(shapes) + _of_shards(kept)
-  of_a_point += (2 + slots) * _of_shards(updated)
+  of_a_point = _of_shards(kept)
+  of_a_point += state(_of_shards(shapes), _of_shards(updated), slots)
   # Points of other seeds start from other weights.
   starts = setup.compute.points if setup.source.spec is None else 1
   model = _of_shards(trained_lib.model_shapes(setup))
   frozen = model * setup.trained.frozen_bits / 32
   return setup.compute.points * of_a_point + starts * frozen
+
+
+def state(trained, updated, slots):
+  """Bytes of what is trained, its gradient and a copy of it, its moments.
+
+  Args:
+    trained: bytes of the parameters, also of those that are not updated.
+    updated: of those that are.
+    slots: bytes of moments for each of these.
+  """
+  return trained + (2 + slots) * updated
+
+
+def slots_of(optimizer, updated):
+  """Bytes of an Optimizer's moments for each of the parameters it updates."""
+  moments = jax.eval_shape(optimizer.tx.init, updated)
+  return tree.nbytes(moments) / tree.nbytes(updated)
 
 
 def _of_shards(shapes):
