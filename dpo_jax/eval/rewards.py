@@ -14,7 +14,8 @@ A spec names a scorer and what it is made from:
     implicit:FOLDER     β·(log π − log π_ref) of a run trained here: the reward
                         model that a preference-trained policy is
     reward:FOLDER       a reward model trained here (configs/reward.py), with
-                        the gain and the bias of its folder
+                        the gain and the bias of its folder; of a sweep's
+                        folder the point of the best held-out accuracy
     reward:hf:NAME      a Hugging Face reward model with one label of a family
                         that the decoder here is; without torch. As when
                         training, a text ends in one end token

@@ -204,7 +204,7 @@ def test_a_published_architecture_computes_what_transformers_does(
 
 
 def test_shapes_that_are_known_by_a_name_are_those_published_under_it():
-  """What costs memory or FLOPs; a preset reads no further than it was tested."""
+  """In what costs memory or FLOPs; a preset may read less far."""
   seen = 0
   for name, (preset, vocab_size) in model_config.PUBLISHED.items():
     raw = published.PUBLISHED.get(name)
