@@ -53,12 +53,39 @@ def _stages(config, workdir, source):
       f"--workdir {workdir}: the stages have folders of their own; name the "
       f"root by the config's argument, root={workdir}"
     )
-  for verb, arg in config.stages:
-    print(f"━━ {verb} {arg}", flush=True)
-    code = run(verb, {"config": f"{source.module.__file__}:{arg}"}, [])
+  rest = "".join(f",{name}={value}" for name, value in config.arguments)
+  steps = []
+  for verb, name, *axes in config.stages:
+    spec = f"{source.module.__file__}:stage={name}{rest}"
+    steps.append((verb, name, load.load(spec, (), axes)))
+  configs = [step.config for _, _, step in steps]
+  for one in configs:  # what is wrong with the last is said before the first
+    preflight.config(one, ())
+  _reach(configs)
+  if "plan" in config:
+    print(_plan(steps, config.plan), flush=True)
+  for verb, name, step in steps:
+    print(f"━━ {verb} {name}", flush=True)
+    sweep = {"sweep": list(step.axes)} if step.axes else {}
+    code = run(verb, {"config": f"{step.path}:{step.arg}", **sweep}, [])
     if code:
       return code
   return 0
+
+
+def _plan(steps, options):
+  """The table of what stages will take: (verb, name, load.Source) of each."""
+  from dpo_jax import plan
+  from dpo_jax.plan import table
+
+  stages = [
+    plan.Stage(
+      *(verb, name, step.config),
+      points=len(_points(step)) if verb == "sweep" else 1,
+    )
+    for verb, name, step in steps
+  ]
+  return table.text(plan.rows(stages, options), options)
 
 
 def _tokenizer(config, workdir):
@@ -145,15 +172,7 @@ def sample(config, workdir, _source):
 
 def sweep(config, workdir, source):
   """Trains and evaluates the points of --sweep, or of the file's `sweep()`."""
-  if source.axes:
-    chosen = points.product(source, source.axes)
-  elif hasattr(source.module, "sweep"):
-    chosen = list(source.module.sweep())
-  else:
-    raise ValueError(
-      f"{source.path} has no sweep(), which yields the points: name them, "
-      "--sweep loss.beta=0.05,0.1"
-    )
+  chosen = _points(source)
   configs = [source.at(point) for point in chosen]
   for config_of_point in configs:
     preflight.config(config_of_point, (*_DATA, *_PROMPTS))
@@ -165,6 +184,18 @@ def sweep(config, workdir, source):
   if code <= 1:  # 1 is of points that failed, which the table shows as they are
     write_report(config, workdir, source)
   return code
+
+
+def _points(source):
+  """The points of a sweep: of --sweep, or of the file's `sweep()`."""
+  if source.axes:
+    return points.product(source, source.axes)
+  if hasattr(source.module, "sweep"):
+    return list(source.module.sweep())
+  raise ValueError(
+    f"{source.path} has no sweep(), which yields the points: name them, "
+    "--sweep loss.beta=0.05,0.1"
+  )
 
 
 def write_report(_config, workdir, _source):

@@ -13,7 +13,7 @@ FIELDS = set(base.get_config())
 READERS = (
   *("config/", "run/build.py", "run/checks.py", "run/feeds.py"),
   "run/rollouts.py",
-  *("sweeps.py", "verbs.py", "export.py"),
+  *("sweeps.py", "plan/", "verbs.py", "export.py"),
 )
 
 
