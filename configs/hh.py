@@ -82,7 +82,8 @@ def reward(a):
 
 
 def dpo(a):
-  return paper.dpo(paper.after(pairs(a, "dpo"), a, "preferred"), BETA)
+  c = paper.after(pairs(a, "dpo"), a, "preferred")
+  return paper.dpo(c, BETA, BETA)
 
 
 def samples(a):

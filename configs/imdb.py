@@ -128,7 +128,7 @@ def reward(a):
 
 
 def dpo(a):
-  return paper.dpo(method(a, "dpo"), 0.1)
+  return paper.dpo(method(a, "dpo"), BETAS[1], max(BETAS))
 
 
 def unlikelihood(a):

@@ -80,9 +80,15 @@ def sft(c):
   return c
 
 
-def dpo(c, beta):
-  c.ref, c.loss = "cached", common.loss("dpo")
+def dpo(c, beta, most):
+  """DPO with a β, of a sweep with none above `most`.
+
+  The reference runs in the same step: log-probs that another program made would
+  differ by most of a nat a completion (SmolLM2-135M in bf16, 60 tokens).
+  """
+  c.ref, c.loss = "frozen", common.loss("dpo")
   c.loss.beta = beta
+  c.train.max_noise = 2.0 * most  # a wrong reference is tens of nats away
   return c
 
 
@@ -133,7 +139,7 @@ def samples(make, a, first):
     a: of `arguments`; its policy is a stage, or "base": the model itself.
     first: the first stage; without a published model, it stands for "base".
   """
-  c = make(a, f"samples/{a.policy},T={a.temperature}")
+  c = make(a, f"samples/{a.policy}/T={a.temperature}")
   if a.policy != "base":
     after(c, a, a.policy)
   elif c.init_from is None:
@@ -144,7 +150,7 @@ def samples(make, a, first):
 
 def best_of(make, a, stage, counts):
   """Best of N draws of a stage's policy, ranked by the reward model."""
-  c = after(make(a, f"best_of,T={a.temperature}"), a, stage)
+  c = after(make(a, f"best_of/T={a.temperature}"), a, stage)
   c.sample.temperature = a.temperature
   c.sample.best_of, c.sample.draws = counts, max(counts)
   c.sample.scorers = (f"reward:{a.root}/reward",)

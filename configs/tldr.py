@@ -91,7 +91,7 @@ def reward(a):
 
 
 def dpo(a):
-  return paper.dpo(method(a, "dpo"), BETA)
+  return paper.dpo(method(a, "dpo"), BETA, BETA)
 
 
 def ppo(a):

@@ -94,6 +94,7 @@ CONSTANTS = [
   ("imdb", "held_out", "sample.labels", "deterministic", "2.2"),
   ("imdb", "reward", "train.epochs", 3.0, "2.2"),
   ("imdb", "dpo", "eval.every", 100, "2.2"),
+  ("imdb", "dpo", "ref", "frozen", "1: the SFT policy"),
   ("imdb", "dpo", "sample.scorers", (TRUTH,), "2.2: evaluated by r*"),
   ("imdb", "dpo", "sample.prompts", "hf:stanfordnlp/imdb:test", "2.2"),
   ("imdb", "ppo", "rollout.scorer", "reward:runs/imdb/reward", "2.2"),
@@ -208,7 +209,7 @@ def test_every_method_is_sampled_at_every_temperature(
     for method in methods:
       c = made.pop(f"samples,policy={method},temperature={temperature}")
       assert c.sample.temperature == temperature
-      assert c.workdir.endswith(f"samples/{method},T={temperature}")
+      assert c.workdir.endswith(f"samples/{method}/T={temperature}")
     if temperature:
       c = made.pop(f"best_of,temperature={temperature}")
       assert c.sample.temperature == temperature
@@ -240,16 +241,19 @@ def test_every_stage_is_a_config_that_can_run_and_is_planned(
     assert c.workdir.startswith("runs/"), name
   begun = []
   monkeypatch.setattr(verbs, "run", lambda *args: begun.append(args) or 0)
-  source = load.load(spec, ())
+  source = load.load(spec, ("plan.device=A100", "plan.mfu=0.4"))
   assert verbs.train(source.config, source.config.workdir, source) == 0
-  assert len(begun) == len(source.config.stages)
+  assert [verb for verb, *_ in begun] == [s[0] for s in source.config.stages]
+  for verb, options, overrides in begun:
+    assert ("sweep" in options) == (verb == "sweep")
+    assert not overrides
   plan = capsys.readouterr().out.partition("━━")[0].splitlines()
   assert plan[0].split() == [
     *("stage", "examples", "tokens", "FLOPs", "GiB/device", "hours")
   ]
   assert len(plan) == len(begun) + 3  # the head, the sum, what is assumed
   assert not any("not known" in line for line in plan)
-  assert "H100" in plan[-1]
+  assert "A100 at 312 TFLOP/s each; training and scoring reach 40%" in plan[-1]
 
 
 def test_a_stage_starts_from_what_an_earlier_one_leaves():
@@ -435,10 +439,10 @@ def test_hh_runs_end_to_end(tmp_path, capsys, one_device):
   assert "24 × dialogue cut behind its last 'Assistant:'" in out
   assert "1 skipped" in out
   for policy in ("base", "preferred", "dpo"):
-    drawn = lines_of(root / f"samples/{policy},T=0.25/completions.jsonl")
+    drawn = lines_of(root / f"samples/{policy}/T=0.25/completions.jsonl")
     assert len(drawn) == 8
     assert all(row["prompt"].count("Human:") == 1 for row in drawn)
-  best = json.loads((root / "best_of,T=1.0/best_of.json").read_text())
+  best = json.loads((root / "best_of/T=1.0/best_of.json").read_text())
   assert [item["n"] for item in best["best_of"]] == [1, 4]
   assert best["ranking"] == "reward/reward"
 
@@ -453,7 +457,7 @@ def test_tldr_runs_end_to_end(tmp_path, capsys, one_device):
   assert "1 skipped: identical pair" in out
   for policy in ("base", "sft", "preferred", "dpo", "ppo"):
     for temperature in (0.0, 0.25):
-      folder = root / f"samples/{policy},T={temperature}"
+      folder = root / f"samples/{policy}/T={temperature}"
       drawn = lines_of(folder / "completions.jsonl")
       assert len(drawn) == 8
       assert all(row["prompt"].endswith("\nTL;DR:") for row in drawn)
@@ -481,7 +485,7 @@ def test_imdb_runs_end_to_end(tmp_path, capsys, one_device):
     else:
       assert {"reward/tfidf", "kl", "log_ratio"} <= told["means"].keys()
     assert (root / name / "report.html").exists()
-  best = json.loads((root / "best_of,T=1.0/best_of.json").read_text())
+  best = json.loads((root / "best_of/T=1.0/best_of.json").read_text())
   assert best["ranking"] == "reward/reward"
   assert "reward/tfidf" in best["best_of"][1]["means"]
 

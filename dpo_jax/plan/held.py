@@ -1,5 +1,7 @@
 """Bytes of a device that a stage holds, without activations."""
 
+import functools
+
 import jax
 
 from dpo_jax import tree
@@ -33,6 +35,7 @@ def drawing(config, model, at_once, batch, known):
   return held + cache(model, at_once, batch, known)
 
 
+@functools.cache
 def shapes_of(model):
   """The parameters of a known.Model in f32, abstract."""
   return jax.eval_shape(decoder.build(*model).init, jax.random.key(0))
