@@ -6,12 +6,13 @@ Pythia-2.8B, which no SFT model comes with, so that the reference is
 Preferred-FT, trained on the chosen replies (arXiv:2305.18290 section 6.2). The
 stages, each skipped where it is done: Preferred-FT, a reward model, DPO; for
 256 prompts of one turn, samples of each and of the model itself behind two
-examples, at three temperatures, and Best-of-N. A plan of tokens, FLOPs, memory
-and hours is printed first. `:stage=NAME` is the config of one stage; `:model=`
-and `:data=` take another model, and another folder or data set of the columns
-chosen and rejected with the splits train and test; `:fsdp=` says over how many
-devices the parameters are split, 4 unless named; `:smoke` runs all stages in
-small, without the network.
+examples, at three temperatures, and Best-of-N. What a judge compares with the
+chosen replies is samples/METHOD/T=…/completions.jsonl. A plan of tokens, FLOPs,
+memory and hours is printed first. `:stage=NAME` is the config of one stage;
+`:model=` and `:data=` take another model, and another folder or data set of the
+columns chosen and rejected with the splits train and test; `:fsdp=` says over
+how many devices the parameters are split, 4 unless named; `:smoke` runs all
+stages in small, without the network.
 
 Not measured: it takes accelerators. The authors' repository trained its SFT in
 about 1 h 30 min and DPO in 2 h 45 min on four A100 of 80 GB.
@@ -35,6 +36,7 @@ def get_config(arg=None):
     fsdp=4,
     model=MODEL,
     data=DATA,
+    policy="dpo",  # of stage=samples
   )
   steps = (
     ("train", "preferred"),

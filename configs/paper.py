@@ -14,15 +14,11 @@ HORIZON = 10_000  # completions over which its KL coefficient moves
 
 def arguments(arg, small, **defaults):
   """The argument of a task's config; `small` are the defaults of `smoke`."""
-  shared = {
-    "stage": "all",
-    "policy": "dpo",
-    "temperature": 1.0,
-    "smoke": False,
-  }
-  a = common.parse_arg(arg, **{**shared, **defaults})
+  shared = {"stage": "all", "temperature": 1.0, "smoke": False}
+  whole = {**shared, **defaults}
+  a = common.parse_arg(arg, **whole)
   if a.smoke:
-    a = common.parse_arg(arg, **{**shared, **defaults, **small, "fsdp": 1})
+    a = common.parse_arg(arg, **{**whole, **small, "fsdp": 1})
   return a
 
 

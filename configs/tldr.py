@@ -5,16 +5,19 @@
 GPT-J 6B learns to write the "TL;DR:" of a post from demonstrations, then from
 comparisons of such summaries (arXiv:2305.18290 section 6.2). The stages, each
 skipped where it is done: SFT, Preferred-FT, a reward model, DPO, PPO; samples
-of each method for 256 posts at five temperatures, and Best-of-N. A plan of
-tokens, FLOPs, memory and hours is printed first. `:stage=NAME` is the config of
-one stage; `:model=hf:EleutherAI/pythia-2.8b` takes another model, `:sft=` and
-`:data=` other demonstrations (columns prompt and label, splits train, valid and
-test) and comparisons (prompt, chosen and rejected; train and valid1), `:fsdp=`
-says over how many devices the parameters are split, 8 unless named; `:smoke`
-runs all stages in small, without the network.
+of each method for 256 posts at five temperatures, and Best-of-N. What a judge
+compares with people's own summaries is samples/METHOD/T=…/completions.jsonl. A
+plan of tokens, FLOPs, memory and hours is printed first. `:stage=NAME` is the
+config of one stage; `:model=hf:EleutherAI/pythia-2.8b` takes another model,
+`:sft=` and `:data=` other demonstrations (columns prompt and label, splits
+train, valid and test) and comparisons (prompt, chosen and rejected; train and
+valid1), `:fsdp=` says over how many devices the parameters are split, 8 unless
+named; `:smoke` runs all stages in small, without the network.
 
-Not measured: it takes accelerators. A prompt keeps 448 of the 512 tokens, since
-its end asks for the summary, which has 48 at most by how the data were made.
+Not measured: it takes accelerators. A model whose weights on the hub are
+pickled must be converted once, and the error says how. A prompt keeps 448 of
+the 512 tokens, since its end asks for the summary, which has 48 at most by how
+the data were made.
 """
 
 from dpo_jax.configs import common, paper
@@ -36,6 +39,7 @@ def get_config(arg=None):
     fsdp=8,
     model=MODEL,
     data=DATA,
+    policy="dpo",  # of stage=samples
     sft=SFT,
   )
   steps = (

@@ -61,9 +61,10 @@ def _stages(config, workdir, source):
   configs = [step.config for _, _, step in steps]
   for one in configs:  # what is wrong with the last is said before the first
     preflight.config(one, ())
-  _reach(configs)
-  if "plan" in config:
+  far = _far(configs)
+  if "plan" in config:  # which takes no network
     print(_plan(steps, config.plan), flush=True)
+  _kept(*far)
   for verb, name, step in steps:
     print(f"━━ {verb} {name}", flush=True)
     sweep = {"sweep": list(step.axes)} if step.axes else {}
@@ -277,8 +278,17 @@ def fields(name, options, overrides):
 
 def _reach(configs):
   """Fails at once where the hub is out of reach and its cache has not all."""
+  _kept(*_far(configs))
+
+
+def _far(configs):
+  """(names of the hub in configs, why it is out of reach or None)."""
   names = {name: None for c in configs for name in preflight.on_hub(c)}
-  reason = host.hub_or_cache() if names else None
+  return names, host.hub_or_cache() if names else None
+
+
+def _kept(names, reason):
+  """Refuses names that a hub out of reach is needed for. Args: of `_far`."""
   if reason is not None:
     preflight.cached(names, reason)
     print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)

@@ -225,7 +225,9 @@ def no_network(monkeypatch):
 
   monkeypatch.setattr(datasets, "load_dataset", refused)
   monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
-  monkeypatch.setattr(verbs, "_reach", lambda configs: None)
+  # Out of reach, and kept from before.
+  monkeypatch.setattr(verbs.host, "hub_or_cache", lambda: "the hub is far")
+  monkeypatch.setattr(verbs.preflight, "cached", lambda names, reason: None)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -247,13 +249,30 @@ def test_every_stage_is_a_config_that_can_run_and_is_planned(
   for verb, options, overrides in begun:
     assert ("sweep" in options) == (verb == "sweep")
     assert not overrides
-  plan = capsys.readouterr().out.partition("━━")[0].splitlines()
+  said = capsys.readouterr().out.partition("━━")[0].splitlines()
+  *plan, far = said
+  assert far.startswith("the hub is far: of ")
   assert plan[0].split() == [
     *("stage", "examples", "tokens", "FLOPs", "GiB/device", "hours")
   ]
   assert len(plan) == len(begun) + 3  # the head, the sum, what is assumed
   assert not any("not known" in line for line in plan)
   assert "A100 at 312 TFLOP/s each; training and scoring reach 40%" in plan[-1]
+
+
+def test_a_plan_is_told_where_the_hub_is_out_of_reach(
+  tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(verbs.host, "hub_or_cache", lambda: "the hub is far")
+  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+  spec = f"hh:root={tmp_path / 'runs'}"
+  assert cli.main(["train", "--config", spec]) == 2
+  out, err = capsys.readouterr()
+  assert "train dpo" in out
+  assert "GiB/device" in out
+  assert "is no folder here, the hub is far" in err
+  assert not (tmp_path / "runs").exists()
 
 
 def test_a_stage_starts_from_what_an_earlier_one_leaves():
