@@ -124,7 +124,7 @@ def _trained(stage, model, known):
     examples=points * batch.examples,
     tokens=points * round(batch.tokens),
     flops=flops,
-    memory=held.state(c, model, steps),
+    memory=held.state(c, model, steps, known.devices),
   )
 
 
@@ -154,14 +154,14 @@ def _on_policy(stage, model, known, of, algorithm, reference):
   if algorithm.advantages is not None:  # of policy and reference, once
     flops += 2 * forward
   flops += _scored((r.scorer,), batch, known)
-  state = held.state(c, model, iterations * minibatches)
+  state = held.state(c, model, iterations * minibatches, known.devices)
   return Row(
     stage,
     examples=points * batch.examples,
     tokens=points * round(batch.tokens + seen.tokens),
     flops=points * flops,
     drawing=points * forward,
-    memory=state + held.cache(model, r.batch_size, batch, known),
+    memory=state + held.cache(model, r.batch_size, batch, known.devices),
   )
 
 
@@ -179,7 +179,7 @@ def _sampled(stage, model, known, *, measured):
     tokens=round(batch.tokens),
     flops=flops,
     drawing=drawing,
-    memory=held.drawing(c, model, s.batch_size, batch, known),
+    memory=held.drawing(c, model, s.batch_size, batch, known.devices),
   )
 
 
