@@ -74,8 +74,23 @@ def summaries(row):
   ):
     return None
   gap = "" if prompt.endswith("\n") else "\n"
-  replies = {n: row[n].removeprefix(_SUMMARY) for n in sides}
+  replies = {n: _apart(row[n].removeprefix(_SUMMARY)) for n in sides}
   return {**row, "prompt": f"{prompt}{gap}{_SUMMARY}", **replies}
+
+
+def summary(row):
+  """A summary that would run into the "TL;DR:" in front of it."""
+  prompt, text = row.get("prompt"), row.get("completion")
+  if not isinstance(prompt, str) or not prompt.endswith(_SUMMARY):
+    return None
+  if not isinstance(text, str) or _apart(text) == text:
+    return None
+  return {**row, "completion": _apart(text)}
+
+
+def _apart(text):
+  """A text behind a mark, with the space that stands between."""
+  return text if text[:1].isspace() or not text else f" {text}"
 
 
 def one_turn(row):

@@ -274,6 +274,10 @@ SHAPES = (
     *(public.dialogues, ("chosen",)),
   ),
   Shape(
+    "space put between 'TL;DR:' and the summary",
+    *(public.summary, ("completion",)),
+  ),
+  Shape(
     "'TL;DR:' before both replies read as the end of the prompt",
     *(public.summaries, ("chosen",)),
   ),

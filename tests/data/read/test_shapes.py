@@ -281,6 +281,12 @@ def test_comparisons_of_summaries_ask_as_demonstrations_do():
   one = records.make(shown, "sft", "f:1")
   two = records.make(compared, "sft", "f:2")
   assert (one.prompt, one.completions) == (two.prompt, two.completions)
+  # Whether a set has the space between, or not.
+  bare = {**shown, "label": "Hot."}
+  three = records.make(bare, "sft", "f:4")
+  assert three.completions == one.completions
+  assert "space put between 'TL;DR:' and the summary" in three.remarks
+  assert not any("space" in remark for remark in one.remarks)
   # Where one of them does not, nothing is cut.
   odd = records.make({**compared, "rejected": "Cold."}, "preference", "f:3")
   assert odd.completions == ("TL;DR: Hot.", "Cold.")
