@@ -157,6 +157,7 @@ def smoke(c):
   """Two steps of anything, on a few records: seconds on one core."""
   c.model.dtype = "float32"
   c.data.batch_size = 4
+  c.data.max_shapes = 1
   c.data.max_prompt_length = min(c.data.max_prompt_length, 192)
   c.data.max_completion_length = min(c.data.max_completion_length, 32)
   c.train.steps, c.train.epochs = 2, 1.0
