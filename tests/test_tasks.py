@@ -260,6 +260,22 @@ def test_every_stage_is_a_config_that_can_run_and_is_planned(
   assert "A100 at 312 TFLOP/s each; training and scoring reach 40%" in plan[-1]
 
 
+def test_the_recipes_show_the_plan_as_it_is(capsys, monkeypatch):
+  """But for what is assumed, its last line, which they say in words."""
+  page = (conftest.ROOT / "scripts/results/recipes.md").read_text()
+  monkeypatch.setattr(verbs, "run", lambda *args: 0)
+  monkeypatch.setattr(verbs.host, "hub_or_cache", lambda: None)
+  for task in TASKS:
+    source = load.load(task, ())
+    assert verbs.train(source.config, source.config.workdir, source) == 0
+    plan = capsys.readouterr().out.partition("━━")[0].splitlines()[:-1]
+    total = float(plan[-1].split()[-1])
+    if task == "imdb":
+      assert "\n".join(plan) in page
+    else:
+      assert round(total, 1) == {"tldr": 2.9, "hh": 1.0}[task]
+
+
 def test_a_plan_is_told_where_the_hub_is_out_of_reach(
   tmp_path, capsys, monkeypatch
 ):
