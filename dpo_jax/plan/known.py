@@ -46,7 +46,7 @@ def _seen(config, length):
 
 
 class Model(NamedTuple):
-  """A shape, its vocabulary, and what else a stage's work depends on.
+  """The shape of a decoder and its vocabulary.
 
   Attributes:
     config: ModelConfig.
