@@ -154,6 +154,12 @@ def sweep(config, workdir, source):
       f"{source.path} has no sweep(), which yields the points: name them, "
       "--sweep loss.beta=0.05,0.1"
     )
+  if "study" in config:
+    from dpo_jax.enumerable import study
+
+    code = study.run(chosen, source.at, workdir)
+    write_report(config, workdir, source)
+    return code
   configs = [source.at(point) for point in chosen]
   for config_of_point in configs:
     preflight.config(config_of_point, (*_DATA, *_PROMPTS))

@@ -17,7 +17,7 @@ LAYERS = (
   ("run",),
   ("eval", "preflight"),
   ("loop",),
-  ("sweeps", "plan", "report", "launch", "export", "notebook"),
+  ("sweeps", "plan", "report", "launch", "export", "notebook", "enumerable"),
   ("verbs",),
   ("cli",),
   ("configs", "__main__"),

@@ -145,6 +145,8 @@ FIELDS = {
   "reward.unit": Field(MEASURE),
   "reward.completions": Field(MEASURE, optional=True),
   "reward.count": Field(MEASURE, optional=True),
+  "language.seed": Field(POLICY, least=0),
+  "study.claims.seed": Field(MEASURE, least=0),
   "sweep.together": Field(HOW),
   "train.steps": Field(LENGTH, optional=True),
   "train.epochs": Field(LENGTH),

@@ -31,3 +31,21 @@ def plain(value):
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
+
+
+def points(curves, start):
+  """(kl f64[N], reward f64[N]) of all checkpoints of some runs, and of step 0.
+
+  Args:
+    curves: list of {"kl": list, "reward": list}.
+    start: reward of the policy that they begin from, whose KL is 0.
+  """
+  kl = np.concatenate([[0.0], *(curve["kl"] for curve in curves)])
+  reward = np.concatenate([[start], *(curve["reward"] for curve in curves)])
+  return kl, reward
+
+
+def envelope(kl, reward, grid):
+  """E(k) = the best reward of a checkpoint at KL ≤ k, at each k of a grid."""
+  within = np.asarray(kl) <= np.asarray(grid)[:, None]
+  return np.max(np.where(within, reward, -np.inf), axis=1)
