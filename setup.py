@@ -13,7 +13,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
   # No other package has to fear for a name as common as `configs`.
   package_dir={"dpo_jax.configs": "configs"},
-  package_data={"dpo_jax.report": ["page.html"]},
+  package_data={"dpo_jax.report": ["page.html", "study.html"]},
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},
   install_requires=[
     "datasets",
@@ -32,6 +32,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.11",
     "qwix",
     "safetensors",
+    "scipy",
     "tokenizers",
     "tqdm",
     "transformers>=5",

@@ -178,7 +178,7 @@ def write_report(_config, workdir, _source):
   from dpo_jax import report
 
   page = report.write(workdir)
-  print(report.table(report.rows(workdir), "text"))
+  print(report.text(workdir))
   print(f"report: {page}")
   return 0
 

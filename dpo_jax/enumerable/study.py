@@ -19,7 +19,7 @@ from dpo_jax import progress, store
 from dpo_jax.config import load, saved
 from dpo_jax.enumerable import build, programs, worlds
 from dpo_jax.enumerable import language as language_lib
-from dpo_jax.eval import statistics
+from dpo_jax.eval import evaluation, statistics
 from dpo_jax.train import health
 
 STAGES = ("reference", "reward")  # before the methods
@@ -151,7 +151,7 @@ def _study(language, stages, options, left, jobs, about, workdir):
   about |= {
     "worlds": facts,
     "jobs": [{"method": j.name, "labels": j.labels} for j in jobs],
-    "made_with": _versions(),
+    "made_with": evaluation.made_with(),
   }
   _write(workdir / "study.json", about)
   cost = functools.partial(_cost, options)
@@ -191,10 +191,6 @@ def _facts(language, options, world):
 
 def _plain(values):
   return {name: float(value) for name, value in values.items()}
-
-
-def _versions():
-  return {"jax": jax.__version__, "numpy": np.__version__}
 
 
 def _write(path, content):

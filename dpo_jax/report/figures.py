@@ -107,7 +107,7 @@ def frontier(marks, reference, title, *, joined, wide, best_of=()):
   if not marks and not reference:
     return None
   size = 11 if wide else 9.5
-  fig, (ax,) = _figure((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
+  fig, (ax,) = frame((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
   ax.set_title(title, loc="left", color=INK, fontsize=size)
   below = "\n(squares: an upper bound)" if best_of else ""
   ax.set_xlabel(f"sequence KL from the reference, nats{below}", fontsize=size)
@@ -168,7 +168,7 @@ def curves(runs, *, wide, legend=False):
   columns = min(2, len(panels)) if wide else 1
   rows = -(-len(panels) // columns)
   inches = (5 * columns, 2.95 * rows) if wide else (3.85, 2.5 * rows)
-  fig, axes = _figure(inches, rows, columns, size)
+  fig, axes = frame(inches, rows, columns, size)
   for ax in axes[len(panels) :]:
     ax.remove()
   for ax, (title, names) in zip(axes, panels, strict=False):
@@ -240,7 +240,7 @@ def svg(fig, prefix, label, variables):
   return f'<svg class="{prefix}" role="img" aria-label="{label}" {view}>{body}'
 
 
-def _figure(inches, rows, columns, size):
+def frame(inches, rows, columns, size):
   """(Figure, its axes as a flat list), in the report's quiet style."""
   fig = figure.Figure(figsize=inches, layout="constrained")
   backend_agg.FigureCanvasAgg(fig)
