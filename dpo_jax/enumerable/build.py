@@ -73,6 +73,14 @@ def language_of(config):
   return language_lib.make(**config.language.to_dict())
 
 
+def asked(config):
+  """What a report reads of a config, as plain values."""
+  return {
+    "options": config.study.to_dict(),
+    "language": config.language.to_dict(),
+  }
+
+
 def options_of(config):
   """config.study as plain values."""
   return load.plain(config.study)

@@ -144,10 +144,14 @@ def measure(log_policy, log_ref, reward):
   Args: f[X, A] each, numpy or jax.
   """
   p = jnp.exp(log_policy)
+
+  def mean(values):  # what is never said may have a log-prob of −inf
+    return jnp.mean(jnp.sum(jnp.where(p > 0, p * values, 0.0), axis=-1))
+
   return {
-    "reward": jnp.mean(jnp.sum(p * reward, axis=-1)),
-    "kl": jnp.mean(jnp.sum(p * (log_policy - log_ref), axis=-1)),
-    "entropy": -jnp.mean(jnp.sum(p * log_policy, axis=-1)),
+    "reward": mean(reward),
+    "kl": mean(log_policy - log_ref),
+    "entropy": -mean(log_policy),
   }
 
 

@@ -62,7 +62,7 @@ def run(points, at, workdir):
   workdir = epath.Path(workdir)
   stages = {name: at({"arg": f"method={name}"}) for name in STAGES}
   configs = [(point, at(point)) for point in points]
-  _check([*stages.values(), *(config for _, config in configs)])
+  check([*stages.values(), *(config for _, config in configs)])
   first = stages["reference"]
   language, options = build.language_of(first), build.options_of(first)
   compiled = {}
@@ -76,16 +76,14 @@ def run(points, at, workdir):
   jobs = _jobs(configs, language, options, stages, compiled)
   with health.lock(workdir):
     left = [job for job in jobs if not _done(job, workdir)]
-    about = {
-      "options": first.study.to_dict(),
-      "language": first.language.to_dict(),
-    }
+    about = build.asked(first)
     if left or not (workdir / "study.json").exists():
       _study(language, before, options, left, jobs, about, workdir)
   return 0
 
 
-def _check(configs):
+def check(configs):
+  """Refuses configs that no study can have, see build.check."""
   plain = {}
   for name in ("ppo", "base"):  # the second has no rollout
     plain |= saved.flatten(load.load_config(name).to_dict())

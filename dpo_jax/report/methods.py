@@ -16,6 +16,7 @@ COLORS = (
 )
 NAMES = {
   "dpo": "DPO",
+  "dpo_betas": "DPO, seven β",
   "ipo": "IPO",
   "cdpo": "cDPO",
   "ppo": "PPO, learned reward",
@@ -113,6 +114,6 @@ def _envelope(ax, points, kls, color, label):
   each = np.array([statistics.envelope(*own, kls) for own in points])
   mean = each.mean(axis=0)
   error = each.std(axis=0, ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0
-  band = dict(color=color, alpha=0.18, lw=0)
-  ax.fill_between(kls, mean - error, mean + error, **band)
+  ends = mean - error, mean + error
+  ax.fill_between(kls, *ends, color=color, alpha=0.18, lw=0)
   ax.plot(kls, mean, color=color, lw=1.5, label=label)

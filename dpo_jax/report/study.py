@@ -18,7 +18,10 @@ HEADS = (
   *("against", "KLs", "gap", "their gap", "difference", "95 % interval"),
   *("p, Holm", "dominated", "by them", "verdict"),
 )
-TREND = ("labels", "final KL by β, falling", "strict", "p, Page", "verdict")
+TREND = (
+  *("labels", "final KL by β (of its optimum)", "strict", "p, Page"),
+  "verdict",
+)
 
 
 def write(workdir):
@@ -89,10 +92,14 @@ def _trend_row(trend):
   means = [
     sum(column) / len(column) for column in zip(*trend["kl"], strict=True)
   ]
-  pairs = zip(trend["betas"], means, strict=True)
+  best = trend["optimum"] or [None] * len(means)
+  told = [
+    f"{beta:g}: {kl:.2f}{'' if exact is None else f' ({exact:.2f})'}"
+    for beta, kl, exact in zip(trend["betas"], means, best, strict=True)
+  ]
   return [
     methods.LABELS.get(trend["labels"], trend["labels"]),
-    ", ".join(f"{beta:g}: {kl:.2f}" for beta, kl in pairs),
+    ", ".join(told),
     f"{trend['strict']} of {len(trend['kl'])} seeds",
     f"{trend['p']:.1g}",
     trend["verdict"],

@@ -1,0 +1,194 @@
+"""A study from its config to its verdicts, in small."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import report
+from dpo_jax.config import load
+from dpo_jax.enumerable import build, programs, study, worlds
+from dpo_jax.enumerable import language as language_lib
+from dpo_jax.report import claims
+from tests import conftest
+
+FILE = f"{conftest.ROOT}/configs/frontier_exact.py"
+POINTS = [
+  {"arg": "method=dpo", "loss.beta": 0.1},
+  {"arg": "method=dpo", "loss.beta": 1.0},
+  *({"arg": "method=dpo_betas", "loss.beta": b} for b in (3.0, 1.0, 0.1)),
+  {"arg": "method=ppo_gt", "rollout.kl_target": 1.0},
+]
+
+
+def source_of(*overrides):
+  return load.load(f"{FILE}:smoke", overrides)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A study of the smoke form, done."""
+  path = tmp_path_factory.mktemp("study")
+  study.run(POINTS, source_of().at, path)
+  return path
+
+
+def test_every_method_of_the_config_is_one_that_a_study_can_have():
+  source = source_of()
+  module = source.module
+  points = list(module.sweep())
+  assert {p["arg"].split("=")[1] for p in points} == set(module.METHODS) - {
+    *study.STAGES
+  }
+  study.check([source.at(point) for point in points])
+
+
+def test_it_leaves_the_curves_of_every_seed(folder):
+  about = json.loads((folder / "study.json").read_text())
+  assert [world["seed"] for world in about["worlds"]] == [0, 1]
+  dpo = json.loads((folder / "bradley_terry" / "dpo.json").read_text())
+  assert [(run["seed"], run["setting"]) for run in dpo["runs"]] == [
+    (seed, {"loss.beta": beta}) for seed in (0, 1) for beta in (0.1, 1.0)
+  ]
+  for run in dpo["runs"]:
+    assert run["steps"][-1] == 24
+    assert run["kl"][-1] > run["kl"][0] > 0
+    assert run["reward"][-1] > about["worlds"][0]["reference"]["reward"]
+  assert (folder / "true" / "ppo_gt.json").exists()
+
+
+def test_what_is_done_is_not_done_again(folder, capsys):
+  before = (folder / "true" / "ppo_gt.json").read_bytes()
+  study.run(POINTS, source_of().at, folder)
+  assert capsys.readouterr().out.count("done before, skipped") == 5
+  assert (folder / "true" / "ppo_gt.json").read_bytes() == before
+
+
+def test_a_method_that_is_missing_is_done_alone_and_the_same(folder):
+  path = folder / "deterministic" / "dpo.json"
+  before = json.loads(path.read_text())
+  path.unlink()
+  study.run(POINTS, source_of().at, folder)
+  after = json.loads(path.read_text())
+  assert after["runs"] == before["runs"]
+
+
+def test_a_folder_of_another_config_is_refused(folder):
+  with pytest.raises(ValueError, match="another config"):
+    study.run(POINTS, source_of("optim.warmup=3").at, folder)
+
+
+def test_its_report_has_the_claims_and_says_what_is_not_done(folder):
+  page = report.write(folder)
+  assert "Does DPO dominate?" in page.read_text()
+  said = json.loads((folder / "frontier.json").read_text())
+  verdicts = {row["against"]: row["verdict"] for row in said["comparisons"]}
+  assert verdicts["ppo"] == "not done"
+  assert verdicts["best_of"] in ("not reproduced", "on par", "reproduced")
+  (trend,) = [t for t in said["trends"] if t["labels"] == "bradley_terry"]
+  assert trend["betas"] == [3.0, 1.0, 0.1]
+  assert (folder / "frontier.png").stat().st_size > 10_000
+  assert "Does β control the KL?" in report.text(folder)
+
+
+@pytest.mark.parametrize(
+  ("override", "said"),
+  [
+    ("sample.count=3", "sample.count = 3 has no effect"),
+    ("train.steps=None", "train.steps = None"),
+  ],
+)
+def test_what_a_study_cannot_have_is_refused(override, said, tmp_path):
+  with pytest.raises(ValueError, match=said):
+    study.run(POINTS, source_of(override).at, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "said"),
+  [
+    ("rollout.scorer", "vader", "learned, true"),
+    ("rollout.kl_target", None, "target KL"),
+    ("train.steps", 23, "no multiple of the 4 steps"),
+  ],
+)
+def test_a_sampling_method_that_cannot_be_is_refused(field, value, said):
+  config = source_of().at({"arg": "method=ppo"})
+  section, name = field.split(".")
+  config[section][name] = value
+  if value is None:
+    config.rollout.kl_horizon = None
+  with pytest.raises(ValueError, match=said):
+    study.check([config])
+
+
+def test_methods_that_differ_in_numbers_share_their_programs():
+  source, made = source_of(), {}
+  language = build.language_of(source.config)
+  configs = {p["arg"]: source.at(p) for p in source.module.sweep()}
+  of = {
+    arg: build.programs_of(config, language, made)
+    for arg, config in configs.items()
+  }
+  assert of["method=dpo"] is of["method=dpo_betas"] is of["method=cdpo"]
+  assert of["method=ppo"] is of["method=ppo_gt"]
+  assert of["method=dpo"] is not of["method=ipo"]
+
+
+def test_what_is_sampled_is_of_the_policy():
+  source = source_of()
+  config = source.at({"arg": "method=ppo_gt"})
+  language = build.language_of(config)
+  method = build.programs_of(config, language, {}).method
+  params = jax.jit(method.init)(jax.random.key(0))
+  batch = language_lib.prefixes(language)
+
+  @jax.jit
+  def drawn(params, rngs):
+    tokens = jax.vmap(
+      lambda rng: programs.sampled(method, params, rng)["tokens"]
+    )(rngs)
+    said = tokens[..., 1:].reshape(-1, language.length)
+    prompts = np.repeat(method.batch["tokens"][:, 0], method.drawing.draws)
+    own = language_lib.log_policy(language, method.apply, params, batch)
+    number = language_lib.number_of(said, language.words)
+    return number.reshape(len(rngs), -1), prompts, own
+
+  rngs = jax.random.split(jax.random.key(1), 60)
+  number, prompts, own = map(np.asarray, drawn(params, rngs))
+  for x in range(language.prompts):
+    counts = np.bincount(number[:, prompts == x].ravel(), minlength=64)
+    expected = counts.sum() * np.exp(own[x])
+    chi = np.sum((counts - expected) ** 2 / expected)
+    assert counts.sum() > 3000
+    assert abs(chi - 63) < 4 * np.sqrt(126)  # of χ²_63
+
+
+def test_learned_scores_are_centred_for_every_prompt():
+  rng = np.random.default_rng(0)
+  log_ref = np.log(rng.dirichlet(np.ones(9), 2))
+  scores = worlds.centred(rng.normal(3.0, 5.0, (2, 9)), log_ref)
+  p = np.exp(log_ref)
+  np.testing.assert_allclose(np.sum(p * scores, axis=-1), 0, atol=1e-6)
+  assert np.sum(p * scores**2) / 2 == pytest.approx(1, rel=1e-6)
+
+
+def test_a_signal_keeps_what_is_done(tmp_path):
+  broken = [*POINTS[:2], {"arg": "method=ipo", "loss.beta": 0.1}]
+  real = study._trainer
+
+  def trainer(job, options, made):
+    if job.name == "ipo":
+      raise KeyboardInterrupt
+    return real(job, options, made)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(study, "_trainer", trainer)
+    with pytest.raises(KeyboardInterrupt):
+      study.run(broken, source_of().at, tmp_path)
+  assert (tmp_path / "bradley_terry" / "dpo.json").exists()
+  assert claims.read(tmp_path).missing == [
+    "bradley_terry/ipo",
+    "deterministic/ipo",
+  ]
