@@ -83,6 +83,7 @@ def get_config():
   s.rank_by = optional(str)  # the one of scorers that ranks draws, None: first
   s.labelled = optional(str)  # source to check the scorers on
   s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
+  s.label_scale = 1.0  # κ of bradley_terry: i beats j by σ(κ (r_i − r_j))
 
   # What the policy samples while it is trained: common.rollout, or
   # rollout_of_comparisons; None: nothing.

@@ -43,6 +43,7 @@ LATER = {
   "stop": (),
   "best_of": (),
   "rank_by": None,
+  "label_scale": 1.0,
 }
 
 

@@ -61,7 +61,9 @@ def write(setup, params, identity, workdir):
   if options.labels != "none":
     first = f"reward/{scorers[0].name}"
     labelled = [{**row, "reward": row[first]} for row in rows]
-    out, left_out = pairs.records(labelled, options.labels, options.seed)
+    out, left_out = pairs.records(
+      *(labelled, options.labels, options.seed), scale=options.label_scale
+    )
     text = "".join(json.dumps(record) + "\n" for record in out)
     store.write(workdir / "pairs.jsonl", text.encode())
     count = sum(len(record["pairs"]) for record in out)

@@ -4,6 +4,7 @@ A spec names a scorer and what it is made from:
 
     tfidf:SOURCE        log-odds of a TF-IDF 1–2-gram logistic regression,
                         trained on a labelled source: tfidf:reviews:train
+    sentiment:SOURCE    its probability, in (0, 1)
     vader               compound sentiment of the VADER lexicon, in [−1, 1]
     classifier:NAME     log-odds of the last label of a Hugging Face classifier,
                         e.g. classifier:siebert/sentiment-roberta-large-english
@@ -81,6 +82,7 @@ class Scorer(NamedTuple):
 
 SCORERS = {
   "tfidf": texts.tfidf,
+  "sentiment": texts.sentiment,
   "vader": texts.vader,
   "classifier": hub.classifier,
   "model": hub.model,

@@ -168,8 +168,11 @@ def compare(ours, theirs, grid, *, resamples, seed):
   Args:
     ours, theirs: f64[n, k] of each seed, at the KLs of the grid.
     grid: k KLs in nats.
+  Raises: ValueError for a reward that is not finite.
   """
   ahead = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+  if not np.isfinite(ahead).all():
+    raise ValueError("a reward is not finite: nothing can be said of it")
   each = ahead.mean(axis=1)
   error = ahead.std(axis=0, ddof=1) / len(ahead) ** 0.5
   # Of seeds that all agree the error is 0: a difference is then certain.

@@ -109,6 +109,11 @@ def _rules_of_samples(s):
     f"sample.labels = {s.labels!r} compares the draws of a prompt: "
     "sample.draws must be at least 2",
   )
+  yield (
+    s.label_scale == 1 or s.labels == "bradley_terry",
+    f"sample.label_scale = {s.label_scale} has no effect with sample.labels = "
+    f"{s.labels!r}: it is κ of 'bradley_terry'; leave it at 1",
+  )
   yield prefix(s.prefix, "sample.prefix")
   yield (
     s.top_p == 1 or s.temperature > 0,
