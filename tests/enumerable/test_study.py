@@ -6,12 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import report
+from dpo_jax import cli, report
 from dpo_jax.config import load
 from dpo_jax.enumerable import build, programs, study, worlds
 from dpo_jax.enumerable import language as language_lib
 from dpo_jax.report import claims
 from tests import conftest
+
+# The study of `folder` is made once.
+pytestmark = pytest.mark.xdist_group("study")
 
 FILE = f"{conftest.ROOT}/configs/frontier_exact.py"
 POINTS = [
@@ -192,3 +195,103 @@ def test_a_signal_keeps_what_is_done(tmp_path):
     "bradley_terry/ipo",
     "deterministic/ipo",
   ]
+
+
+OTHERS = {
+  "grid": [0.3, 0.35],
+  "near": 0.001,
+  "method": "ppo_gt",
+  "against": ["best_of"],
+  "level": 0.999,
+  "margin": 1.0,
+  "resamples": 500,
+  "seed": 1,
+  "trend": ["ipo"],
+}
+
+
+def test_every_field_of_the_claims_decides_what_is_said(folder, monkeypatch):
+  # Of two seeds all intervals are alike.
+  monkeypatch.setattr(
+    claims.statistics,
+    "interval",
+    lambda values, *, resamples, seed: (
+      values.mean() + 1e-6 * seed,
+      values.mean() + 1e-8 * resamples,
+    ),
+  )
+  study_of = claims.read(folder)
+  # At a KL that all pass, so that there is something to decide.
+  before = study_of.claims | {"grid": [0.3], "near": 0.5, "level": 0.3}
+  assert before.keys() == OTHERS.keys()
+
+  def said(**changes):
+    options = study_of.options | {"claims": before | changes}
+    about = study_of.about | {"options": options}
+    out = claims.summary(study_of._replace(about=about))
+    return json.dumps({k: v for k, v in out.items() if k != "options"})
+
+  first = said()
+  for name, value in OTHERS.items():
+    assert said(**{name: value}) != first, name
+
+
+def test_every_other_field_of_a_study_decides_what_is_done():
+  def plan(config):
+    options = build.options_of(config)
+    language = build.language_of(config)
+    points = [study.Point({}, {})]
+    method = build.programs_of(config, language, {}).method
+    job = study.Job("dpo", "deterministic", None, points, {})
+    compared = language_lib.compared(
+      *(language, language.demonstrations),
+      groups=options.groups,
+      draws=options.draws,
+      labels=options.labels[0],
+      scale=options.label_scale,
+      seed=options.seeds[0],
+    )
+    tuning, count = study._lanes(job, options)
+    return [
+      *(tuning, count, options.seeds, options.labels, options.best_of),
+      *(study.checkpoints(method, options.checkpoints), options.lanes),
+      *(x.tolist() for x in (*compared, language.reward)),
+    ]
+
+  source = source_of()
+  first = plan(source.config)
+  for path, value in {
+    "study.seeds": (3,),
+    "study.tuning_seeds": (101, 102),
+    "study.rates": (0.1, 0.2),
+    "study.labels": ("deterministic",),
+    "study.label_scale": 0.5,
+    "study.groups": 65,
+    "study.draws": 3,
+    "study.best_of": (2,),
+    "study.checkpoints": 5,
+    "study.lanes": 3,
+    "language.words": 5,
+    "language.length": 4,
+    "language.prompts": 3,
+    "language.seed": 1,
+  }.items():
+    assert plan(load.at(source.config, {path: value})) != first, path
+
+
+@pytest.mark.slow
+def test_the_smoke_form_runs_from_the_command_line(tmp_path, capsys):
+  """All methods, in a few steps, to a report of every claim."""
+  workdir = f"--workdir={tmp_path}"
+  spec = f"{FILE}:smoke"
+  assert cli.main(["sweep", "--config", spec, workdir]) == 0
+  said = capsys.readouterr().out
+  assert "Does β control the KL?" in said
+  study_of = claims.read(tmp_path)
+  assert not study_of.missing
+  for labels in study_of.options["labels"]:
+    rows = claims.comparisons(study_of, labels)
+    assert [r["against"] for r in rows] == [*study_of.claims["against"]]
+    assert "not done" not in {row["verdict"] for row in rows}
+  assert cli.main(["report", workdir]) == 0
+  assert "Does β control the KL?" in capsys.readouterr().out

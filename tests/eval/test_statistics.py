@@ -113,6 +113,11 @@ def compare(ours, theirs):
   return statistics.compare(ours, theirs, grid, resamples=1000, seed=0)
 
 
+def test_a_reward_that_is_not_finite_is_refused():
+  with pytest.raises(ValueError, match="not finite"):
+    compare([[np.nan]] * 8, [[0.1]] * 8)
+
+
 def said(comparison, level=0.01, margin=0.01):
   return statistics.verdict(
     comparison, comparison.p, level=level, margin=margin
