@@ -86,7 +86,7 @@ def make(language, stages, options, seeds):
     stages: {"reference": Stage, "reward": Stage}.
     options: of config.study.
   """
-  found = _references(language, stages["reference"], options, seeds)
+  references = _references(language, stages["reference"], options, seeds)
   compared = {
     (seed, labels): language_lib.compared(
       *(language, log_ref),
@@ -96,13 +96,13 @@ def make(language, stages, options, seeds):
       scale=options.label_scale,
       seed=seed,
     )
-    for seed, (_, log_ref) in zip(seeds, found, strict=True)
+    for seed, (_, log_ref) in zip(seeds, references, strict=True)
     for labels in options.labels
   }
   method = stages["reference"].programs.method
-  data = _data(method, options, seeds, found, compared)
+  data = _data(method, options, seeds, references, compared)
   worlds = []
-  for seed, (params, log_ref) in zip(seeds, found, strict=True):
+  for seed, (params, log_ref) in zip(seeds, references, strict=True):
     own = {labels: data[seed, labels] for labels in options.labels}
     true = centred(language.reward, log_ref)
     worlds.append(World(seed, params, log_ref, own, {TRUE: true}, {}))
@@ -131,8 +131,8 @@ def _references(language, stage, options, seeds):
     states = run.begin(params, jnp.asarray(block))
     hparams = hparams_of([stage.hparams] * len(block))
     states = run.advance(states, stacked(data), hparams, 0, method.steps)
-    found = jax.device_get((states.params, run.log_policies(states)))
-    out += [lane(found, number) for number in range(count)]
+    references = jax.device_get((states.params, run.log_policies(states)))
+    out += [lane(references, number) for number in range(count)]
   return out
 
 
@@ -142,7 +142,7 @@ def _tokens(prompts, said):
   ]
 
 
-def _data(method, options, seeds, found, compared):
+def _data(method, options, seeds, references, compared):
   """{(seed, labels): arrays of all groups}, with the reference's log-probs."""
   out = {}
 
@@ -150,7 +150,7 @@ def _data(method, options, seeds, found, compared):
     return base.token_logps(method.apply, params, batch | {"tokens": tokens})
 
   compiled = jax.jit(jax.vmap(token_logps, in_axes=(0, None, 0)))
-  params = dict(zip(seeds, (params for params, _ in found), strict=True))
+  params = dict(zip(seeds, (params for params, _ in references), strict=True))
   first = options.labels[0]
   for block, count in blocks(seeds, options.lanes):
     groups = [compared[seed, first] for seed in block]
