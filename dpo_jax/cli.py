@@ -18,6 +18,11 @@ report   --workdir DIR
          writes the report of a sweep again
 export   --workdir DIR
          writes the policy as a folder that transformers or PEFT loads
+judge    --config.judge.samples=runs/a/completions.jsonl
+         --config.judge.against=held_out.jsonl --config.judge.by=openai:MODEL
+         --workdir DIR
+         win rates of samples against the data's answers, or other samples: by
+         a model behind an API, people (form:FILE) or a scorer (reward:DIR)
 audit    --config dpo --config.data.train=my.jsonl
          shows what would be trained on, token by token, and counts what is
          wrong with it; exit code 1 above the limits of config.audit

@@ -10,6 +10,7 @@ from dpo_jax import lookup, store
 from dpo_jax.config import origin, saved
 from dpo_jax.data.read import sources
 from dpo_jax.eval import prompting
+from dpo_jax.eval.judge import options
 from dpo_jax.ops import losses
 from dpo_jax.run import checks
 
@@ -37,9 +38,12 @@ def config(config, reads):
   """Refuses numbers out of range, fields without effect, files not there.
 
   Args:
-    config: ConfigDict; one of no policy (stages, a tokenizer) is not looked at.
+    config: ConfigDict; one of stages or a tokenizer is not looked at.
     reads: fields that name the sources which are read.
   """
+  if "judge" in config:
+    checks.numbers(config)
+    options.check(config.judge)
   if "optim" not in config:
     return
   checks.values(config)
@@ -88,6 +92,8 @@ def on_hub(config):
   texts, names = [], []
   for value in saved.flatten(config.to_dict()).values():
     texts += value if isinstance(value, tuple) else [value]
+  # A model's name at an endpoint may have colons, and is not of the hub.
+  texts = [text for text in texts if not str(text).startswith("openai:")]
   for text in texts:
     names += _ON_HUB.findall(text) if isinstance(text, str) else []
   return [
