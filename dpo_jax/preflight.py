@@ -10,7 +10,6 @@ from dpo_jax import lookup, store
 from dpo_jax.config import origin, saved
 from dpo_jax.data.read import sources
 from dpo_jax.eval import prompting
-from dpo_jax.eval.judge import options
 from dpo_jax.ops import losses
 from dpo_jax.run import checks
 
@@ -38,12 +37,9 @@ def config(config, reads):
   """Refuses numbers out of range, fields without effect, files not there.
 
   Args:
-    config: ConfigDict; one of stages or a tokenizer is not looked at.
+    config: ConfigDict; one of no policy (stages, a tokenizer) is not looked at.
     reads: fields that name the sources which are read.
   """
-  if "judge" in config:
-    checks.numbers(config)
-    options.check(config.judge)
   if "optim" not in config:
     return
   checks.values(config)

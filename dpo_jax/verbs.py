@@ -13,6 +13,8 @@ from etils import epath
 
 from dpo_jax import host, lookup, preflight
 from dpo_jax.config import help, load, points, saved
+from dpo_jax.eval.judge import options as judge_options
+from dpo_jax.run import checks
 from dpo_jax.train import optimizers
 
 
@@ -261,14 +263,20 @@ def fields(name, options, overrides):
   return [help.page(config, notes)]
 
 
-def _of_verb(config, name):
-  """Refuses the config of a judge for another verb, and another for it."""
+def _judged(config, name):
+  """Refuses the config of a judge for another verb, and another for it.
+
+  And what no judge can do.
+  """
   if ("judge" in config) != (name == "judge"):
     raise ValueError(
       "judge takes configs/judge.py, or a config like it: --config judge"
       if name == "judge"
       else f"--config is one of `dpo-jax judge`, not of {name}"
     )
+  if name == "judge":
+    checks.numbers(config)
+    judge_options.check(config.judge)
 
 
 def _reach(configs):
@@ -308,7 +316,7 @@ def run(name, options, overrides):
   if verb.folder:
     preflight.folder(workdir)
   if verb.reads is not None:
-    _of_verb(config, name)
+    _judged(config, name)
     preflight.config(config, verb.reads)
   if name == "train":
     preflight.start(config)

@@ -128,6 +128,9 @@ def test_two_people_fill_in_copies_of_one_form(tmp_path):
     judge(tmp_path / "ann.csv")
   with pytest.raises(ValueError, match="no such form"):
     judge(tmp_path / "eve.csv", form_key=key)
+  (tmp_path / "form.csv").unlink()
+  with pytest.raises(ValueError, match="may be with people"):
+    judge(tmp_path / "form.csv")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ def judge(path, pairs, options):
       f"{path}: no such form, and judge.form_key = {options.form_key!r} is of "
       "one that is there; set it to None to write a form"
     )
+  if key.exists():
+    raise ValueError(
+      f"{path}: no such form, and {key} is of one that may be with people: "
+      "read their copy, or name another form"
+    )
   rows, sides = _blinded(pairs, options.seed)
   store.write(key, (json.dumps({"sides": sides}, indent=2) + "\n").encode())
   store.write(path, _WRITE[path.suffix](rows).encode())
