@@ -33,9 +33,9 @@ losses   prints every loss: formula, source, needs, dialects, defaults
 {names}. What follows a colon is its argument,
 dpo:loss=ipo. --config.FIELD=VALUE sets a field: `dpo-jax train --help` lists
 them all, with --config those of that config. eval, sample, export and audit
-take the config of the run folder unless --config names another. --workdir may
-be left out where the config has one, and for audit. --version says which
-dpo_jax this is.
+take the config of the run folder unless --config names another, and judge the
+one of its name. --workdir may be left out where the config has one, and for
+audit. --version says which dpo_jax this is.
 """
 
 import logging

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from dpo_jax import cli
+from dpo_jax import cli, preflight
 from dpo_jax.config import load
 from dpo_jax.eval import rewards
 from dpo_jax.eval.judge import judges, judging, matched, verdicts
-from tests import conftest
+from tests import conftest, folders
 from tests.eval import judge_stub
 
 PROMPTS = [f"p{n}" for n in range(5)]
@@ -77,6 +77,19 @@ def test_each_text_is_scored_once(tmp_path, monkeypatch):
   ours = str(tmp_path / "ours.jsonl")
   run(tmp_path, of(3, 4, 5), of(1, 2, 3), samples=(ours, other))
   assert calls == [3 + 3 + 2]  # one text of `other` is theirs
+
+
+def test_a_run_trained_here_judges(tmp_path):
+  """An implicit reward, whose score depends on the prompt too."""
+  folders.untrained(load.load_config("dpo:smoke"), tmp_path / "run")
+  spec = f"implicit:{tmp_path / 'run'}"
+  ours, theirs = of(1, 2, 3, 0), of(2, 1, 0, 3)
+  (found,) = run(tmp_path, ours, theirs, by=spec)["results"]
+  score = rewards.load(spec).score
+  pairs = zip(*(score(list(x), list(x.values())) for x in (ours, theirs)),
+              strict=True)  # fmt: skip
+  assert found["wins"] == sum(a > b for a, b in pairs)
+  assert found["judged"] == 4
 
 
 def test_a_judge_of_ones_own_is_a_line(tmp_path, monkeypatch):
@@ -286,6 +299,12 @@ def test_another_verb_takes_no_judge_and_it_no_other_config(tmp_path, capsys):
   one, other = capsys.readouterr().err.splitlines()
   assert "is one of `dpo-jax judge`, not of train" in one
   assert "judge takes configs/judge.py" in other
+
+
+def test_the_name_of_a_model_at_an_endpoint_is_none_of_the_hub():
+  for by, names in (("openai:hf:a/model:b", []), ("model:a/b", ["a/b"])):
+    c = load.load_config("judge", {"judge.by": by})
+    assert preflight.on_hub(c) == names
 
 
 def test_help_lists_the_fields_of_a_judge_and_no_others(capsys):

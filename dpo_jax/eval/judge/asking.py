@@ -185,17 +185,18 @@ def _answer(question, send, account, retries):
     if account.wait(0):
       return None
     reply = send(question)
-    if isinstance(reply, Reply) or not reply.again or number == retries:
+    if isinstance(reply, Reply) or not reply.again:
       return reply
-    if reply.after is not None and reply.after > _LONGEST:
+    if (reply.after or 0) > _LONGEST:
       return reply._replace(
         reason=f"{reply.reason}, to be tried in {reply.after:,.0f} s"
       )
     # A random part, or all that wait would come back at once.
     seconds = min(_MOST, _FIRST * 2**number) * random.uniform(0.5, 1)
-    if account.wait(max(seconds, (reply.after or 0) + 0.1 * seconds)):
+    seconds = max(seconds, (reply.after or 0) + 0.1 * seconds)
+    if number < retries and account.wait(seconds):
       return None
-  raise AssertionError(retries)
+  return reply
 
 
 def _folder(folder):

@@ -9,11 +9,14 @@ import datetime
 import email.utils
 import json
 import os
+import re
 import urllib.parse
 
 from dpo_jax.eval.judge import asking, question, verdicts
 
 _SHOWN = 200  # characters of what an endpoint says
+# What a header can carry, and no word that answers would have by chance.
+_KEY = re.compile("[!-~]{8,}")
 
 
 def judge(model, pairs, options):
@@ -106,10 +109,11 @@ def _told(came, about, count, options):
     price = asking.cost(tokens, options)
     price = "" if price is None else f", cost {price:.4g}"
     yield f"{what}: {tokens[0]:,} tokens asked, {tokens[1]:,} answered{price}"
-  if came.stopped is not None:
+  left = count - about["answers"]
+  if came.stopped is not None and left:
     yield (
-      f"{came.stopped}: {count - about['answers']:,} questions are left out; "
-      "the same command goes on"
+      f"{came.stopped}: {left:,} questions are left out; the same command goes "
+      "on"
     )
 
 
@@ -144,7 +148,7 @@ def _sender(model, options):
     except openai.APITimeoutError:
       return asking.Failure(f"no answer in {options.timeout:g} s", again=True)
     except openai.APIConnectionError as error:
-      reason = without(f"{error.__cause__ or error}", key)
+      reason = _shown(error.__cause__ or error, key)
       return asking.Failure(f"no connection: {reason}", again=True)
     except Exception as error:  # what is no answer, in whatever way
       name = type(error).__name__
@@ -158,7 +162,7 @@ def _key(name):
   if name is None:
     return None
   key = os.environ.get(name, "").strip()
-  if len(key) < 8:
+  if not _KEY.fullmatch(key):
     raise ValueError(
       f"the environment variable {name} (judge.key_from) holds no key: export "
       f"{name}=…, or set judge.key_from=None for an endpoint that needs none"
@@ -174,6 +178,12 @@ def without(text, key):
   for form in sorted(forms, key=len, reverse=True):
     text = text.replace(form, "[key]")
   return text
+
+
+def _shown(said, key):
+  """What an endpoint says, without what moves a terminal's cursor."""
+  text = " ".join(without(str(said), key).split())
+  return "".join(c if c.isprintable() else "�" for c in text)[:_SHOWN]
 
 
 def _reply(response, key):
@@ -196,9 +206,8 @@ def _refused(error, key, key_from):
       fatal=True,
     )
   body = error.body if isinstance(error.body, dict) else {}
-  said = without(str(body.get("message") or error.message), key)
-  said = " ".join(said.split())
-  reason = f"status {status}: {said[:_SHOWN]}"
+  said = _shown(body.get("message") or error.message, key)
+  reason = f"status {status}: {said}"
   if status in (404, 405):  # no such model, no such address
     return asking.Failure(reason, fatal=True)
   again = status in (408, 409, 425, 429) or status >= 500

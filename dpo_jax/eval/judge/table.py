@@ -61,7 +61,8 @@ def _notes(result):
     for why in ("malformed", "failed", "not asked"):
       count = each["why"].get(why, 0)
       if count:
-        yield f"{each['samples']}: {count:,} pairs without a verdict: {why}"
+        pairs = f"{count:,} pair{'s' * (count != 1)}"
+        yield f"{each['samples']}: {pairs} without a verdict: {why}"
     first = each["first_rate"]
     if first is not None:
       yield f"{each['samples']}: the text shown first won {first:.3f}"
