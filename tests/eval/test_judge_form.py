@@ -29,7 +29,7 @@ def judge(path, pairs=PAIRS, **fields):
 
 
 def rows_of(path):
-  with open(path, newline="") as file:
+  with open(path, newline="", encoding="utf-8-sig") as file:
     return list(csv.DictReader(file))
 
 
@@ -105,11 +105,13 @@ def test_what_people_prefer_is_read_by_the_key(tmp_path, suffix):
 def test_a_cell_is_no_formula(tmp_path):
   pairs = [
     matched.Pair("f", "=1+1", "@x", "-y"),
-    matched.Pair("f", "p", "a", "b"),
+    matched.Pair("f", "p", "é", "b"),
   ]
   judge(tmp_path / "form.csv", pairs)
   cells = [c for r in rows_of(tmp_path / "form.csv") for c in r.values()]
-  assert {"'=1+1", "'@x", "'-y", "a"} <= set(cells)
+  assert {"'=1+1", "'@x", "'-y", "é"} <= set(cells)
+  # What makes a spreadsheet read it as UTF-8.
+  assert (tmp_path / "form.csv").read_bytes().startswith(b"\xef\xbb\xbfnumber")
 
 
 def test_two_people_fill_in_copies_of_one_form(tmp_path):

@@ -98,7 +98,7 @@ def _csv(rows):
     writer.writerow(
       [f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in row]
     )
-  return out.getvalue()
+  return "\ufeff" + out.getvalue()  # without it a spreadsheet guesses ANSI
 
 
 def _jsonl(rows):
