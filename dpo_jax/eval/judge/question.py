@@ -64,8 +64,6 @@ def worded(question, template, verdict):
     template, verdict: of config.judge.
   """
   mark = secrets.token_hex(8)
-  while any(mark in text for text in question):
-    mark = secrets.token_hex(8)
   names = dict(zip(_FIELDS, ("PROMPT", "A", "B"), strict=True))
   texts = dict(zip(_FIELDS, question, strict=True))
 
