@@ -32,7 +32,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.11",
     "qwix",
     "safetensors",
-    "scipy",
+    "scipy>=1.15",  # which takes seeds as generators
     "tokenizers",
     "tqdm",
     "transformers>=5",
@@ -40,8 +40,9 @@ setuptools.setup(
   extras_require={
     "test": [
       *("pytest", "pytest-xdist", "ruff"),
-      *("ipykernel", "jupytext", "nbclient"),
+      *("ipykernel", "jupytext", "nbclient", "openai"),
     ],
+    "judge": ["openai"],
     "notebooks": ["ipykernel", "ipywidgets", "jupytext", "nbclient"],
     "parity": ["torch==2.13.0", "peft"],
     "tpu": ["jax[tpu]"],

@@ -88,6 +88,8 @@ def on_hub(config):
   texts, names = [], []
   for value in saved.flatten(config.to_dict()).values():
     texts += value if isinstance(value, tuple) else [value]
+  # A model's name at an endpoint may have colons, and is not of the hub.
+  texts = [text for text in texts if not str(text).startswith("openai:")]
   for text in texts:
     names += _ON_HUB.findall(text) if isinstance(text, str) else []
   return [

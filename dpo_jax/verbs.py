@@ -13,6 +13,8 @@ from etils import epath
 
 from dpo_jax import host, lookup, preflight
 from dpo_jax.config import help, load, points, saved
+from dpo_jax.eval.judge import options as judge_options
+from dpo_jax.run import checks
 from dpo_jax.train import optimizers
 
 
@@ -26,6 +28,7 @@ class Verb(NamedTuple):
     config: it needs a config.
     reads: fields that name the sources it reads; None: its config is not
       checked.
+    default: the config that it takes without --config, by its name.
   """
 
   run: Callable
@@ -33,6 +36,7 @@ class Verb(NamedTuple):
   folder: bool = True
   config: bool = True
   reads: tuple[str, ...] | None = None
+  default: str | None = None
 
 
 def train(config, workdir, source):
@@ -214,6 +218,14 @@ def export(config, workdir, _source):
   return 0
 
 
+def judge(config, workdir, _source):
+  """Win rates of sample files, by a model, people or a scorer."""
+  from dpo_jax.eval.judge import judging
+
+  judging.judge(load.plain(config.judge), config.to_dict(), workdir)
+  return 0
+
+
 def losses(_config, _workdir, _source):
   """Prints the table of losses."""
   from dpo_jax.ops.losses import catalogue
@@ -232,6 +244,7 @@ VERBS = {
   "report": Verb(write_report, saved=True, config=False),
   "audit": Verb(audit, saved=True, folder=False, reads=_DATA),
   "export": Verb(export, saved=True),
+  "judge": Verb(judge, saved=False, reads=(), default="judge"),
   "losses": Verb(losses, saved=False, folder=False, config=False),
 }
 
@@ -243,11 +256,27 @@ def fields(name, options, overrides):
   """
   if not VERBS[name].config:
     return []
-  config = load.load_config(options.get("config", "base"), overrides)
-  base = load.shipped()["base"].read_text(encoding="utf-8")
-  notes = help.comments(base)
+  own = VERBS[name].default or "base"
+  config = load.load_config(options.get("config", own), overrides)
+  notes = help.comments(load.shipped()[own].read_text(encoding="utf-8"))
   notes |= help.entries(inspect.getsource(optimizers), "optim")
   return [help.page(config, notes)]
+
+
+def _judged(config, name):
+  """Refuses the config of a judge for another verb, and another for it.
+
+  And what no judge can do.
+  """
+  if ("judge" in config) != (name == "judge"):
+    raise ValueError(
+      "judge takes configs/judge.py, or a config like it: --config judge"
+      if name == "judge"
+      else f"--config is one of `dpo-jax judge`, not of {name}"
+    )
+  if name == "judge":
+    checks.numbers(config)
+    judge_options.check(config.judge)
 
 
 def _reach(configs):
@@ -269,7 +298,7 @@ def run(name, options, overrides):
   Returns: exit code.
   """
   verb = lookup.lookup(VERBS, name, "verb")
-  workdir, spec = options.get("workdir"), options.get("config")
+  workdir, spec = options.get("workdir"), options.get("config", verb.default)
   if "sweep" in options and name != "sweep":
     raise ValueError(f"--sweep is of `dpo-jax sweep`, not of {name}")
   if spec is None and verb.saved and workdir is not None:
@@ -287,6 +316,7 @@ def run(name, options, overrides):
   if verb.folder:
     preflight.folder(workdir)
   if verb.reads is not None:
+    _judged(config, name)
     preflight.config(config, verb.reads)
   if name == "train":
     preflight.start(config)

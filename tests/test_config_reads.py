@@ -2,11 +2,11 @@
 
 import ast
 
-from configs import base
+from configs import base, judge
 from tests import conftest
 
 PACKAGE = conftest.ROOT / "dpo_jax"
-FIELDS = set(base.get_config())
+FIELDS = {*base.get_config(), *judge.get_config()}
 
 # Who may read it: what a config is, what builds from it or refuses it, what
 # changes it point by point, and the verbs, which hand its sections on.

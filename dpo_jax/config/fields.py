@@ -36,8 +36,9 @@ class Field(NamedTuple):
 
 SHARE = Field(KEEP, optional=True, least=0, most=1)
 
-# By their paths in configs/base.py. "loss." is of the fields of a section that
-# have no row of their own: those of what is selected there.
+# By their paths in configs/base.py, and in configs/judge.py. "loss." is of the
+# fields of a section that have no row of their own: those of what is selected
+# there.
 FIELDS = {
   "algo": Field(POLICY),
   "loss.": Field(POLICY),  # numbers: the loss's row has their ranges
@@ -194,6 +195,27 @@ FIELDS = {
   "log.profile": Field(KEEP),
   "log.tensorboard": Field(KEEP),
   "log.wandb": Field(KEEP, optional=True),
+  "judge.samples": Field(MEASURE),
+  "judge.against": Field(MEASURE, optional=True),
+  "judge.by": Field(MEASURE, optional=True),
+  "judge.template": Field(MEASURE),
+  "judge.verdict": Field(MEASURE),
+  "judge.count": Field(LENGTH, optional=True),
+  "judge.agree_with": Field(KEEP),
+  "judge.seed": Field(KEEP, least=0),
+  "judge.form_key": Field(KEEP, optional=True),
+  "judge.base_url": Field(MEASURE),
+  "judge.key_from": Field(KEEP, optional=True),
+  "judge.temperature": Field(MEASURE, optional=True, least=0),
+  "judge.max_tokens": Field(MEASURE, optional=True),
+  "judge.timeout": Field(HOW),
+  "judge.concurrency": Field(HOW),
+  "judge.retries": Field(HOW, least=0),
+  "judge.cache": Field(KEEP, optional=True),
+  "judge.price_in": Field(KEEP, optional=True, least=0),
+  "judge.price_out": Field(KEEP, optional=True, least=0),
+  "judge.budget": Field(LENGTH, optional=True),
+  "judge.budget_tokens": Field(LENGTH, optional=True),
 }
 
 

@@ -131,8 +131,8 @@ def _references(language, stage, options, seeds):
     states = run.begin(params, jnp.asarray(block))
     hparams = hparams_of([stage.hparams] * len(block))
     states = run.advance(states, stacked(data), hparams, 0, method.steps)
-    references = jax.device_get((states.params, run.log_policies(states)))
-    out += [lane(references, number) for number in range(count)]
+    fitted = jax.device_get((states.params, run.log_policies(states)))
+    out += [lane(fitted, number) for number in range(count)]
   return out
 
 

@@ -16,13 +16,13 @@ def values(config):
 
   Losses, algorithms, models and the mesh check their own fields.
   """
-  _numbers(config)
+  numbers(config)
   for obeyed, otherwise in _rules(config):
     if not obeyed:
       raise ValueError(otherwise)
 
 
-def _numbers(config):
+def numbers(config):
   """Refuses None, and numbers out of range, by the rows of config.fields."""
   for path, value in saved.flatten(config.to_dict()).items():
     row = fields.of(path)

@@ -4,24 +4,30 @@ Steps cost nothing, the sampler draws what its arguments say, parameters are
 zeros; the loop, the loaders, the stores and the writers are the real ones.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import io
 import json
+import os
 import pathlib
 import re
 import sys
 import tempfile
 import types
+import zlib
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import openai
 
 from dpo_jax import export, loop, sweeps, tree, verbs
 from dpo_jax.config import load
 from dpo_jax.data.batch import loader
 from dpo_jax.eval import completions
+from dpo_jax.eval.judge import asking
 from dpo_jax.run import build, forward, gain, held_out
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import checkpoint, log
@@ -258,3 +264,57 @@ def exporting(plan):
 
 def _zeros(shapes):
   return tree.map_named(lambda _, x: np.zeros(x.shape, x.dtype), shapes)
+
+
+def judging(plan):
+  """What `judge` asks of an endpoint and how, and the files that it writes."""
+  verbs._judged(plan.config, "judge")
+  events = []
+
+  def client(**settings):
+    events.append(settings)
+    create = functools.partial(_judged, events)
+    completions = types.SimpleNamespace(create=create)
+    return types.SimpleNamespace(
+      chat=types.SimpleNamespace(completions=completions)
+    )
+
+  def workers(count):
+    events.append(count)
+    return _WORKERS(1)  # so that they ask in order
+
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(_folder())
+    out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    keys = {"OPENAI_API_KEY": "a-key-of-ours", "OTHER_KEY": "another-of-ours"}
+    stack.enter_context(mock.patch.dict(os.environ, keys))
+    _patched(
+      stack,
+      (openai, "OpenAI", client),
+      (asking, "_FIRST", 0.0),
+      (asking.concurrent.futures, "ThreadPoolExecutor", workers),
+    )
+    verbs.judge(plan.config, folder / "out", None)
+    result = json.loads((folder / "out/judge.json").read_text())
+    del result["config"]  # what it is proven to have an effect beside
+    said = out.getvalue().replace(str(folder), "FOLDER")
+    return events, said, result, _files(folder, ("judge.json",))
+
+
+_WORKERS = concurrent.futures.ThreadPoolExecutor
+
+
+def _judged(events, *, messages, **settings):
+  """A response that prefers one text or the other; one question gets none."""
+  text = re.sub("[0-9a-f]{16}", "", messages[0]["content"])
+  events.append((text, settings))
+  shown = re.compile(r"\[ [AB] begins\]\n(.*?)\n\[ [AB] ends", re.DOTALL)
+  first, second = (zlib.crc32(x.encode()) for x in shown.findall(text))
+  if len(events) == 4 or events[-2] == events[-1]:
+    raise openai.APITimeoutError(request=None)
+  verdict = re.search(r'with nothing but "(.*): A"', text)[1]
+  said = f"It is so.\n{verdict}: {'A' if first > second else 'B'}"
+  message = types.SimpleNamespace(content=said)
+  usage = types.SimpleNamespace(prompt_tokens=10**6, completion_tokens=10**5)
+  choices = [types.SimpleNamespace(message=message)]
+  return types.SimpleNamespace(choices=choices, usage=usage)

@@ -102,6 +102,19 @@ VALUES = {
   "export.dtype": ("bfloat16",),
   "export.push": ("me/mine",),
   "log.wandb": ("mine",),
+  "judge.samples": lambda w: ((w.samples,),),
+  "judge.against": ("toy:3",),
+  "judge.by": ("openai:other",),
+  "judge.template": ("Which? {prompt} {a} {b}",),
+  "judge.verdict": ("Best",),
+  "judge.count": (2,),
+  "judge.agree_with": lambda w: ((w.judged,),),
+  "judge.form_key": lambda w: (w.form_key,),
+  "judge.base_url": ("http://localhost:8000/v1",),
+  "judge.key_from": ("OTHER_KEY",),
+  "judge.cache": ("elsewhere",),
+  "judge.budget": (0.5,),
+  "judge.budget_tokens": (3,),
 }
 
 
