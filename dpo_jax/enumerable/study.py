@@ -39,6 +39,7 @@ class Job(NamedTuple):
     name, labels: of the method; "true" of one that reads no comparison.
     programs: programs.Programs.
     points: list of Point.
+    rates: learning rates that are tried of it.
     made_of: plain values that decide its curves.
   """
 
@@ -46,6 +47,7 @@ class Job(NamedTuple):
   labels: str
   programs: programs.Programs
   points: list
+  rates: tuple
   made_of: dict
 
 
@@ -109,7 +111,8 @@ def _jobs(configs, language, options, stages, compiled):
     made_of = json.loads(json.dumps(made_of))
     truth = build.samples_for_truth(config)
     labels = (worlds.TRUE,) if truth else options.labels
-    jobs += [Job(name, each, own, points, made_of) for each in labels]
+    rates = build.options_of(config).rates
+    jobs += [Job(name, each, own, points, rates, made_of) for each in labels]
   return jobs
 
 
@@ -199,11 +202,11 @@ def _lanes(job, options):
   """(lanes that tune, lanes of the study) of a Job: (seed, rate, point)."""
   tuning = [
     (seed, rate, point)
-    for rate in options.rates
+    for rate in job.rates
     for seed in options.tuning_seeds
     for point in job.points
   ]
-  if len(options.rates) == 1:
+  if len(job.rates) == 1:
     tuning = []
   return tuning, len(options.seeds) * len(job.points)
 
@@ -294,9 +297,9 @@ def checkpoints(method, count):
 def _best_rate(curves, tuning, job, options, made):
   """(the rate of the smallest mean gap to the frontier, {rate: gap})."""
   if not tuning:
-    return options.rates[0], {}
+    return job.rates[0], {}
   tried = {}
-  for rate in options.rates:
+  for rate in job.rates:
     gaps = []
     for seed in options.tuning_seeds:
       own = [
@@ -312,5 +315,5 @@ def _best_rate(curves, tuning, job, options, made):
       reached = statistics.envelope(*points, options.claims.grid)
       gaps.append(np.mean(exact.at(options.claims.grid) - reached))
     tried[str(rate)] = float(np.mean(gaps))
-  best = min(options.rates, key=lambda rate: tried[str(rate)])
+  best = min(job.rates, key=lambda rate: tried[str(rate)])
   return best, tried

@@ -187,18 +187,16 @@ def _compared(study, ours, theirs, at_theirs):
 
 
 def trend(study, labels):
-  """How the final KL follows β, or None if a method of it is not done.
+  """How the final KL follows β, or None if the method is not done.
 
   {"betas" (falling), "kl" [seeds][betas], "optimum" (mean over seeds of the KL
   of π_ref e^(κ r*/β) / Z, of Bradley–Terry labels), "strict" (seeds in which
   KL rises at every step to a smaller β), "p" of Page's test, "verdict"}.
   """
-  runs = []
-  for name in study.claims["trend"]:
-    result = result_of(study, labels, name)
-    if result is None:
-      return None
-    runs += result["runs"]
+  result = result_of(study, labels, study.claims["trend"])
+  if result is None:
+    return None
+  runs = result["runs"]
   betas = sorted({run["setting"]["loss.beta"] for run in runs}, reverse=True)
   kl = np.array(
     [

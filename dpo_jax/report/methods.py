@@ -16,7 +16,6 @@ COLORS = (
 )
 NAMES = {
   "dpo": "DPO",
-  "dpo_betas": "DPO, seven β",
   "ipo": "IPO",
   "cdpo": "cDPO",
   "ppo": "PPO, learned reward",

@@ -111,12 +111,14 @@ def _costs(study):
   body = []
   for (labels, name), result in study.results.items():
     tried = result["tried"].items()
+    edges = [*result["tried"]][:1] + [*result["tried"]][-1:]
+    at_edge = str(result["rate"]) in edges
     minutes, seconds = divmod(round(result["seconds"]), 60)
     body.append(
       [
         methods.shown(name),
         labels.replace("_", " "),
-        f"{result['rate']:g}",
+        f"{result['rate']:g}{', at the edge' if at_edge else ''}",
         ", ".join(f"{rate}: {gap:.4f}" for rate, gap in tried) or "–",
         f"{result['tokens']:,}",
         f"{minutes}:{seconds:02}",
