@@ -37,6 +37,7 @@ PARTS = {
   "train": dry.training,
   "workdir": dry.command,
   "sample": dry.sampling,
+  "measure": dry.measuring,
   "sweep": dry.sweeping,
   "audit": dry.auditing,
   "export": dry.exporting,
@@ -52,6 +53,7 @@ FIRST = {
   "lora": ("initial", "features"),
   "data.token_cache": ("train",),  # in a folder of its own
   "data.": ("data",),
+  "sample.checkpoints": ("measure",),
   "sample.": ("sample", "sweep"),
   "sweep.": ("sweep",),
   "reward.": ("train",),

@@ -121,6 +121,7 @@ FIELDS = {
   "sample.best_of": Field(MEASURE),
   "sample.rank_by": Field(MEASURE, optional=True),
   "sample.labelled": Field(MEASURE, optional=True),
+  "sample.checkpoints": Field(MEASURE),
   "sample.labels": Field(MEASURE),
   "sample.label_scale": Field(MEASURE),
   "rollout": Field(POLICY, optional=True),

@@ -44,6 +44,7 @@ LATER = {
   "best_of": (),
   "rank_by": None,
   "label_scale": 1.0,
+  "checkpoints": False,
 }
 
 
@@ -53,7 +54,7 @@ def drawn_by(sample):
   Not what is measured of them later. Where nobody asks for a later field, it is
   left out, as it is in files of draws from before.
   """
-  measured = ("best_of", "rank_by")
+  measured = ("best_of", "rank_by", "checkpoints")
   return {
     k: v
     for k, v in sample.items()

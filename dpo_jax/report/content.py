@@ -86,7 +86,16 @@ def _mark(group, truth, color):
     )
     name = f"{name} ({len(seeds)} seeds)"
   errors = np.array([kl_se, reward_se], float)  # None as NaN
-  return figures.Mark(name, kl, reward, *errors, color, seeds)
+  trail = tuple(spot for run in group.runs for spot in _trail(run, truth))
+  return figures.Mark(name, kl, reward, *errors, color, seeds, trail)
+
+
+def _trail(run, truth):
+  """(kl, reward) of a run's checkpoints before the last, as far as measured."""
+  for point in run.evaluation.get("checkpoints", []):
+    means = point["means"]
+    if {"kl", truth} <= means.keys():
+      yield means["kl"]["mean"], means[truth]["mean"]
 
 
 def _picture(in_file, make, prefix, label, light):

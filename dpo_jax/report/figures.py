@@ -46,7 +46,8 @@ RAW = (
 class Mark(NamedTuple):
   """A policy between reward and KL; standard errors are NaN if unknown.
 
-  seeds: (kl, reward) of each run that it is the mean of.
+  seeds: (kl, reward) of each run that it is the mean of; trail: of checkpoints
+  on the way there.
   """
 
   name: str
@@ -56,6 +57,7 @@ class Mark(NamedTuple):
   reward_se: float
   color: str
   seeds: tuple = ()
+  trail: tuple = ()
 
 
 class Line(NamedTuple):
@@ -123,8 +125,10 @@ def frontier(marks, reference, title, *, joined, wide, best_of=()):
   marks = [*marks, *best_of, *([reference] if reference else [])]
   for mark in marks:
     hollow = any(mark is other for other in best_of)
-    for spot in mark.seeds:
-      ax.plot(*spot, "o", color=mark.color, ms=4, alpha=0.8, mew=0, zorder=2)
+    for spots, size in ((mark.seeds, 4), (mark.trail, 2.6)):
+      for spot in spots:
+        dot = {"color": mark.color, "ms": size, "alpha": 0.8, "mew": 0}
+        ax.plot(*spot, "o", **dot, zorder=2)
     shape, width = ("D", 6) if mark is reference else ("o", 6.5)
     if hollow:
       shape, width = "s", 5.5

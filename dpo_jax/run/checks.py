@@ -114,6 +114,11 @@ def _rules_of_samples(s):
     f"sample.label_scale = {s.label_scale} has no effect with sample.labels = "
     f"{s.labels!r}: it is κ of 'bradley_terry'; leave it at 1",
   )
+  yield (
+    s.prompts is not None or not s.checkpoints,
+    "sample.checkpoints = True has no effect with sample.prompts = None: set "
+    "that, or it to False",
+  )
   yield prefix(s.prefix, "sample.prefix")
   yield (
     s.top_p == 1 or s.temperature > 0,

@@ -26,8 +26,9 @@ import openai
 from dpo_jax import export, loop, sweeps, tree, verbs
 from dpo_jax.config import load
 from dpo_jax.data.batch import loader
-from dpo_jax.eval import completions
+from dpo_jax.eval import completions, evaluation, frontier
 from dpo_jax.eval.judge import asking
+from dpo_jax.run import base as plain
 from dpo_jax.run import build, forward, gain, held_out
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import checkpoint, log
@@ -203,6 +204,28 @@ def sampling(plan):
     setup = setup._replace(programs=programs)
     completions.write(setup, None, {}, folder)
     return calls, _files(folder)
+
+
+def measuring(plan):
+  """Of which checkpoints of a run `eval` measures samples."""
+  steps = []
+  with _folder() as folder, contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    _patched(
+      stack,
+      (checkpoint, "steps", lambda workdir: [2, 4, 6]),
+      (trained_lib, "restored", lambda *_, step: step),
+      (frontier, "measure", lambda setup, policy, ref: ({}, [])),
+      (evaluation, "made_with", dict),
+    )
+    setup, _ = plan_lib.setup_of(plan)
+    trained = setup.trained._replace(model=lambda base, params: params)
+    if setup.sample.prompts is None:
+      return steps
+    measured = plain.Measured(setup._replace(trained=trained), None, None)
+    made = {"step": 6}
+    result = evaluation.evaluate(measured, None, None, folder, made)
+    return [point["step"] for point in result.get("checkpoints", [])]
 
 
 def sweeping(plan):

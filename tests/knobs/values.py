@@ -69,6 +69,7 @@ VALUES = {
   "sample.rank_by": lambda w: ("vader", f"tfidf:{w.labelled}"),
   "sample.labelled": lambda w: (w.labelled_too,),
   "sample.labels": ("deterministic",),
+  "sample.label_scale": (1e6,),
   "reward.completions": ("toy:12",),
   "reward.count": (8, 32),
   "rollout.compare": ("best_worst",),
