@@ -68,9 +68,9 @@ def study():
   o = config_dict.ConfigDict()
   o.seeds = tuple(range(8))
   o.tuning_seeds = (100, 101)
-  # Learning rates that are tried of a method. Each has three, moved on the
+  # Learning rates that are tried of a method. Each has four, moved on the
   # tuning seeds until the best of them was not the first or the last.
-  o.rates = (3e-4, 1e-3, 3e-3)
+  o.rates = (1e-4, 3e-4, 1e-3, 3e-3)
   o.labels = ("bradley_terry", "deterministic")
   o.label_scale = 8.0  # κ: i beats j with probability σ(κ (r*_i − r*_j))
   o.groups = 1000  # of answers that are compared with one another
@@ -140,7 +140,7 @@ def policy_gradient(name, scorer):
     c.rollout.draws, c.rollout.epochs = 4, 4
     c.rollout.kl_target, c.rollout.kl_horizon = 1.0, 800
     c.optim.eps = 1e-5
-    c.study.rates = (1e-3, 3e-3, 1e-2)
+    c.study.rates = (3e-4, 1e-3, 3e-3, 1e-2)
 
   return apply
 
