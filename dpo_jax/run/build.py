@@ -159,7 +159,7 @@ def prepare(config):
   if config.train.steps is None:  # whole iterations
     total = next(filter(source.boundary, itertools.count(total)))
   checks.last_step(total, source.boundary, config.algo)
-  optimizer = optim.make(config.optim, total)
+  optimizer = optim.make(config.optim, total, algorithm.rests)
   shapes = trained_lib.trained_shapes(setup)
   checks.freeze(config.optim.freeze, shapes, optimizer)
 
@@ -257,7 +257,7 @@ def step_of(config, algorithm):
   """(step body, Optimizer) of a config whose length needs no data."""
   if config.train.steps is None:
     raise ValueError("set train.steps: the schedule of a train step needs it")
-  optimizer = optim.make(config.optim, config.train.steps)
+  optimizer = optim.make(config.optim, config.train.steps, algorithm.rests)
   return _body(config, algorithm, optimizer), optimizer
 
 

@@ -142,11 +142,6 @@ def _rules_of_gradients(c, r):
     f"rollout.warmup = {r.warmup} has no effect with loss {name!r}, which has "
     "no critic; set it to 0",
   )
-  yield (
-    not (r.warmup and c.optim.get("weight_decay")),
-    f"optim.weight_decay = {c.optim.get('weight_decay')} would move the policy "
-    "while rollout.warmup holds it; set one of them to 0",
-  )
 
 
 def _rules_of_comparisons(c, r, algorithm):

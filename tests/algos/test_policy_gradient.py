@@ -211,6 +211,38 @@ def test_ppo_warms_up_its_critic_and_stops_at_a_kl(critic):
       assert [moved[name] for moved, _ in steps] == [True, True, False, False]
 
 
+def test_ppo_s_policy_begins_after_the_warm_up_as_if_there_were_none():
+  """Its optimiser is as at step 0, and its first update is Adam's first."""
+  run = rewarded.alone(
+    *("rollout.warmup=1", "optim.warmup=0", "optim.eps=1e-12"),
+    arg=",optim=adamw",
+  )
+  state = rewarded.state_of(run)
+  fresh = jax.device_get(state.opt_state[1])
+  for number in range(rewarded.STEPS):
+    batch, _ = run.feed.batch(number, state)
+    state, _ = run.step(state, batch, run.hparams)
+  parts = jax.device_get(state.opt_state[1])
+  assert not differs(parts.resting, fresh.resting)
+  assert parts.others[0].count == rewarded.STEPS
+  before = jax.device_get(state.params["model"])
+  batch, _ = run.feed.batch(rewarded.STEPS, state)
+  state, found = run.step(state, batch, run.hparams)
+  rate = float(found["learning_rate"])
+  moved = [
+    np.abs(after - was).ravel() / rate
+    for after, was in zip(
+      jax.tree.leaves(jax.device_get(state.params["model"])),
+      jax.tree.leaves(before),
+      strict=True,
+    )
+  ]
+  # g / (|g| + eps): 1 wherever there is a gradient. With the count of the
+  # warm-up's four updates it would be 0.55.
+  moved = np.concatenate(moved)
+  np.testing.assert_allclose(np.median(moved[moved > 0]), 1, rtol=1e-2)
+
+
 # ── What the fields of config.loss and config.rollout do ─────────────────────
 
 

@@ -77,11 +77,6 @@ REFUSED = {
   "a-critic": (",loss=rloo", "rollout.critic=head", r"must be 'none'"),
   "unknown-critic": ("", "rollout.critic=heads", r"'heads'.*'head'"),
   "warmup": (",loss=rloo", "rollout.warmup=1", r"rollout\.warmup = 1"),
-  "decay": (
-    "",
-    "rollout.warmup=1 optim.weight_decay=0.1",
-    r"optim\.weight_decay = 0\.1",
-  ),
   "packed": ("", "data.packed=true", r"data\.packed = True"),
   "end": ("", "rollout.missing_end=drop", r"rollout\.missing_end"),
   "end-without-score": (
