@@ -34,7 +34,7 @@ def write(setup, params, identity, workdir):
     raise ValueError("sample.labels needs a scorer: set sample.scorers")
   workdir = epath.Path(workdir)
   path, given = workdir / "completions.jsonl", generate.prompts(setup)
-  generate.check(scorers, given)
+  generate.check(setup, scorers, given)
   digest = hashlib.blake2b(repr(given).encode(), digest_size=8).hexdigest()
   ends = setup.tokenizer.end_ids
   identity = {**identity, "prompts": digest}
