@@ -134,7 +134,7 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
   setup = setup._replace(sample=drawing)
   prompts = generate.prompts(setup)
   scorer = rewards.load(options.scorer)
-  generate.check([scorer], prompts)
+  generate.check(setup, [scorer], prompts)
   _try(scorer, setup.tokenizer, prompts)
   if len(prompts) < options.prompts:
     raise ValueError(
@@ -170,7 +170,12 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
 def measured(algorithm, hparams, params, frozen, extra, batch):
   """What the training pass says of drawn tokens, {name: f32[R, S]}.
 
-  The same function as a step's, so that the ratio of the first step is 1.
+  The same function as a step's, so that the ratio of the first step is 1. An
+  iteration of one step is measured too, though its ratio is 1 by itself: what
+  it learns from are rewards less β · (log π − log π_ref), and values, that must
+  be there before the step. The sampler's log-probs would not do, they are off
+  by "sampling/gap"; and without β and a critic one forward pass of the policy
+  would be saved, for another program and no gap.
   """
   batch = algorithm.prepare(batch, frozen, extra)
   rng = base.rng_of(0)
