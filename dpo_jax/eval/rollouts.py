@@ -35,12 +35,14 @@ class Rollouts(NamedTuple):
     examples: list of B comparisons.Example, with scores once they are `scored`.
     logps: list of B f32[scored tokens of it] in nats, as they were sampled.
     mask: bool[B, K, N], which tokens there are.
+    raw: f64[B, K], what the scorer says of them, once they are `scored`.
   """
 
   drawn: list
   examples: list
   logps: list
   mask: np.ndarray
+  raw: np.ndarray | None = None
 
 
 class Source(NamedTuple):
@@ -202,7 +204,7 @@ def loader_of(source, state, iteration):
   tokens = forward.of_examples(setup, source.measure, loader.in_order(), trees)
   drawn = {name: padded_of(x, rollouts.mask) for name, x in tokens.items()}
   learned = source.advantages(
-    np.asarray([e.scores for e in examples], np.float32),
+    rewards_of(options, rollouts),
     drawn,
     rollouts.mask,
     jax.device_get(state.extra),
@@ -273,18 +275,40 @@ def scored(source, rollouts):
       source.setup, source.of_rows, _loader(source, examples, None)
     )
     scores = rewards.finite(source.scorer.name, np.concatenate(rows_scored))
-  missing = ~np.asarray([one.finished for one in rollouts.drawn])
-  if options.missing_end == "replace":
-    scores = np.where(missing, options.missing_score, scores)
-  elif options.missing_end == "subtract":
-    scores = scores - np.where(missing, options.missing_score, 0.0)
-  by_prompt = scores.reshape(len(examples), options.draws).tolist()
+  raw = np.asarray(scores).reshape(len(examples), options.draws)
+  by_prompt = _with_ends(options, raw, rollouts.drawn).tolist()
   return rollouts._replace(
+    raw=raw,
     examples=[
       example._replace(scores=tuple(each))
       for example, each in zip(examples, by_prompt, strict=True)
-    ]
+    ],
   )
+
+
+def rewards_of(options, rollouts):
+  """f32[B, K]: the scores that advantages are made of, of `scored` Rollouts.
+
+  With rollout.centre = "prompt", r − the mean of the prompt's K: the paper's
+  E[r] = 0 for every prompt, of the policy that drew. A constant for a missing
+  end is then the same distance from what every prompt can get. As each r is in
+  its own mean, (K − 1) / K of the differences is learned from. The metrics keep
+  the scores as they are: centred, their mean would say nothing.
+  """
+  raw = rollouts.raw
+  if options.centre == "prompt":
+    raw = raw - raw.mean(axis=1, keepdims=True)
+  return _with_ends(options, raw, rollouts.drawn).astype(np.float32)
+
+
+def _with_ends(options, scores, drawn):
+  """Scores f64[B, K] with what a missing end costs."""
+  missing = ~np.asarray([one.finished for one in drawn]).reshape(scores.shape)
+  if options.missing_end == "replace":
+    return np.where(missing, options.missing_score, scores)
+  if options.missing_end == "subtract":
+    return scores - np.where(missing, options.missing_score, 0.0)
+  return scores
 
 
 def padded_of(flat, mask):
