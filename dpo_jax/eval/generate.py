@@ -26,7 +26,7 @@ class Draw(NamedTuple):
     prompt_ids: what the model continued: as training has them, or with that.
     completion: text, up to its end or to one of sample.stop.
     ids: as drawn, with the end if it came; the EOS stands for a stop text.
-    finished: whether an end came within the limit.
+    finished: whether an end came within the limit, or a text of sample.stop.
     logps: of each of `ids` as it was drawn, in nats.
   """
 
@@ -234,6 +234,7 @@ def _drawn(setup, params, some, length, size, together):
       top_p=options.top_p,
       end_ids=setup.tokenizer.end_ids,
       vocab_size=setup.tokenizer.vocab_size,
+      stops=prompting.endings(setup.tokenizer, options.stop),
     )
   if jax.process_count() > 1:
     out = multihost_utils.process_allgather(out, tiled=True)
