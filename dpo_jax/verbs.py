@@ -111,6 +111,8 @@ def evaluate(config, workdir, _source):
 
 def sample(config, workdir, _source):
   """Draws completions of a run's policy, or of init_from's, into its folder."""
+  import jax
+
   from dpo_jax.eval import completions
   from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
@@ -138,6 +140,8 @@ def sample(config, workdir, _source):
     "tokenizer": config.tokenizer,
   }
   rows = completions.write(setup, policy, identity, workdir)
+  if jax.process_index() > 0:
+    return 0
   for row in rows[:3]:
     shown = f"{row['prompt']} ⟶{row['completion']}"
     # A policy may write what moves a terminal's cursor, or worse.

@@ -138,6 +138,7 @@ FIELDS = {
   "rollout.labels": Field(POLICY),
   "rollout.label_scale": Field(POLICY, optional=True),
   "rollout.compare": Field(POLICY),
+  "rollout.centre": Field(POLICY),
   "rollout.kl_target": Field(POLICY, optional=True),
   "rollout.kl_horizon": Field(POLICY, optional=True),
   "rollout.kl_stop": Field(POLICY, optional=True),

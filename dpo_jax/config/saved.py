@@ -84,6 +84,8 @@ def upgraded(config):
     config["model"] = {**config["model"], "head_chunk": chunk, "remat": remat}
   if config.get("lora") is not None and config.get("ref") == "frozen":
     config["ref"] = "base"  # as an adapter's reference is called now
+  if "critic" in (config.get("rollout") or {}):
+    config["rollout"] = {"centre": "none", **config["rollout"]}
   if config.get("lora") is not None:
     config["lora"] = {"zero": "b", **config["lora"]}
   return config

@@ -126,7 +126,7 @@ def _method(config, language):
   pairs = 0 if samples else draws * (draws - 1) // 2
   return programs.Method(
     algorithm=algorithm,
-    optimizer=optim.make(config.optim, config.train.steps),
+    optimizer=optim.make(config.optim, config.train.steps, algorithm.rests),
     trained=trained,
     apply=model.apply,
     init=model.init,

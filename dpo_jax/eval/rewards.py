@@ -70,7 +70,8 @@ class Scorer(NamedTuple):
     score: (prompts, completions), lists of str -> f64[n], higher is better. If
       it has an attribute `of_draws`, that takes a list of generate.Draw; if
       `check`, that takes prompts and raises ValueError for those that are too
-      long for it, whatever is drawn behind them.
+      long for it, whatever is drawn behind them; if `template`, that is the
+      chat template its model knows, see tokenize.Tokenizer, or None.
     rows: of an entry that is Rows its function, and `score` only says so; else
       None.
   """

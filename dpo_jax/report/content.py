@@ -144,6 +144,14 @@ def _of_pairs(runs):
   )
 
 
+def _reward_of(runs):
+  """Whose reward it is by which an accuracy is measured."""
+  models = {run.config.get("algo") == "reward" for run in runs}
+  if len(models) > 1:
+    return "reward, of a reward model or implicit"
+  return "reward of the reward model" if True in models else "implicit reward"
+
+
 def missing(sweep):
   """Lines that say what the sweep has not got."""
   lines = []
@@ -302,8 +310,8 @@ def _columns(sweep):
     if "rewards/accuracies" in there:
       parts.append(
         "the accuracy, the share whose chosen completion has the higher "
-        "implicit reward (in brackets Wilson's 95% interval, over prompts "
-        "where a prompt has several comparisons)"
+        f"{_reward_of(sweep.runs)} (in brackets Wilson's 95% interval, over "
+        "prompts where a prompt has several comparisons)"
       )
     if there & {*measures.DRIFT}:
       parts.append("Δ log p, the mean of log π − log π_ref, in nats")

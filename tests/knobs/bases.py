@@ -308,6 +308,7 @@ def _rollouts_of_ppo(w):
     rollout__missing_end="subtract",
     rollout__missing_score=0.5,
     rollout__warmup=1,
+    rollout__draws=2,
   )
 
 

@@ -90,6 +90,7 @@ VALUES = {
   "rollout.kl_horizon": (200,),
   "rollout.kl_stop": (0.5,),
   "rollout.missing_score": (0.25,),
+  "rollout.centre": ("prompt",),
   "rollout.critic": ("copy", "head"),
   "rollout.critic_from": lambda w: (w.reward,),
   "loss.gamma": (0.9,),
