@@ -192,22 +192,38 @@ def parse_arg(arg, **defaults):
   return config_dict.ConfigDict(values)
 
 
-def stages(workdir, *steps, **arguments):
+def stages(workdir, *steps, plan=None, **arguments):
   """A config of `train` that runs a file's stages, one after the other.
 
   Args:
     workdir: of the whole.
-    *steps: (verb, stage): the stage is the file's config of that name.
+    *steps: (verb, stage), or (verb, stage, *axes): the stage is the file's
+      config of that name, the axes are those of `sweep --sweep`.
+    plan: of `planned`; a table is then printed before the first stage.
     **arguments: passed on to each.
   """
-  rest = "".join(f",{name}={value}" for name, value in arguments.items())
-  return config_dict.ConfigDict(
-    {
-      "algo": "stages",
-      "workdir": workdir,
-      "stages": tuple((verb, f"stage={name}{rest}") for verb, name in steps),
-    }
-  )
+  c = config_dict.ConfigDict({"algo": "stages", "workdir": workdir})
+  c.stages = tuple((verb, name, *axes) for verb, name, *axes in steps)
+  c.arguments = tuple(arguments.items())
+  if plan is not None:
+    c.plan = plan
+  return c
+
+
+def planned(devices, *records):
+  """config.plan: what a table of tokens, FLOPs, memory and hours rests on.
+
+  Args:
+    devices: how many there are.
+    *records: (source, records, mean prompt tokens, mean completion tokens).
+  """
+  o = config_dict.ConfigDict()
+  o.device = "H100"  # of train.log.PEAK_FLOPS
+  o.devices = devices
+  o.mfu = 0.3  # share of the peak in training: 32% was measured on one H100
+  o.sampling = 0.02  # and in drawing, where each token reads all weights
+  o.records = records
+  return o
 
 
 def choose(name, table):

@@ -23,6 +23,12 @@ def make_mesh(devices, axis_sizes, axis_names):
   return jax.sharding.Mesh(devices, axis_names, axis_types=auto)
 
 
+def abstract_mesh(axis_sizes, axis_names):
+  """A mesh of no devices, its axes as those of `make_mesh`."""
+  auto = (AxisType.Auto,) * len(axis_names)
+  return jax.sharding.AbstractMesh(axis_sizes, axis_names, axis_types=auto)
+
+
 def ambient_mesh():
   """The mesh of `jax.set_mesh` if code here may still be partitioned.
 

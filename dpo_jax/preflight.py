@@ -14,7 +14,7 @@ from dpo_jax.ops import losses
 from dpo_jax.run import checks
 
 _KINDS = "models", "datasets"
-_ON_HUB = re.compile(r"(?:hf|classifier|model):([^\s:@]+)")
+_ON_HUB = re.compile(r"(?:hf|one_turn|classifier|probability|model):([^\s:@]+)")
 
 
 def folder(workdir):

@@ -57,12 +57,40 @@ def _stages(config, workdir, source):
       f"--workdir {workdir}: the stages have folders of their own; name the "
       f"root by the config's argument, root={workdir}"
     )
-  for verb, arg in config.stages:
-    print(f"━━ {verb} {arg}", flush=True)
-    code = run(verb, {"config": f"{source.module.__file__}:{arg}"}, [])
+  rest = "".join(f",{name}={value}" for name, value in config.arguments)
+  steps = []
+  for verb, name, *axes in config.stages:
+    spec = f"{source.module.__file__}:stage={name}{rest}"
+    steps.append((verb, name, load.load(spec, (), axes)))
+  configs = [step.config for _, _, step in steps]
+  for one in configs:  # what is wrong with the last is said before the first
+    preflight.config(one, ())
+  far = _far(configs)
+  if "plan" in config:  # which takes no network
+    print(_plan(steps, config.plan), flush=True)
+  _kept(*far)
+  for verb, name, step in steps:
+    print(f"━━ {verb} {name}", flush=True)
+    sweep = {"sweep": list(step.axes)} if step.axes else {}
+    code = run(verb, {"config": f"{step.path}:{step.arg}", **sweep}, [])
     if code:
       return code
   return 0
+
+
+def _plan(steps, options):
+  """The table of what stages will take: (verb, name, load.Source) of each."""
+  from dpo_jax import plan
+  from dpo_jax.plan import table
+
+  stages = [
+    plan.Stage(
+      *(verb, name, step.config),
+      points=len(_points(step)) if verb == "sweep" else 1,
+    )
+    for verb, name, step in steps
+  ]
+  return table.text(plan.rows(stages, options), options)
 
 
 def _tokenizer(config, workdir):
@@ -153,15 +181,7 @@ def sample(config, workdir, _source):
 
 def sweep(config, workdir, source):
   """Trains and evaluates the points of --sweep, or of the file's `sweep()`."""
-  if source.axes:
-    chosen = points.product(source, source.axes)
-  elif hasattr(source.module, "sweep"):
-    chosen = list(source.module.sweep())
-  else:
-    raise ValueError(
-      f"{source.path} has no sweep(), which yields the points: name them, "
-      "--sweep loss.beta=0.05,0.1"
-    )
+  chosen = _points(source)
   if "study" in config:
     from dpo_jax.enumerable import study
 
@@ -179,6 +199,18 @@ def sweep(config, workdir, source):
   if code <= 1:  # 1 is of points that failed, which the table shows as they are
     write_report(config, workdir, source)
   return code
+
+
+def _points(source):
+  """The points of a sweep: of --sweep, or of the file's `sweep()`."""
+  if source.axes:
+    return points.product(source, source.axes)
+  if hasattr(source.module, "sweep"):
+    return list(source.module.sweep())
+  raise ValueError(
+    f"{source.path} has no sweep(), which yields the points: name them, "
+    "--sweep loss.beta=0.05,0.1"
+  )
 
 
 def write_report(_config, workdir, _source):
@@ -285,8 +317,17 @@ def _judged(config, name):
 
 def _reach(configs):
   """Fails at once where the hub is out of reach and its cache has not all."""
+  _kept(*_far(configs))
+
+
+def _far(configs):
+  """(names of the hub in configs, why it is out of reach or None)."""
   names = {name: None for c in configs for name in preflight.on_hub(c)}
-  reason = host.hub_or_cache() if names else None
+  return names, host.hub_or_cache() if names else None
+
+
+def _kept(names, reason):
+  """Refuses names that a hub out of reach is needed for. Args: of `_far`."""
   if reason is not None:
     preflight.cached(names, reason)
     print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)

@@ -12,7 +12,7 @@ FIELDS = {*base.get_config(), *judge.get_config()}
 # changes it point by point, and the verbs, which hand its sections on.
 READERS = (
   *("config/", "run/build.py", "run/checks.py", "run/feeds.py"),
-  *("run/rollouts.py", "enumerable/build.py"),
+  *("run/rollouts.py", "enumerable/build.py", "plan/"),
   *("sweeps.py", "verbs.py", "export.py"),
 )
 

@@ -88,6 +88,21 @@ def folder(name, field):
   return there
 
 
+def kept_config(name):
+  """The path of config.json of `hf:name`, of a folder or the hub's cache.
+
+  None if it is in neither; nothing is fetched.
+  """
+  folder = epath.Path(name)
+  if folder.is_dir():
+    path = folder / "config.json"
+    return path if path.exists() else None
+  import huggingface_hub
+
+  path = huggingface_hub.try_to_load_from_cache(name, "config.json")
+  return epath.Path(path) if isinstance(path, str) else None
+
+
 def gguf_file(name, field):
   """The path of `gguf:name`.
 

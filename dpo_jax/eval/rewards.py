@@ -8,13 +8,15 @@ A spec names a scorer and what it is made from:
     vader               compound sentiment of the VADER lexicon, in [−1, 1]
     classifier:NAME     log-odds of the last label of a Hugging Face classifier,
                         e.g. classifier:siebert/sentiment-roberta-large-english
-                        (the paper's; needs torch)
+                        (needs torch)
+    probability:NAME    p(last label) of it: the paper's r*, in [0, 1]
     model:NAME          output of a Hugging Face reward model with one label
                         (needs torch), of the text as it is
     implicit:FOLDER     β·(log π − log π_ref) of a run trained here: the reward
                         model that a preference-trained policy is
     reward:FOLDER       a reward model trained here (configs/reward.py), with
-                        the gain and the bias of its folder
+                        the gain and the bias of its folder; of a sweep's
+                        folder the point of the best held-out accuracy
     reward:hf:NAME      a Hugging Face reward model with one label of a family
                         that the decoder here is; without torch. As when
                         training, a text ends in one end token
@@ -86,6 +88,7 @@ SCORERS = {
   "sentiment": texts.sentiment,
   "vader": texts.vader,
   "classifier": hub.classifier,
+  "probability": hub.probability,
   "model": hub.model,
   "implicit": runs.implicit,
   "reward": runs.reward,

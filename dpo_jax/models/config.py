@@ -235,6 +235,20 @@ def _neox(layers, embed, heads):
   )
 
 
+def _gptj(layers, embed, heads):
+  return dataclasses.replace(
+    _gpt2(layers, embed, heads),
+    max_positions=2048,
+    residual="parallel_shared",
+    position="rotary",
+    rotary_dim=64,
+    qkv_bias=False,
+    out_bias=False,
+    head_bias=True,
+    tied=False,
+  )
+
+
 def _llama(layers, embed, heads, kv_heads, mlp, tied, rope_theta):
   return dataclasses.replace(
     _gpt2(layers, embed, heads),
@@ -262,8 +276,22 @@ PRESETS = {
   "pythia-70m": _neox(6, 512, 8),
   "pythia-1.4b": _neox(24, 2048, 16),
   "pythia-2.8b": _neox(32, 2560, 32),
+  "gpt-j-6b": _gptj(28, 4096, 16),
   "llama-7b": _llama(32, 4096, 32, 32, 11008, False, 1e4),
   "smollm2-135m": _llama(30, 576, 9, 3, 1536, True, 1e5),
+}
+
+# {name on the hub: (preset, vocabulary size)}: shapes that are known without
+# the hub.
+PUBLISHED = {
+  "openai-community/gpt2": ("gpt2", 50257),
+  "openai-community/gpt2-large": ("gpt2-large", 50257),
+  "EleutherAI/gpt-j-6b": ("gpt-j-6b", 50400),
+  "EleutherAI/pythia-70m": ("pythia-70m", 50304),
+  "EleutherAI/pythia-1.4b": ("pythia-1.4b", 50304),
+  "EleutherAI/pythia-2.8b": ("pythia-2.8b", 50304),
+  "HuggingFaceTB/SmolLM2-135M": ("smollm2-135m", 49152),
+  "HuggingFaceTB/SmolLM2-135M-Instruct": ("smollm2-135m", 49152),
 }
 
 
@@ -285,3 +313,21 @@ def matmul_flops(config, vocab_size, tokens, scored, visible):
   dense = c.layers * (projections + mlp) * tokens
   attention = 2 * c.heads * c.head_dim * visible
   return 2 * (dense + c.embed * vocab_size * scored), 2 * attention
+
+
+def step_flops(config, vocab_size, counts, *, on_base, reference):
+  """FLOPs that updates need, without an adapter's own.
+
+  Of products with weights one pass forward, one to the activations, and one to
+  the weights if they are trained; of attention three. One more of each for the
+  reference.
+
+  Args:
+    config, vocab_size: as in `matmul_flops`.
+    counts: its (tokens, scored, visible), of all batches.
+    on_base: whether the weights themselves are frozen.
+    reference: whether a reference runs beside the policy.
+  """
+  by_weights, by_attention = matmul_flops(config, vocab_size, *counts)
+  passes = (2 if on_base else 3) + reference
+  return passes * by_weights + (3 + reference) * by_attention

@@ -106,6 +106,9 @@ def describe(config, vocab_size):
   elif c.norm == "rmsnorm":
     kind, architecture, names = "llama", "LlamaForCausalLM", fields.LLAMA
     own = {"rope_theta": c.rope_theta}
+  elif c.residual == "parallel_shared":
+    kind, architecture, names = "gptj", "GPTJForCausalLM", fields.GPT
+    own = {"rotary_dim": c.rotary_dim}
   else:
     kind, architecture, names = "gpt_neox", "GPTNeoXForCausalLM", fields.NEOX
     own = {

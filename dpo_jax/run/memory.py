@@ -114,7 +114,7 @@ def fitted(setup, optimizer, shape, accumulation, extra):
   if asked.head_chunk is None:
     vocab = model_config.padded_vocab(model.vocab_size)
     chunks = None, min(_chunk(vocab, rows * accumulation), shape.scored)
-  fixed, available = _fixed(setup, optimizer, extra), _available(setup.mesh)
+  fixed, available = of_state(setup, optimizer, extra), _available(setup.mesh)
   share = _SHARE if jax.default_backend() == "cpu" else _SHARE_OF_OWN
   budget = math.inf if available is None else share * available
   for remat, chunk in itertools.product(remats, chunks):
@@ -160,7 +160,7 @@ def _available(mesh):
   return least * 2**20 or None
 
 
-def _fixed(setup, optimizer, extra):
+def of_state(setup, optimizer, extra):
   """Bytes of a device for the state, the gradient and a copy of that."""
   shapes = trained_lib.trained_shapes(setup)
   updated, _ = tree.split(shapes, optimizer.trains)
@@ -169,16 +169,16 @@ def _fixed(setup, optimizer, extra):
   kept = {"extra": jax.eval_shape(extra, shapes)}  # as it lies in the state
   kept = trained_lib.sharded(setup, kept)
   # Parameters, also those that are not updated; then what there is of the rest.
-  of_a_point = _of_shards(shapes) + _of_shards(kept)
-  of_a_point += (2 + slots) * _of_shards(updated)
+  of_a_point = of_shards(shapes) + of_shards(kept)
+  of_a_point += (2 + slots) * of_shards(updated)
   # Points of other seeds start from other weights.
   starts = setup.compute.points if setup.source.spec is None else 1
-  model = _of_shards(trained_lib.model_shapes(setup))
+  model = of_shards(trained_lib.model_shapes(setup))
   frozen = model * setup.trained.frozen_bits / 32
   return setup.compute.points * of_a_point + starts * frozen
 
 
-def _of_shards(shapes):
+def of_shards(shapes):
   """Bytes of a device, of abstract arrays with shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

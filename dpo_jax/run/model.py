@@ -1,11 +1,12 @@
 """The model and the tokenizer that a config names."""
 
 import dataclasses
+import json
 
-from dpo_jax.config import saved
+from dpo_jax.config import origin, saved
 from dpo_jax.data.tokens import tokenize
 from dpo_jax.models import config as model_config
-from dpo_jax.models import decoder
+from dpo_jax.models import decoder, families
 from dpo_jax.run import trained
 
 
@@ -40,6 +41,29 @@ def shape(fields, init_from):
     )
   runtime["unroll"] = min(runtime["unroll"], own.periods)
   return dataclasses.replace(own, **runtime), vocab_size
+
+
+def known_shape(spec):
+  """(ModelConfig, vocabulary size) of init_from, without fetching anything.
+
+  Args:
+    spec: "hf:NAME", "gguf:FILE" or a run folder.
+  Raises: ValueError for a name of the hub whose config.json is not here, and
+    that no preset is the shape of.
+  """
+  kind, name = origin.parse(spec or "")
+  if kind != "hf":
+    return shape({"unroll": 1}, spec)
+  path = origin.kept_config(name)
+  if path is not None:
+    return families.read(json.loads(path.read_text()))
+  if name in model_config.PUBLISHED:
+    preset, vocab_size = model_config.PUBLISHED[name]
+    return model_config.PRESETS[preset], vocab_size
+  raise ValueError(
+    f"the shape of {spec} is not known here: it is no folder with a "
+    "config.json, the hub's cache has none of it, and no preset is its shape"
+  )
 
 
 def _ends(init_from):

@@ -211,17 +211,11 @@ class Recorder:
 
 
 def step_flops(run, stats):
-  """FLOPs that a step needs, without an adapter's own.
-
-  Of products with weights one pass forward, one to the activations, and one to
-  the weights if they are trained; of attention three. One more of each for the
-  reference.
-  """
+  """FLOPs that a step needs, see models.config.step_flops."""
   scored = stats.scored if run.algorithm.logps else 0
-  by_weights, by_attention = model_config.matmul_flops(
-    *(run.setup.model.config, run.setup.model.vocab_size),
-    *(stats.tokens, scored, stats.visible),
+  model = run.setup.model
+  return model_config.step_flops(
+    *(model.config, model.vocab_size, (stats.tokens, scored, stats.visible)),
+    on_base=run.setup.trained.on_base,
+    reference=run.reference.in_step,
   )
-  ref = run.reference.in_step
-  passes = (2 if run.setup.trained.on_base else 3) + ref
-  return passes * by_weights + (3 + ref) * by_attention

@@ -203,6 +203,25 @@ def test_a_folder_that_was_trained_anew_is_another_scorer(made, tmp_path):
   assert np.abs(new - old).max() > 1e-3
 
 
+def test_of_a_sweep_the_point_of_the_best_held_out_accuracy_scores(
+  made, tmp_path
+):
+  points = ["epochs=1.0", "epochs=2.0", "epochs=3.0"]
+  about = {"points": [{"name": n, "folder": n} for n in points]}
+  (tmp_path / "sweep.json").write_text(json.dumps(about))
+  for name in points[:2]:
+    (tmp_path / name).mkdir()
+  with pytest.raises(ValueError, match="no point of it has a held-out"):
+    rewards.load(f"reward:{tmp_path}")
+  shutil.copytree(made[0], tmp_path / points[1], dirs_exist_ok=True)
+  for name, value in zip(points, (0.8, 0.9), strict=False):
+    told = json.dumps({"comparisons": {"rewards/accuracies": value}})
+    (tmp_path / name / "evaluation.json").write_text(told)
+  got = rewards.load(f"reward:{tmp_path}").score(PROMPTS, COMPLETIONS)
+  want = rewards.load(f"reward:{made[0]}").score(PROMPTS, COMPLETIONS)
+  np.testing.assert_array_equal(got, want)
+
+
 def test_a_folder_of_no_reward_model_is_refused(tmp_path, made):
   config = load_lib.load_config("configs/dpo.py:smoke", ("data.eval=None",))
   text = json.dumps(config.to_dict())

@@ -523,6 +523,8 @@ def test_a_classifier_scores_the_log_odds_of_its_last_label(labels, tmp_path):
   if labels == 2:
     np.testing.assert_allclose(got, logits[:, 1] - logits[:, 0], atol=1e-4)
   assert len(np.unique(got.round(2))) > 35
+  share = rewards.load(f"probability:{tmp_path}").score(prompts, completions)
+  np.testing.assert_allclose(share, p[:, -1], atol=1e-5)
 
 
 @pytest.mark.slow

@@ -214,6 +214,7 @@ def test_every_preset_builds_and_has_axes_for_every_parameter(preset):
     "pythia-70m": 70e6,
     "pythia-1.4b": 1414e6,
     "pythia-2.8b": 2775e6,
+    "gpt-j-6b": 6.05e9,
     "llama-7b": 6.9e9,
     "smollm2-135m": 135e6,
   }

@@ -21,6 +21,7 @@ import pytest
 from configs import base as base_config
 from dpo_jax import tree
 from dpo_jax.algos import preference
+from dpo_jax.models import config as model_config
 from dpo_jax.models import families, keys
 from dpo_jax.ops import reduce
 from tests import worlds
@@ -200,6 +201,25 @@ def test_a_published_architecture_computes_what_transformers_does(
   )
   parity.show(capsys, name, numbers)
   parity.assert_equal_up_to_rounding(numbers)
+
+
+def test_shapes_that_are_known_by_a_name_are_those_published_under_it():
+  """In what costs memory or FLOPs; a preset may read less far."""
+  seen = 0
+  for name, (preset, vocab_size) in model_config.PUBLISHED.items():
+    raw = published.PUBLISHED.get(name)
+    raw = published.PUBLISHED["gpt2"] if name.endswith("/gpt2") else raw
+    if raw is None:
+      continue
+    seen += 1
+    want, size = families.read(raw)
+    known = model_config.PRESETS[preset]
+    assert size == vocab_size
+    for field in ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp"):
+      assert getattr(known, field) == getattr(want, field), (name, field)
+    for field in ("position", "residual", "norm", "gated", "tied", "head_bias"):
+      assert getattr(known, field) == getattr(want, field), (name, field)
+  assert seen == 4
 
 
 def test_every_family_has_a_published_configuration():

@@ -5,7 +5,7 @@ import re
 from etils import epath
 
 from dpo_jax import lookup
-from dpo_jax.data.read import fields
+from dpo_jax.data.read import fields, public
 
 _SPEC = re.compile(r"([^@:]+)(?:@([^:]+))?(?::(.+))?")
 
@@ -59,6 +59,14 @@ def load(argument):
   return lookup.lookup(
     dict(found), split or "train", f"the split of 'hf:{argument}'"
   )
+
+
+def one_turn(argument):
+  """The dialogues of a data set in which a human speaks once.
+
+  Args, Raises: see `load`.
+  """
+  return filter(public.one_turn, rows(load(argument), f"one_turn:{argument}"))
 
 
 def rows(made, spec):

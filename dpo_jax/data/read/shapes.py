@@ -11,12 +11,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dpo_jax.data.read import fields, wording
+from dpo_jax.data.read import fields, public, wording
 
-_TURN = "\n\nAssistant:"
 _TRUTH = {"true": True, "false": False}
-# Whether answer A is the better one, as tables write it.
-_FIRST = {**_TRUTH, "1": True, "1.0": True, "0": False, "0.0": False}
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
@@ -61,6 +58,21 @@ def _label_of_text(row):
   return {**row, "label": float(text)} if _NUMBER.fullmatch(text) else None
 
 
+def _label_of_words(row):
+  """A text that is a number or true or false is a label; others are replies."""
+  label = row.get("label")
+  if not isinstance(label, str) or _is_label(label):
+    return None
+  if not isinstance(row.get("prompt"), str) or wording.replies(row):
+    return None
+  return None if "text" in row else _renamed(row, label="completion")
+
+
+def _is_label(text):
+  text = text.strip()
+  return text.lower() in _TRUTH or bool(_NUMBER.fullmatch(text))
+
+
 def _tagged(row):
   if "label" not in row and "kto_tag" in row:
     return _renamed(row, kto_tag="label")
@@ -69,48 +81,6 @@ def _tagged(row):
 
 def _renamed(row, **names):
   return {names.get(name, name): value for name, value in row.items()}
-
-
-def _shp(row):
-  """Stanford Human Preferences, as the original repository frames it."""
-  answers = "human_ref_A", "human_ref_B"
-  first = _FIRST.get(str(row.get("labels")).lower())
-  if first is None or "history" not in row:
-    return None
-  if not all(isinstance(row.get(name), str) for name in answers):
-    return None
-  better, worse = "AB" if first else "BA"
-  made = {
-    "prompt": f"\n\nHuman: {row['history']}{_TURN}",
-    "chosen": f" {row[f'human_ref_{better}']}",
-    "rejected": f" {row[f'human_ref_{worse}']}",
-  }
-  for name, side in (("score_chosen", better), ("score_rejected", worse)):
-    score = row.get(f"score_{side}")
-    text = isinstance(score, str) and _NUMBER.fullmatch(score.strip())
-    made[name] = float(score) if text else score
-  used = {"history", *answers, "labels", "score_A", "score_B"}
-  made |= {k: v for k, v in row.items() if k not in used}
-  return {k: v for k, v in made.items() if v is not None}
-
-
-def _helpful_harmless(row):
-  """Whole dialogues as text, cut as in the original repository."""
-  chosen, rejected = row.get("chosen"), row.get("rejected")
-  if "prompt" in row or not all(
-    isinstance(x, str) and x.lstrip().startswith("Human:") and _TURN in x
-    for x in (chosen, rejected)
-  ):
-    return None
-  prompt = chosen[: chosen.rfind(_TURN) + len(_TURN)]
-  if not rejected.startswith(prompt) or _TURN in rejected[len(prompt) :]:
-    raise fields.BadRecord(
-      "different prompts",
-      "'chosen' and 'rejected' differ before their last 'Assistant:'; a "
-      "comparison is of two replies to one prompt",
-    )
-  replies = {n: row[n][len(prompt) :] for n in ("chosen", "rejected")}
-  return {**row, "prompt": prompt, **replies}
 
 
 def _one_of(names, ours, row):
@@ -293,14 +263,23 @@ SHAPES = (
   ),
   Shape("one message read as a list of one", wording.from_one),
   Shape("'kto_tag' read as 'label'", _tagged, ("kto_tag",)),
+  Shape("'label' of words read as 'completion'", _label_of_words, ("label",)),
   Shape("label read from a text", _label_of_text, ("label",)),
   Shape(
     "'history' and 'human_ref_…' read as a dialogue of Human and Assistant",
-    *(_shp, ("history",)),
+    *(public.preferences, ("history",)),
   ),
   Shape(
     "dialogue cut behind its last 'Assistant:'",
-    *(_helpful_harmless, ("chosen",)),
+    *(public.dialogues, ("chosen",)),
+  ),
+  Shape(
+    "space put between 'TL;DR:' and the summary",
+    *(public.summary, ("completion",)),
+  ),
+  Shape(
+    "'TL;DR:' before both replies read as the end of the prompt",
+    *(public.summaries, ("chosen",)),
   ),
   Shape(
     "'response_j' and '…_k' read as 'chosen' and 'rejected'",

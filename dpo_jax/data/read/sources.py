@@ -12,6 +12,8 @@ them or their labels. A spec names where they come from:
     hf:NAME_OR_FOLDER[@CONFIG][:SPLIT]
                     a Hugging Face data set, of the hub or saved in a folder;
                     SPLIT is train unless named: hf:stanfordnlp/imdb:test
+    one_turn:…      of such a set the dialogues (of text, as Anthropic/hh-rlhf
+                    has them) in which the human speaks once
     toy, toy:COUNT  generated film remarks: kind ones chosen, unkind rejected
     reviews:SPLIT, plots:SPLIT
                     sentences of film reviews with labels, and plots; SPLIT is
@@ -225,6 +227,15 @@ def identity(source):
   return Identity({"file": digest}, rows)
 
 
+def is_here(source):
+  """Whether a spec that is no mixture can be read without the network."""
+  name, _, argument = source.partition(":")
+  if name not in SOURCES:
+    return epath.Path(source).exists()
+  hub_name = argument.partition(":")[0].partition("@")[0]
+  return name not in ("hf", "one_turn") or epath.Path(hub_name).exists()
+
+
 def read_part(source, form, field):
   """Yields a Record or BadRecord for each row of a spec that is no mixture.
 
@@ -297,4 +308,4 @@ FILES = {
   ".parquet": files.parquet,
 }
 _BUILT_IN = {"toy": _toy, "reviews": reviews.reviews, "plots": reviews.plots}
-SOURCES = {**_BUILT_IN, "hf": hub.load}
+SOURCES = {**_BUILT_IN, "hf": hub.load, "one_turn": hub.one_turn}

@@ -4,6 +4,7 @@ import collections
 import math
 
 import numpy as np
+from scipy import special
 
 from dpo_jax.data.tokens import chat, vocabulary
 from dpo_jax.eval.scorers import texts as texts_lib
@@ -12,6 +13,11 @@ from dpo_jax.eval.scorers import texts as texts_lib
 def classifier(name):
   """The log-odds of the last label of a Hugging Face classifier."""
   return _hugging_face(name, _log_odds)
+
+
+def probability(name):
+  """p(last label) of a Hugging Face classifier, in [0, 1]."""
+  return _hugging_face(name, lambda logits: special.expit(_log_odds(logits)))
 
 
 def model(name):

@@ -6,7 +6,9 @@ import re
 
 import jax
 import numpy as np
+from etils import epath
 
+from dpo_jax import store
 from dpo_jax.config import saved
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import tokenize
@@ -42,12 +44,15 @@ def implicit(folder):
 
 
 def reward(argument):
-  """A reward model trained here, of its folder, or "hf:NAME", of the hub."""
+  """A reward model trained here, of its folder, or "hf:NAME", of the hub.
+
+  Of a sweep's folder it is the point of the best held-out accuracy.
+  """
   kind, colon, name = argument.partition(":")
   if colon and kind == "hf":
     setup, params, pad = classifier.published(name)
   else:
-    setup, params, pad = *_of_run(argument), None
+    setup, params, pad = *_of_run(best_point(argument)), None
   longest = setup.model.config.max_positions
   # Cut ones are counted, and refused with what this scorer calls itself.
   limits = setup.data._replace(
@@ -66,6 +71,31 @@ def reward(argument):
     return scores
 
   return _scorer(setup, limits, f"reward:{argument}", of)
+
+
+def best_point(folder):
+  """The folder of the point of a sweep that ranks held-out pairs best.
+
+  The first of those; a folder of no sweep is returned as it is.
+
+  Raises: ValueError for a sweep none of whose points was evaluated.
+  """
+  path = epath.Path(folder)
+  if not (path / "sweep.json").exists():
+    return folder
+  accuracies = {}
+  for point in store.read_json(path / "sweep.json")["points"]:
+    evaluation = path / point["folder"] / "evaluation.json"
+    if evaluation.exists():
+      measured = store.read_json(evaluation).get("comparisons", {})
+      accuracies[point["folder"]] = measured.get("rewards/accuracies")
+  known = {k: x for k, x in accuracies.items() if x is not None}
+  if not known:
+    raise ValueError(
+      f"scorer reward:{folder} is a sweep, and no point of it has a held-out "
+      "accuracy; set data.eval, or name the folder of a point"
+    )
+  return str(path / max(known, key=known.get))
 
 
 def _of_run(folder):

@@ -78,6 +78,31 @@ def test_a_class_of_minus_one_is_a_missing_label(folder):
   assert len(load(f"hf:{folder}:unsupervised", "sft")) == 2
 
 
+def test_dialogues_of_one_turn_are_a_source_of_their_own(tmp_path):
+  once = "\n\nHuman: Oslo?\n\nAssistant:"
+  twice = f"{once} Cold.\n\nHuman: Rome?\n\nAssistant:"
+  rows = [
+    {"chosen": f"{start} yes {n}.", "rejected": f"{start} no {n}."}
+    for n, start in enumerate((twice, once, twice, once))
+  ]
+  datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+  got = load(f"one_turn:{tmp_path}:test", "preference")
+  assert [r.prompt for r in got] == [once, once]
+  assert [r.completions[0] for r in got] == [" yes 1.", " yes 3."]
+  assert len(load(f"hf:{tmp_path}:test", "preference")) == 4
+
+
+def test_what_is_here_is_known_without_the_network(folder, monkeypatch):
+  def refused(*_):
+    raise AssertionError("the hub was asked")
+
+  monkeypatch.setattr(datasets, "load_dataset", refused)
+  here = (f"hf:{folder}:test", f"one_turn:{folder}", "toy:8", folder)
+  assert all(map(sources.is_here, here))
+  far = ("hf:stanfordnlp/imdb:test", "one_turn:Anthropic/hh-rlhf", "no.jsonl")
+  assert not any(map(sources.is_here, far))
+
+
 def test_an_unknown_split_names_those_there(folder):
   message = error_of(f"hf:{folder}:tset")
   assert "did you mean 'test'" in message

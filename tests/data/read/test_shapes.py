@@ -183,6 +183,11 @@ PREFERENCE = {
     ("\n\nHuman: Q?\n\nAssistant:", (" b", " a")),
     "human_ref",
   ),
+  "summaries behind TL;DR": (
+    {"prompt": "POST: Sun.", "chosen": "TL;DR: Hot.", "rejected": "TL;DR: No."},
+    ("POST: Sun.\nTL;DR:", (" Hot.", " No.")),
+    "'TL;DR:'",
+  ),
 }
 
 
@@ -248,6 +253,11 @@ SINGLE = {
     "sft",
     ("2+2?", "4", None),
   ),
+  "a prompt and a label of words": (
+    {"prompt": "POST: Sun.\nTL;DR:", "label": " Hot, true."},
+    "sft",
+    ("POST: Sun.\nTL;DR:", " Hot, true.", None),
+  ),
   "conversations": (
     {"conversations": [HUMAN, gpt("Cold.")]},
     "sft",
@@ -261,6 +271,31 @@ def test_single_completions_of_another_shape_are_read(row, form, want):
   got = records.make(row, form, "f:1")
   label = None if got.labels is None else got.labels[0]
   assert (got.prompt, *got.completions, label) == want
+
+
+def test_comparisons_of_summaries_ask_as_demonstrations_do():
+  """CarperAI's two sets differ in where "TL;DR:" stands."""
+  shown = {"prompt": "POST: Sun.\nTL;DR:", "label": " Hot."}
+  compared = {"prompt": "POST: Sun.", "chosen": "TL;DR: Hot."}
+  compared["rejected"] = "TL;DR: Cold."
+  one = records.make(shown, "sft", "f:1")
+  two = records.make(compared, "sft", "f:2")
+  assert (one.prompt, one.completions) == (two.prompt, two.completions)
+  # Whether a set has the space between, or not.
+  bare = {**shown, "label": "Hot."}
+  three = records.make(bare, "sft", "f:4")
+  assert three.completions == one.completions
+  assert "space put between 'TL;DR:' and the summary" in three.remarks
+  assert not any("space" in remark for remark in one.remarks)
+  # Where one of them does not, nothing is cut.
+  odd = records.make({**compared, "rejected": "Cold."}, "preference", "f:3")
+  assert odd.completions == ("TL;DR: Hot.", "Cold.")
+
+
+@pytest.mark.parametrize("label", ["1", "true", "-0.5"])
+def test_a_label_that_is_a_number_is_no_completion(label):
+  with pytest.raises(fields.BadRecord, match="missing"):
+    records.make({"prompt": "p", "label": label}, "sft", "f:1")
 
 
 def test_prompts_to_be_sampled_may_be_questions_and_open_dialogues():
