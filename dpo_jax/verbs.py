@@ -4,14 +4,13 @@ Imports are inside: `dpo-jax help` and mistakes in a command need no jax.
 """
 
 import inspect
-import json
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
 
-from dpo_jax import host, lookup, preflight
+from dpo_jax import host, lookup, preflight, stages
 from dpo_jax.config import help, load, points, saved
 from dpo_jax.eval.judge import options as judge_options
 from dpo_jax.run import checks
@@ -42,74 +41,12 @@ class Verb(NamedTuple):
 def train(config, workdir, source):
   """Trains a policy (loop.fit), or what algo = "tokenizer" or "stages" says."""
   if config.get("algo") == "stages":
-    return _stages(config, workdir, source)
+    return stages.run(config, workdir, source, run)
   if config.get("algo") == "tokenizer":
-    return _tokenizer(config, workdir)
+    return stages.tokenizer(config, workdir)
   from dpo_jax import loop
 
   return loop.fit(config, workdir).exit_code
-
-
-def _stages(config, workdir, source):
-  """Runs verbs on other configs of the same file; the first failure ends it."""
-  if workdir != config.workdir:
-    raise ValueError(
-      f"--workdir {workdir}: the stages have folders of their own; name the "
-      f"root by the config's argument, root={workdir}"
-    )
-  rest = "".join(f",{name}={value}" for name, value in config.arguments)
-  steps = []
-  for verb, name, *axes in config.stages:
-    spec = f"{source.module.__file__}:stage={name}{rest}"
-    steps.append((verb, name, load.load(spec, (), axes)))
-  configs = [step.config for _, _, step in steps]
-  for one in configs:  # what is wrong with the last is said before the first
-    preflight.config(one, ())
-  far = _far(configs)
-  if "plan" in config:  # which takes no network
-    print(_plan(steps, config.plan), flush=True)
-  _kept(*far)
-  for verb, name, step in steps:
-    print(f"━━ {verb} {name}", flush=True)
-    sweep = {"sweep": list(step.axes)} if step.axes else {}
-    code = run(verb, {"config": f"{step.path}:{step.arg}", **sweep}, [])
-    if code:
-      return code
-  return 0
-
-
-def _plan(steps, options):
-  """The table of what stages will take: (verb, name, load.Source) of each."""
-  from dpo_jax import plan
-  from dpo_jax.plan import table
-
-  stages = [
-    plan.Stage(
-      *(verb, name, step.config),
-      points=len(_points(step)) if verb == "sweep" else 1,
-    )
-    for verb, name, step in steps
-  ]
-  return table.text(plan.rows(stages, options), options)
-
-
-def _tokenizer(config, workdir):
-  from dpo_jax.data.read import sources
-  from dpo_jax.data.tokens import bpe
-
-  about = epath.Path(workdir) / "tokenizer.about.json"
-  if about.exists():
-    if json.loads(about.read_text()) != json.loads(config.to_json()):
-      raise ValueError(f"{workdir} holds a tokenizer of another config")
-    print(f"{workdir}: trained before, skipped")
-    return 0
-  records = sources.load(config.data.train, "sft", sources.Policy("error"))
-  sources.refuse_messages(records, "the tokenizer's data.train")
-  texts = [r.prompt + c for r in records for c in r.completions]
-  size = bpe.train(texts, config.vocab_size, workdir)
-  about.write_text(config.to_json())
-  print(f"{size} tokens from {len(texts)} texts in {workdir}")
-  return 0
 
 
 def evaluate(config, workdir, _source):
@@ -181,7 +118,7 @@ def sample(config, workdir, _source):
 
 def sweep(config, workdir, source):
   """Trains and evaluates the points of --sweep, or of the file's `sweep()`."""
-  chosen = _points(source)
+  chosen = points.of(source)
   if "study" in config:
     from dpo_jax.enumerable import study
 
@@ -192,25 +129,13 @@ def sweep(config, workdir, source):
   for config_of_point in configs:
     preflight.config(config_of_point, (*_DATA, *_PROMPTS))
     preflight.start(config_of_point)
-  _reach(configs)
+  preflight.reach(configs)
   from dpo_jax import sweeps
 
   code = sweeps.sweep(config, chosen, workdir, at=source.at)
   if code <= 1:  # 1 is of points that failed, which the table shows as they are
     write_report(config, workdir, source)
   return code
-
-
-def _points(source):
-  """The points of a sweep: of --sweep, or of the file's `sweep()`."""
-  if source.axes:
-    return points.product(source, source.axes)
-  if hasattr(source.module, "sweep"):
-    return list(source.module.sweep())
-  raise ValueError(
-    f"{source.path} has no sweep(), which yields the points: name them, "
-    "--sweep loss.beta=0.05,0.1"
-  )
 
 
 def write_report(_config, workdir, _source):
@@ -315,24 +240,6 @@ def _judged(config, name):
     judge_options.check(config.judge)
 
 
-def _reach(configs):
-  """Fails at once where the hub is out of reach and its cache has not all."""
-  _kept(*_far(configs))
-
-
-def _far(configs):
-  """(names of the hub in configs, why it is out of reach or None)."""
-  names = {name: None for c in configs for name in preflight.on_hub(c)}
-  return names, host.hub_or_cache() if names else None
-
-
-def _kept(names, reason):
-  """Refuses names that a hub out of reach is needed for. Args: of `_far`."""
-  if reason is not None:
-    preflight.cached(names, reason)
-    print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)
-
-
 def run(name, options, overrides):
   """Runs a verb.
 
@@ -366,7 +273,7 @@ def run(name, options, overrides):
   if name == "train":
     preflight.start(config)
   if config is not None:
-    _reach([config])
+    preflight.reach([config])
   host.keep_pages()
   host.claim_devices()
   host.leave_triton_out()

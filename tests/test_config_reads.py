@@ -13,7 +13,7 @@ FIELDS = {*base.get_config(), *judge.get_config()}
 READERS = (
   *("config/", "run/build.py", "run/checks.py", "run/feeds.py"),
   *("run/rollouts.py", "enumerable/build.py", "plan/"),
-  *("sweeps.py", "verbs.py", "export.py"),
+  *("sweeps.py", "stages.py", "verbs.py", "export.py"),
 )
 
 

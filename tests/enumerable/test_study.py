@@ -124,6 +124,12 @@ def test_a_sampling_method_that_cannot_be_is_refused(field, value, said):
     study.check([config])
 
 
+def test_a_study_is_no_run_to_train(capsys, tmp_path):
+  words = ["train", "--config", f"{FILE}:smoke", f"--workdir={tmp_path}"]
+  assert cli.main(words) == 2
+  assert "`dpo-jax sweep` does it" in capsys.readouterr().err
+
+
 def test_methods_that_differ_in_numbers_share_their_programs():
   source, made = source_of(), {}
   language = build.language_of(source.config)
