@@ -78,6 +78,7 @@ def study():
   o.best_of = (1, 4, 16, 64, 128)
   o.checkpoints = 28  # of a run, at steps that grow by a factor
   o.lanes = 8  # runs in one program
+  o.workers = 2  # programs at once: such small ones keep one core busy
   o.claims = claims()
   return o
 
@@ -162,7 +163,7 @@ METHODS = {
 def smoke(c):
   c.study.seeds, c.study.tuning_seeds = (0, 1), (100,)
   c.study.rates = (1e-3, 3e-3)
-  c.study.groups, c.study.checkpoints, c.study.lanes = 64, 3, 2
+  c.study.groups, c.study.checkpoints, c.study.lanes = 64, 3, 4
   c.language.words, c.language.length = 4, 3
   c.train.steps = 24
   return c

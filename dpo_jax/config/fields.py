@@ -164,6 +164,7 @@ FIELDS = {
   "study.best_of": Field(MEASURE),
   "study.checkpoints": Field(MEASURE, least=2),
   "study.lanes": Field(HOW),
+  "study.workers": Field(HOW),
   "study.claims.grid": Field(MEASURE),
   "study.claims.near": Field(MEASURE, below=1),
   "study.claims.method": Field(MEASURE),

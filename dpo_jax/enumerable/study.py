@@ -8,7 +8,9 @@ What is there is not done again, so the same command goes on where it stopped.
 
 import functools
 import json
+import threading
 import time
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from dpo_jax import progress, store
-from dpo_jax.config import load, saved
+from dpo_jax.config import fields, load, saved
 from dpo_jax.enumerable import build, programs, worlds
 from dpo_jax.enumerable import language as language_lib
 from dpo_jax.eval import evaluation, statistics
@@ -74,7 +76,7 @@ def run(points, at, workdir):
     )
     for name, config in stages.items()
   }
-  stages = {name: config.to_dict() for name, config in stages.items()}
+  stages = [_decides(config) for config in stages.values()]
   jobs = _jobs(configs, language, options, stages, compiled)
   with health.lock(workdir):
     left = [job for job in jobs if not _done(job, workdir)]
@@ -107,13 +109,19 @@ def _jobs(configs, language, options, stages, compiled):
       Point({k: v for k, v in point.items() if k != "arg"}, build.hparams_of(c))
       for point, c in given
     ]
-    made_of = {"stages": stages, "points": [c.to_dict() for _, c in given]}
+    made_of = [*stages, *(_decides(c) for _, c in given)]
     made_of = json.loads(json.dumps(made_of))
     truth = build.samples_for_truth(config)
     labels = (worlds.TRUE,) if truth else options.labels
     rates = build.options_of(config).rates
     jobs += [Job(name, each, own, points, rates, made_of) for each in labels]
   return jobs
+
+
+def _decides(config):
+  """What of a config decides results: not how they are computed or kept."""
+  flat, free = saved.flatten(config.to_dict()), (fields.HOW, fields.KEEP)
+  return {k: v for k, v in flat.items() if fields.of(k).decides not in free}
 
 
 def path_of(job, workdir):
@@ -218,10 +226,9 @@ def _cost(options, job):
   return runs * options.lanes * _tokens(job.programs.method)
 
 
-def _tokens(method, steps=None):
-  """That a run computes in some steps, or in all of its."""
-  steps = method.steps if steps is None else steps
-  return steps // method.span * method.tokens
+def _tokens(method):
+  """That a run computes."""
+  return method.steps // method.span * method.tokens
 
 
 def _work(jobs, made, options, workdir):
@@ -256,32 +263,44 @@ def _trainer(job, options, made):
   """f(lanes): a generator of tokens that returns the curve of each lane."""
   run, method = job.programs, job.programs.method
   stops = checkpoints(method, options.checkpoints)
+  stopped = threading.Event()
+
+  def curves_of(block, count):
+    """The curves of the lanes of a program; None once it is `stopped`."""
+    own = [made[seed] for seed, _, _ in block]
+    seeds = np.asarray([world.seed for world in own])
+    states = run.begin(worlds.stacked([world.params for world in own]), seeds)
+    data = worlds.stacked(
+      [worlds.data_of(method, world, job.labels) for world in own]
+    )
+    hparams = worlds.hparams_of(
+      [point.hparams | {"learning_rate": rate} for _, rate, point in block]
+    )
+    log_ref = np.stack([world.log_ref for world in own])
+    start, measures = 0, []
+    for stop in stops:
+      if stopped.is_set():
+        return None
+      states = run.advance(states, data, hparams, start, stop)
+      measures.append(jax.device_get(run.measure(states, log_ref)))
+      start = stop
+    return [
+      {"steps": stops}
+      | {k: [float(m[k][number]) for m in measures] for k in measures[0]}
+      for number in range(count)
+    ]
 
   def train(lanes):
     out = []
-    for block, count in worlds.blocks(lanes, options.lanes):
-      own = [made[seed] for seed, _, _ in block]
-      seeds = np.asarray([world.seed for world in own])
-      states = run.begin(worlds.stacked([world.params for world in own]), seeds)
-      data = worlds.stacked(
-        [worlds.data_of(method, world, job.labels) for world in own]
-      )
-      hparams = worlds.hparams_of(
-        [point.hparams | {"learning_rate": rate} for _, rate, point in block]
-      )
-      log_ref = np.stack([world.log_ref for world in own])
-      start, measures = 0, []
-      for stop in stops:
-        states = run.advance(states, data, hparams, start, stop)
-        measures.append(jax.device_get(run.measure(states, log_ref)))
-        yield len(block) * _tokens(method, stop - start)
-        start = stop
-      for number in range(count):
-        curve = {
-          name: [float(m[name][number]) for m in measures]
-          for name in measures[0]
-        }
-        out.append({"steps": stops, **curve})
+    with futures.ThreadPoolExecutor(options.workers) as pool:
+      blocks = zip(*worlds.blocks(lanes, options.lanes), strict=True)
+      try:
+        for curves in pool.map(curves_of, *blocks):
+          out += curves
+          yield options.lanes * _tokens(method)
+      finally:
+        stopped.set()  # by a signal, say, while others are under way
+    stopped.clear()
     return out
 
   return train
