@@ -52,7 +52,7 @@ def get_config(arg=None):
   c.optim.learning_rate = 3e-3
   c.data.packed = False
   c.data.batch_size = 12  # groups, of six comparisons each
-  c.train.steps = 1000
+  c.train.steps = 600  # updates of every method
   common.choose(arg.method, METHODS)(c)
   return smoke(c) if arg.smoke else c
 
