@@ -13,7 +13,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
   # No other package has to fear for a name as common as `configs`.
   package_dir={"dpo_jax.configs": "configs"},
-  package_data={"dpo_jax.report": ["page.html"]},
+  package_data={"dpo_jax.report": ["page.html", "study.html"]},
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},
   install_requires=[
     "datasets",
@@ -32,6 +32,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.11",
     "qwix",
     "safetensors",
+    "scipy>=1.15",  # which takes seeds as generators
     "tokenizers",
     "tqdm",
     "transformers>=5",
@@ -39,8 +40,9 @@ setuptools.setup(
   extras_require={
     "test": [
       *("pytest", "pytest-xdist", "ruff"),
-      *("ipykernel", "jupytext", "nbclient"),
+      *("ipykernel", "jupytext", "nbclient", "openai"),
     ],
+    "judge": ["openai"],
     "notebooks": ["ipykernel", "ipywidgets", "jupytext", "nbclient"],
     "parity": ["torch==2.13.0", "peft"],
     "tpu": ["jax[tpu]"],

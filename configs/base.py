@@ -82,7 +82,9 @@ def get_config():
   s.best_of = ()  # (1, 4, 16): what the best of so many draws are worth by r*
   s.rank_by = optional(str)  # the one of scorers that ranks draws, None: first
   s.labelled = optional(str)  # source to check the scorers on
+  s.checkpoints = False  # whether those before the last are sampled too
   s.labels = "none"  # comparisons of the draws: bradley_terry, deterministic
+  s.label_scale = 1.0  # κ of bradley_terry: i beats j by σ(κ (r_i − r_j))
 
   # What the policy samples while it is trained: common.rollout, or
   # rollout_of_comparisons; None: nothing.

@@ -109,6 +109,9 @@ def rollout(estimator="ppo"):
   row = lookup.lookup(rl.ESTIMATORS, estimator, "loss")
   draws, epochs = (4, 1) if row.group else (1, 4)
   o = _rollout(draws, epochs)
+  # What is 0 in scores: the scorer's own, or the mean of a prompt's completions
+  # (prompt), before a missing end costs anything.
+  o.centre = "none"
   # The coefficient of the KL penalty, loss.beta, aims at this sequence KL
   # (nats); kl_horizon: completions over which it does. None: it is fixed.
   o.kl_target = config_dict.placeholder(float)

@@ -18,6 +18,11 @@ report   --workdir DIR
          writes the report of a sweep again
 export   --workdir DIR
          writes the policy as a folder that transformers or PEFT loads
+judge    --config.judge.samples=runs/a/completions.jsonl
+         --config.judge.against=held_out.jsonl --config.judge.by=openai:MODEL
+         --workdir DIR
+         win rates of samples against the data's answers, or other samples: by
+         a model behind an API, people (form:FILE) or a scorer (reward:DIR)
 audit    --config dpo --config.data.train=my.jsonl
          shows what would be trained on, token by token, and counts what is
          wrong with it; exit code 1 above the limits of config.audit
@@ -28,9 +33,9 @@ losses   prints every loss: formula, source, needs, dialects, defaults
 {names}. What follows a colon is its argument,
 dpo:loss=ipo. --config.FIELD=VALUE sets a field: `dpo-jax train --help` lists
 them all, with --config those of that config. eval, sample, export and audit
-take the config of the run folder unless --config names another. --workdir may
-be left out where the config has one, and for audit. --version says which
-dpo_jax this is.
+take the config of the run folder unless --config names another, and judge the
+one of its name. --workdir may be left out where the config has one, and for
+audit. --version says which dpo_jax this is.
 """
 
 import logging

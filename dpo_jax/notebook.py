@@ -277,7 +277,7 @@ def sample(
     with fields.at(where):
       texts.append((chat.prompt(record, template), record))
   given = prompting.encoded(setup, texts, policy)
-  generate.check(scorers, given)
+  generate.check(setup, scorers, given)
   params = _policy(setup, workdir, params)
   bos, rows = setup.tokenizer.bos_id, []
   for batch in generate.draws(setup, params, given):

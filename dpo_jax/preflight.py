@@ -6,7 +6,7 @@ import re
 
 from etils import epath
 
-from dpo_jax import lookup, store
+from dpo_jax import host, lookup, store
 from dpo_jax.config import origin, saved
 from dpo_jax.data.read import sources
 from dpo_jax.eval import prompting
@@ -42,6 +42,10 @@ def config(config, reads):
   """
   if "optim" not in config:
     return
+  if "study" in config and reads:
+    raise ValueError(
+      "the config is of a study: `dpo-jax sweep` does it, by the same --config"
+    )
   checks.values(config)
   loss = config.to_dict()["loss"]
   terms = {name: v for name, v in loss.items() if isinstance(v, dict)}
@@ -88,6 +92,8 @@ def on_hub(config):
   texts, names = [], []
   for value in saved.flatten(config.to_dict()).values():
     texts += value if isinstance(value, tuple) else [value]
+  # A model's name at an endpoint may have colons, and is not of the hub.
+  texts = [text for text in texts if not str(text).startswith("openai:")]
   for text in texts:
     names += _ON_HUB.findall(text) if isinstance(text, str) else []
   return [
@@ -115,3 +121,21 @@ def cached(names, reason):
         f"{name} is no folder here, {reason}, and nothing of it is kept from "
         f"before in {hub}; name a local folder, or connect once"
       )
+
+
+def reach(configs):
+  """Fails at once where the hub is out of reach and its cache has not all."""
+  kept(*far(configs))
+
+
+def far(configs):
+  """(names of the hub in configs, why it is out of reach or None)."""
+  names = {name: None for c in configs for name in on_hub(c)}
+  return names, host.hub_or_cache() if names else None
+
+
+def kept(names, reason):
+  """Refuses names that a hub out of reach is needed for. Args: of `far`."""
+  if reason is not None:
+    cached(names, reason)
+    print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)

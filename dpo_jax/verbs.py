@@ -4,15 +4,16 @@ Imports are inside: `dpo-jax help` and mistakes in a command need no jax.
 """
 
 import inspect
-import json
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
 
-from dpo_jax import host, lookup, preflight
+from dpo_jax import host, lookup, preflight, stages
 from dpo_jax.config import help, load, points, saved
+from dpo_jax.eval.judge import options as judge_options
+from dpo_jax.run import checks
 from dpo_jax.train import optimizers
 
 
@@ -26,6 +27,7 @@ class Verb(NamedTuple):
     config: it needs a config.
     reads: fields that name the sources it reads; None: its config is not
       checked.
+    default: the config that it takes without --config, by its name.
   """
 
   run: Callable
@@ -33,79 +35,18 @@ class Verb(NamedTuple):
   folder: bool = True
   config: bool = True
   reads: tuple[str, ...] | None = None
+  default: str | None = None
 
 
 def train(config, workdir, source):
   """Trains a policy (loop.fit), or what algo = "tokenizer" or "stages" says."""
   if config.get("algo") == "stages":
-    return _stages(config, workdir, source)
+    return stages.run(config, workdir, source, run)
   if config.get("algo") == "tokenizer":
-    return _tokenizer(config, workdir)
+    return stages.tokenizer(config, workdir)
   from dpo_jax import loop
 
   return loop.fit(config, workdir).exit_code
-
-
-def _stages(config, workdir, source):
-  """Runs verbs on other configs of the same file; the first failure ends it."""
-  if workdir != config.workdir:
-    raise ValueError(
-      f"--workdir {workdir}: the stages have folders of their own; name the "
-      f"root by the config's argument, root={workdir}"
-    )
-  rest = "".join(f",{name}={value}" for name, value in config.arguments)
-  steps = []
-  for verb, name, *axes in config.stages:
-    spec = f"{source.module.__file__}:stage={name}{rest}"
-    steps.append((verb, name, load.load(spec, (), axes)))
-  configs = [step.config for _, _, step in steps]
-  for one in configs:  # what is wrong with the last is said before the first
-    preflight.config(one, ())
-  far = _far(configs)
-  if "plan" in config:  # which takes no network
-    print(_plan(steps, config.plan), flush=True)
-  _kept(*far)
-  for verb, name, step in steps:
-    print(f"━━ {verb} {name}", flush=True)
-    sweep = {"sweep": list(step.axes)} if step.axes else {}
-    code = run(verb, {"config": f"{step.path}:{step.arg}", **sweep}, [])
-    if code:
-      return code
-  return 0
-
-
-def _plan(steps, options):
-  """The table of what stages will take: (verb, name, load.Source) of each."""
-  from dpo_jax import plan
-  from dpo_jax.plan import table
-
-  stages = [
-    plan.Stage(
-      *(verb, name, step.config),
-      points=len(_points(step)) if verb == "sweep" else 1,
-    )
-    for verb, name, step in steps
-  ]
-  return table.text(plan.rows(stages, options), options)
-
-
-def _tokenizer(config, workdir):
-  from dpo_jax.data.read import sources
-  from dpo_jax.data.tokens import bpe
-
-  about = epath.Path(workdir) / "tokenizer.about.json"
-  if about.exists():
-    if json.loads(about.read_text()) != json.loads(config.to_json()):
-      raise ValueError(f"{workdir} holds a tokenizer of another config")
-    print(f"{workdir}: trained before, skipped")
-    return 0
-  records = sources.load(config.data.train, "sft", sources.Policy("error"))
-  sources.refuse_messages(records, "the tokenizer's data.train")
-  texts = [r.prompt + c for r in records for c in r.completions]
-  size = bpe.train(texts, config.vocab_size, workdir)
-  about.write_text(config.to_json())
-  print(f"{size} tokens from {len(texts)} texts in {workdir}")
-  return 0
 
 
 def evaluate(config, workdir, _source):
@@ -135,6 +76,8 @@ def evaluate(config, workdir, _source):
 
 def sample(config, workdir, _source):
   """Draws completions of a run's policy, or of init_from's, into its folder."""
+  import jax
+
   from dpo_jax.eval import completions
   from dpo_jax.run import build, trained
   from dpo_jax.train import checkpoint
@@ -162,6 +105,8 @@ def sample(config, workdir, _source):
     "tokenizer": config.tokenizer,
   }
   rows = completions.write(setup, policy, identity, workdir)
+  if jax.process_index() > 0:
+    return 0
   for row in rows[:3]:
     shown = f"{row['prompt']} ⟶{row['completion']}"
     # A policy may write what moves a terminal's cursor, or worse.
@@ -173,12 +118,18 @@ def sample(config, workdir, _source):
 
 def sweep(config, workdir, source):
   """Trains and evaluates the points of --sweep, or of the file's `sweep()`."""
-  chosen = _points(source)
+  chosen = points.of(source)
+  if "study" in config:
+    from dpo_jax.enumerable import study
+
+    code = study.run(chosen, source.at, workdir)
+    write_report(config, workdir, source)
+    return code
   configs = [source.at(point) for point in chosen]
   for config_of_point in configs:
     preflight.config(config_of_point, (*_DATA, *_PROMPTS))
     preflight.start(config_of_point)
-  _reach(configs)
+  preflight.reach(configs)
   from dpo_jax import sweeps
 
   code = sweeps.sweep(config, chosen, workdir, at=source.at)
@@ -187,24 +138,12 @@ def sweep(config, workdir, source):
   return code
 
 
-def _points(source):
-  """The points of a sweep: of --sweep, or of the file's `sweep()`."""
-  if source.axes:
-    return points.product(source, source.axes)
-  if hasattr(source.module, "sweep"):
-    return list(source.module.sweep())
-  raise ValueError(
-    f"{source.path} has no sweep(), which yields the points: name them, "
-    "--sweep loss.beta=0.05,0.1"
-  )
-
-
 def write_report(_config, workdir, _source):
   """Writes report.html, report.md and the figures of a sweep's folder."""
   from dpo_jax import report
 
   page = report.write(workdir)
-  print(report.table(report.rows(workdir), "text"))
+  print(report.text(workdir))
   print(f"report: {page}")
   return 0
 
@@ -240,6 +179,14 @@ def export(config, workdir, _source):
   return 0
 
 
+def judge(config, workdir, _source):
+  """Win rates of sample files, by a model, people or a scorer."""
+  from dpo_jax.eval.judge import judging
+
+  judging.judge(load.plain(config.judge), config.to_dict(), workdir)
+  return 0
+
+
 def losses(_config, _workdir, _source):
   """Prints the table of losses."""
   from dpo_jax.ops.losses import catalogue
@@ -258,6 +205,7 @@ VERBS = {
   "report": Verb(write_report, saved=True, config=False),
   "audit": Verb(audit, saved=True, folder=False, reads=_DATA),
   "export": Verb(export, saved=True),
+  "judge": Verb(judge, saved=False, reads=(), default="judge"),
   "losses": Verb(losses, saved=False, folder=False, config=False),
 }
 
@@ -269,29 +217,27 @@ def fields(name, options, overrides):
   """
   if not VERBS[name].config:
     return []
-  config = load.load_config(options.get("config", "base"), overrides)
-  base = load.shipped()["base"].read_text(encoding="utf-8")
-  notes = help.comments(base)
+  own = VERBS[name].default or "base"
+  config = load.load_config(options.get("config", own), overrides)
+  notes = help.comments(load.shipped()[own].read_text(encoding="utf-8"))
   notes |= help.entries(inspect.getsource(optimizers), "optim")
   return [help.page(config, notes)]
 
 
-def _reach(configs):
-  """Fails at once where the hub is out of reach and its cache has not all."""
-  _kept(*_far(configs))
+def _judged(config, name):
+  """Refuses the config of a judge for another verb, and another for it.
 
-
-def _far(configs):
-  """(names of the hub in configs, why it is out of reach or None)."""
-  names = {name: None for c in configs for name in preflight.on_hub(c)}
-  return names, host.hub_or_cache() if names else None
-
-
-def _kept(names, reason):
-  """Refuses names that a hub out of reach is needed for. Args: of `_far`."""
-  if reason is not None:
-    preflight.cached(names, reason)
-    print(f"{reason}: of {', '.join(names)} its cache is read", flush=True)
+  And what no judge can do.
+  """
+  if ("judge" in config) != (name == "judge"):
+    raise ValueError(
+      "judge takes configs/judge.py, or a config like it: --config judge"
+      if name == "judge"
+      else f"--config is one of `dpo-jax judge`, not of {name}"
+    )
+  if name == "judge":
+    checks.numbers(config)
+    judge_options.check(config.judge)
 
 
 def run(name, options, overrides):
@@ -304,7 +250,7 @@ def run(name, options, overrides):
   Returns: exit code.
   """
   verb = lookup.lookup(VERBS, name, "verb")
-  workdir, spec = options.get("workdir"), options.get("config")
+  workdir, spec = options.get("workdir"), options.get("config", verb.default)
   if "sweep" in options and name != "sweep":
     raise ValueError(f"--sweep is of `dpo-jax sweep`, not of {name}")
   if spec is None and verb.saved and workdir is not None:
@@ -322,11 +268,12 @@ def run(name, options, overrides):
   if verb.folder:
     preflight.folder(workdir)
   if verb.reads is not None:
+    _judged(config, name)
     preflight.config(config, verb.reads)
   if name == "train":
     preflight.start(config)
   if config is not None:
-    _reach([config])
+    preflight.reach([config])
   host.keep_pages()
   host.claim_devices()
   host.leave_triton_out()

@@ -2,18 +2,18 @@
 
 import ast
 
-from configs import base
+from configs import base, judge
 from tests import conftest
 
 PACKAGE = conftest.ROOT / "dpo_jax"
-FIELDS = set(base.get_config())
+FIELDS = {*base.get_config(), *judge.get_config()}
 
 # Who may read it: what a config is, what builds from it or refuses it, what
 # changes it point by point, and the verbs, which hand its sections on.
 READERS = (
   *("config/", "run/build.py", "run/checks.py", "run/feeds.py"),
-  "run/rollouts.py",
-  *("sweeps.py", "plan/", "verbs.py", "export.py"),
+  *("run/rollouts.py", "enumerable/build.py", "plan/"),
+  *("sweeps.py", "stages.py", "verbs.py", "export.py"),
 )
 
 

@@ -37,9 +37,11 @@ PARTS = {
   "train": dry.training,
   "workdir": dry.command,
   "sample": dry.sampling,
+  "measure": dry.measuring,
   "sweep": dry.sweeping,
   "audit": dry.auditing,
   "export": dry.exporting,
+  "judge": dry.judging,
 }
 # Where to look first, by the beginning of a field's name.
 FIRST = {
@@ -51,6 +53,7 @@ FIRST = {
   "lora": ("initial", "features"),
   "data.token_cache": ("train",),  # in a folder of its own
   "data.": ("data",),
+  "sample.checkpoints": ("measure",),
   "sample.": ("sample", "sweep"),
   "sweep.": ("sweep",),
   "reward.": ("train",),
@@ -61,6 +64,7 @@ FIRST = {
   "checkpoint.": ("train",),
   "eval.": ("train",),
   "log.": ("train",),
+  "judge.": ("judge",),
   "train.max": ("train",),
   "train.epochs": ("data",),
   "ref_store": ("train",),
@@ -73,7 +77,7 @@ FIRST = {
 
 # Fields of which FIRST must show the effect: it is not enough that a metric
 # reads them.
-STRICT = ("loss.",)
+STRICT = ("loss.", "judge.")
 ABBREVIATIONS = ("features", "gradient", "optimizer")  # of "step"
 
 # Fields that have no effect under a condition, and are not refused there since
@@ -95,7 +99,7 @@ REFUSALS = {
   "rollout": "whether there is one is the algorithm's",
 }
 # Verbs that are not for every base: without prompts, of no published model.
-MAY_REFUSE = ("sample", "export", "workdir")
+MAY_REFUSE = ("sample", "export", "workdir", "judge")
 # How messages name a field, where not by its path.
 NAMES = {"model.layer_pattern": "'nope' layers"}
 
@@ -283,6 +287,12 @@ def test_a_plan_is_the_same_when_it_is_made_again(name, before):
     made = part(plan, what)
     assert made == part(again, what), what
     assert what in MAY_REFUSE or not isinstance(made, Refused), made
+
+
+@pytest.mark.parametrize("name", ["judge", "people"])
+def test_a_judging_is_the_same_when_it_is_done_again(name, before):
+  plan = before[0](name)
+  assert part(plan, "judge") == part(plan_lib.Plan(plan.config, {}), "judge")
 
 
 @pytest.mark.parametrize(

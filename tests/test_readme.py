@@ -62,7 +62,9 @@ def test_the_commands_of_the_readme_name_files_and_fields_that_exist():
   ipo = load.load_config("configs/dpo.py:loss=ipo")
   adapter = load.load_config("configs/dpo.py:lora")
   ppo = load.load_config("configs/ppo.py")
-  every = [saved.flatten(c.to_dict()) for c in (config, ipo, adapter, ppo)]
+  judge = load.load_config("configs/judge.py")
+  configs = config, ipo, adapter, ppo, judge
+  every = [saved.flatten(c.to_dict()) for c in configs]
   fields = {path for flat in every for path in flat}
   for field in re.findall(r"--config\.([\w.]+)=", README):
     assert field in fields, field

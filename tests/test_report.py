@@ -464,6 +464,24 @@ def test_of_what_was_not_compared_no_pairs_and_no_accuracy_are_told(tmp_path):
   assert content.captions(sweep)["table"] == said
 
 
+@pytest.mark.parametrize(
+  ("algos", "said"),
+  [
+    (("preference", "preference"), "the higher implicit reward (in"),
+    (("reward", "reward"), "the higher reward of the reward model (in"),
+    (("reward", "preference"), "the higher reward, of a reward model or impl"),
+  ],
+)
+def test_an_accuracy_says_whose_reward_it_is_by(algos, said, tmp_path):
+  build(tmp_path, betas=(0.1, 1.0), sampled=False)
+  for beta, algo in zip((0.1, 1.0), algos, strict=True):
+    path = tmp_path / f"b{beta}/evaluation.json"
+    row = json.loads(path.read_text())
+    lines(path, [{**row, "config": {"algo": algo}}])
+  captions = content.captions(folder.read(tmp_path))
+  assert f"whose chosen completion has {said}" in captions["table"]
+
+
 def test_curves_of_a_history_have_gaps_for_what_is_no_number():
   rows = [
     {"step": 1, "kind": "train", "loss": "cut"},

@@ -9,10 +9,12 @@ import signal
 import numpy as np
 import pytest
 
-from dpo_jax import loop, report, sweeps
+from dpo_jax import loop, report, store, sweeps
 from dpo_jax.algos import terms
 from dpo_jax.config import load as load_lib
 from dpo_jax.eval import evaluation
+from dpo_jax.report import content
+from dpo_jax.report import folder as report_folder
 from dpo_jax.run import build, recorder
 from dpo_jax.train import checkpoint, log
 from tests import conftest, folders
@@ -143,6 +145,35 @@ def test_more_points_and_other_samples_train_only_what_is_new(copied):
   for name in ("reference", "beta=0.1", "beta=1.0"):
     there = json.loads((copied / name / "evaluation.json").read_text())
     assert there["samples"] == 16
+
+
+def test_checkpoints_on_the_way_are_measured_as_runs_that_end_there(tmp_path):
+  """That of step 1 of 3 is the policy of a run of one step."""
+  longer = load(
+    *(*SAMPLED[1:], "sample.checkpoints=True", "optim.schedule=constant"),
+    *("checkpoint.every=1", "checkpoint.keep=3"),
+  )
+  sweeps.sweep(longer, POINTS[:1], tmp_path / "longer")
+  shorter = load(*SAMPLED[1:], "train.steps=1", "optim.schedule=constant")
+  sweeps.sweep(shorter, POINTS[:1], tmp_path / "shorter")
+  got, want = (
+    store.read_json(tmp_path / name / "beta=0.1" / "evaluation.json")
+    for name in ("longer", "shorter")
+  )
+  assert [point["step"] for point in got["checkpoints"]] == [1, 2]
+  assert got["checkpoints"][0]["means"] == want["means"]
+  assert got["checkpoints"][1]["means"] != want["means"]
+  ((_, mark),) = content_marks(tmp_path / "longer")
+  assert len(mark.trail) == 2
+
+
+def content_marks(folder):
+  """[(group, Mark)] of a sweep's report."""
+  sweep = report_folder.read(folder)
+  return [
+    (group, content._mark(group, "reward/vader", "#000000"))
+    for group in sweep.groups
+  ]
 
 
 def test_another_policy_in_the_folder_is_refused_and_loses_nothing(swept):

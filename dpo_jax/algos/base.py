@@ -49,6 +49,12 @@ def always(extra, step):
   return jnp.bool_(True)
 
 
+def never(extra, step):
+  """For algorithms of which no part keeps still."""
+  del extra, step
+  return jnp.bool_(False)
+
+
 def no_alarms(first, now):
   """For algorithms whose metrics need no watch."""
   del first, now
@@ -85,6 +91,9 @@ class Algorithm(NamedTuple):
       update; metrics are those of the whole batch. An update that is refused
       for not being finite changes nothing of it.
     applies: (extra, updates done) -> whether the next one changes parameters.
+    rests: path -> whether this trained parameter keeps still at times, and with
+      it its moments and its count of updates; None is none of them.
+    still: (extra, updates done) -> whether those keep still in the next one.
     advantages: of "prompts": (scores, drawn, mask, extra) -> extra arrays of
       tokens for the steps of an iteration, see policy_gradient.advantages.
     compares: of "prompts": what the scores of the completions of a prompt
@@ -110,6 +119,8 @@ class Algorithm(NamedTuple):
   extra: Callable = no_extra
   update: Callable = no_update
   applies: Callable = always
+  rests: Callable | None = None
+  still: Callable = never
   advantages: Callable | None = None
   compares: str | None = None
   first: Callable | None = None

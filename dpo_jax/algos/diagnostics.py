@@ -46,7 +46,7 @@ def of_pairs(out, fixed, ratios):
 def calibration(margin):
   """By how much the winner's probability is overestimated, in bins of it.
 
-  The implicit reward gives the completion it prefers the probability
+  A reward gives the completion it prefers the probability
   p = σ(|margin|) in [½, 1]; the label says whether it won.
   """
   probability = jax.nn.sigmoid(jnp.abs(margin))

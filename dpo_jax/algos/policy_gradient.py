@@ -76,12 +76,19 @@ def make(config, apply):
     ),
     update=functools.partial(follow, controller=controller),
     applies=lambda extra, step: step >= extra["rests"],
+    rests=_of_policy if controller.warmup else None,
+    still=lambda extra, step: extra["learns"] == 0,
     advantages=functools.partial(
       advantages, estimator=estimator.fn, fields=fields
     ),
     alarms=functools.partial(alarms.of_rollouts, target=rollout.kl_target),
     held_out=False,
   )
+
+
+def _of_policy(path):
+  """Whether a trained parameter beside a critic is of the policy."""
+  return path.startswith("model/")
 
 
 def _at_temperature(apply, temperature, params, batch):

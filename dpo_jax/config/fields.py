@@ -36,8 +36,9 @@ class Field(NamedTuple):
 
 SHARE = Field(KEEP, optional=True, least=0, most=1)
 
-# By their paths in configs/base.py. "loss." is of the fields of a section that
-# have no row of their own: those of what is selected there.
+# By their paths in configs/base.py, and in configs/judge.py. "loss." is of the
+# fields of a section that have no row of their own: those of what is selected
+# there.
 FIELDS = {
   "algo": Field(POLICY),
   "loss.": Field(POLICY),  # numbers: the loss's row has their ranges
@@ -120,7 +121,9 @@ FIELDS = {
   "sample.best_of": Field(MEASURE),
   "sample.rank_by": Field(MEASURE, optional=True),
   "sample.labelled": Field(MEASURE, optional=True),
+  "sample.checkpoints": Field(MEASURE),
   "sample.labels": Field(MEASURE),
+  "sample.label_scale": Field(MEASURE),
   "rollout": Field(POLICY, optional=True),
   "rollout.scorer": Field(POLICY, optional=True),
   "rollout.prefix": Field(POLICY, optional=True),
@@ -135,6 +138,7 @@ FIELDS = {
   "rollout.labels": Field(POLICY),
   "rollout.label_scale": Field(POLICY, optional=True),
   "rollout.compare": Field(POLICY),
+  "rollout.centre": Field(POLICY),
   "rollout.kl_target": Field(POLICY, optional=True),
   "rollout.kl_horizon": Field(POLICY, optional=True),
   "rollout.kl_stop": Field(POLICY, optional=True),
@@ -145,6 +149,31 @@ FIELDS = {
   "reward.unit": Field(MEASURE),
   "reward.completions": Field(MEASURE, optional=True),
   "reward.count": Field(MEASURE, optional=True),
+  # Of a study in an enumerable language.
+  "language.words": Field(POLICY, least=2),
+  "language.length": Field(POLICY, least=2),
+  "language.prompts": Field(POLICY),
+  "language.seed": Field(POLICY, least=0),
+  "study.seeds": Field(POLICY),
+  "study.tuning_seeds": Field(POLICY),
+  "study.rates": Field(POLICY),
+  "study.labels": Field(POLICY),
+  "study.label_scale": Field(POLICY),
+  "study.groups": Field(POLICY),
+  "study.draws": Field(POLICY, least=2),
+  "study.best_of": Field(MEASURE),
+  "study.checkpoints": Field(MEASURE, least=2),
+  "study.lanes": Field(HOW),
+  "study.workers": Field(HOW),
+  "study.claims.grid": Field(MEASURE),
+  "study.claims.near": Field(MEASURE, below=1),
+  "study.claims.method": Field(MEASURE),
+  "study.claims.against": Field(MEASURE),
+  "study.claims.level": Field(MEASURE, below=1),
+  "study.claims.margin": Field(MEASURE),
+  "study.claims.resamples": Field(MEASURE),
+  "study.claims.seed": Field(MEASURE, least=0),
+  "study.claims.trend": Field(MEASURE),
   "sweep.together": Field(HOW),
   "train.steps": Field(LENGTH, optional=True),
   "train.epochs": Field(LENGTH),
@@ -169,6 +198,27 @@ FIELDS = {
   "log.profile": Field(KEEP),
   "log.tensorboard": Field(KEEP),
   "log.wandb": Field(KEEP, optional=True),
+  "judge.samples": Field(MEASURE),
+  "judge.against": Field(MEASURE, optional=True),
+  "judge.by": Field(MEASURE, optional=True),
+  "judge.template": Field(MEASURE),
+  "judge.verdict": Field(MEASURE),
+  "judge.count": Field(LENGTH, optional=True),
+  "judge.agree_with": Field(KEEP),
+  "judge.seed": Field(KEEP, least=0),
+  "judge.form_key": Field(KEEP, optional=True),
+  "judge.base_url": Field(MEASURE),
+  "judge.key_from": Field(KEEP, optional=True),
+  "judge.temperature": Field(MEASURE, optional=True, least=0),
+  "judge.max_tokens": Field(MEASURE, optional=True),
+  "judge.timeout": Field(HOW),
+  "judge.concurrency": Field(HOW),
+  "judge.retries": Field(HOW, least=0),
+  "judge.cache": Field(KEEP, optional=True),
+  "judge.price_in": Field(KEEP, optional=True, least=0),
+  "judge.price_out": Field(KEEP, optional=True, least=0),
+  "judge.budget": Field(LENGTH, optional=True),
+  "judge.budget_tokens": Field(LENGTH, optional=True),
 }
 
 

@@ -69,7 +69,9 @@ def page(config, notes):
     elif section != before and (dot or inside):
       lines.append("")
     before, inside = section, dot
-    lines += _line(f"{path}={flat[path]}", notes.get(path, ""))
+    value = flat[path]
+    value = repr(value) if "\n" in str(value) else value
+    lines += _line(f"{path}={value}", notes.get(path, ""))
   return "\n".join(lines).strip()
 
 

@@ -11,6 +11,18 @@ _VALUE = re.compile(
 )
 
 
+def of(source):
+  """The points of a sweep: of --sweep, or of the file's `sweep()`."""
+  if source.axes:
+    return product(source, source.axes)
+  if hasattr(source.module, "sweep"):
+    return list(source.module.sweep())
+  raise ValueError(
+    f"{source.path} has no sweep(), which yields the points: name them, "
+    "--sweep loss.beta=0.05,0.1"
+  )
+
+
 def product(source, axes):
   """All combinations of the axes' values, the last axis fastest.
 

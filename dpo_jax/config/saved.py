@@ -43,6 +43,8 @@ LATER = {
   "stop": (),
   "best_of": (),
   "rank_by": None,
+  "label_scale": 1.0,
+  "checkpoints": False,
 }
 
 
@@ -52,7 +54,7 @@ def drawn_by(sample):
   Not what is measured of them later. Where nobody asks for a later field, it is
   left out, as it is in files of draws from before.
   """
-  measured = ("best_of", "rank_by")
+  measured = ("best_of", "rank_by", "checkpoints")
   return {
     k: v
     for k, v in sample.items()
@@ -82,6 +84,8 @@ def upgraded(config):
     config["model"] = {**config["model"], "head_chunk": chunk, "remat": remat}
   if config.get("lora") is not None and config.get("ref") == "frozen":
     config["ref"] = "base"  # as an adapter's reference is called now
+  if "critic" in (config.get("rollout") or {}):
+    config["rollout"] = {"centre": "none", **config["rollout"]}
   if config.get("lora") is not None:
     config["lora"] = {"zero": "b", **config["lora"]}
   return config

@@ -4,7 +4,9 @@ import hashlib
 import json
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from dpo_jax import progress, store
 from dpo_jax.data.read import fields, files, pairs
@@ -16,7 +18,8 @@ def write(setup, params, identity, workdir):
 
   A run that stopped goes on where it was; what is complete is left alone. With
   sample.labels other than "none" the comparisons go to `pairs.jsonl`, and with
-  sample.best_of what the best of them are worth to `best_of.json`.
+  sample.best_of what the best of them are worth to `best_of.json`. Several
+  processes draw and score together, in a folder that all see; the first writes.
 
   Args:
     setup: base.Setup.
@@ -26,42 +29,43 @@ def write(setup, params, identity, workdir):
   Returns: list of dicts, one a draw, as in the file.
   Raises: ValueError if the folder holds draws of something else.
   """
-  if jax.process_count() > 1:
-    raise ValueError("sampling runs in one process; sample the run afterwards")
-  options = setup.sample
+  options, first = setup.sample, jax.process_index() == 0
   scorers = rewards.load_all(options.scorers)
   if options.labels != "none" and not scorers:
     raise ValueError("sample.labels needs a scorer: set sample.scorers")
   workdir = epath.Path(workdir)
   path, given = workdir / "completions.jsonl", generate.prompts(setup)
-  generate.check(scorers, given)
+  generate.check(setup, scorers, given)
   digest = hashlib.blake2b(repr(given).encode(), digest_size=8).hexdigest()
   ends = setup.tokenizer.end_ids
   identity = {**identity, "prompts": digest}
   if len(ends) > 1:  # the EOS alone is the tokenizer's
     identity["ends"] = ends
   total = len(given) * options.draws
-  rows = _continue(path, identity, options.batch_size, total)
+  rows = _agreed(path, identity, options.batch_size, total)
   if len(rows) < total:
     batches = generate.draws(setup, params, given, skip=len(rows))
-    with path.open("a") as file:
-      for batch in progress.over(
-        batches, -(-(total - len(rows)) // options.batch_size), "batches drawn"
-      ):
-        batch = prompting.stopped(setup, batch)
-        new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
-        file.write("".join(json.dumps(row) + "\n" for row in new))
-        file.flush()
-        rows += new
+    count = -(-(total - len(rows)) // options.batch_size)
+    for batch in progress.over(batches, count, "batches drawn", loud=first):
+      batch = prompting.stopped(setup, batch)
+      new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
+      if first:
+        with path.open("a") as file:
+          file.write("".join(json.dumps(row) + "\n" for row in new))
+      rows += new
+  if not first:
+    return rows
   if options.best_of:
     measured = best_of.measure(rows, options.best_of, ranking(options, scorers))
     text = json.dumps(statistics.plain(measured), indent=2) + "\n"
     store.write(workdir / "best_of.json", text.encode())
     print(best_of.table(measured))
   if options.labels != "none":
-    first = f"reward/{scorers[0].name}"
-    labelled = [{**row, "reward": row[first]} for row in rows]
-    out, left_out = pairs.records(labelled, options.labels, options.seed)
+    reward = f"reward/{scorers[0].name}"
+    labelled = [{**row, "reward": row[reward]} for row in rows]
+    out, left_out = pairs.records(
+      *(labelled, options.labels, options.seed), scale=options.label_scale
+    )
     text = "".join(json.dumps(record) + "\n" for record in out)
     store.write(workdir / "pairs.jsonl", text.encode())
     count = sum(len(record["pairs"]) for record in out)
@@ -108,6 +112,29 @@ def describe(batch, scorers, count, bos_id):
     }
     for i, draw in enumerate(batch)
   ]
+
+
+def _agreed(path, identity, batch_size, total):
+  """`_continue` of the first process, whose file the others read.
+
+  Raises: ValueError in all of them if it does in one, or they would wait.
+  """
+  rows, error = [], None
+  if jax.process_index() == 0:
+    try:
+      rows = _continue(path, identity, batch_size, total)
+    except ValueError as caught:
+      error = caught
+  told = np.asarray([len(rows), error is not None], np.int32)
+  if jax.process_count() > 1:
+    told = multihost_utils.broadcast_one_to_all(told)
+  if error is not None:
+    raise error
+  if told[1]:
+    raise ValueError(f"{path}: the first process cannot go on, and says why")
+  if jax.process_index() > 0:
+    rows = [row for _, row in files.jsonl(path)][: int(told[0])]
+  return rows
 
 
 def _continue(path, identity, batch_size, total):

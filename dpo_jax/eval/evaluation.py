@@ -18,6 +18,8 @@ from dpo_jax.config import saved as saved_lib
 from dpo_jax.eval import frontier, statistics
 from dpo_jax.run import forward
 from dpo_jax.run import held_out as held_out_lib
+from dpo_jax.run import trained as trained_lib
+from dpo_jax.train import checkpoint
 from dpo_jax.train import state as state_lib
 
 
@@ -58,6 +60,8 @@ def evaluate(run, params, base, workdir, made):
     if jax.process_index() == 0:
       lines = "".join(json.dumps(row) + "\n" for row in rows)
       store.write(workdir / "samples.jsonl", lines.encode())
+  if run.setup.sample.checkpoints:
+    result["checkpoints"] = _on_the_way(run, base, workdir, made["step"])
   # No times: the same evaluation again leaves the same file.
   result["made_with"] = made_with()
   # Written last: it says that the point is done, and with which config.
@@ -68,6 +72,22 @@ def evaluate(run, params, base, workdir, made):
     )
     store.write(workdir / "evaluation.json", text.encode())
   return result
+
+
+def _on_the_way(run, base, workdir, last):
+  """What the samples of checkpoints before `last` tell: list of {"step", …}.
+
+  As many as were kept: checkpoint.every and checkpoint.keep say which.
+  """
+  setup, out = run.setup, []
+  for step in checkpoint.steps(workdir):
+    if step < last:
+      print(f"step {step}:", flush=True)
+      params = trained_lib.restored(setup, base, workdir, step=step)
+      policy = setup.trained.model(base, params)
+      summary, _ = frontier.measure(setup, policy, base)
+      out.append({"step": step, **summary})
+  return out
 
 
 def made_of(step, data, ref, identity):

@@ -35,7 +35,7 @@ def measure(setup, params, ref):
   options = setup.sample
   scorers = rewards.load_all(options.scorers)
   given = generate.prompts(setup)
-  generate.check(scorers, given)
+  generate.check(setup, scorers, given)
   batches = -(-len(given) * options.draws // options.batch_size)
   drawn = [
     draw

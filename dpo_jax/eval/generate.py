@@ -26,7 +26,7 @@ class Draw(NamedTuple):
     prompt_ids: what the model continued: as training has them, or with that.
     completion: text, up to its end or to one of sample.stop.
     ids: as drawn, with the end if it came; the EOS stands for a stop text.
-    finished: whether an end came within the limit.
+    finished: whether an end came within the limit, or a text of sample.stop.
     logps: of each of `ids` as it was drawn, in nats.
   """
 
@@ -87,15 +87,35 @@ def prompts(setup):
   return out
 
 
-def check(scorers, given):
+def check(setup, scorers, given):
   """Raises ValueError for prompts that a scorer cannot read, drawn or not.
 
-  Args: list of rewards.Scorer; list of (text, ids), as `prompts` returns.
+  Those of a chat template must be of the template that its model knows.
+
+  Args: base.Setup of the policy; list of rewards.Scorer; list of (text, ids),
+    as `prompts` returns.
   """
+  texts, ours = [text for text, _ in given], setup.tokenizer.apply_template
   for scorer in scorers:
+    theirs = getattr(scorer.score, "template", None)
+    if ours is not None and theirs is not None:
+      _check_template(scorer.name, ours, theirs, texts)
     reads = getattr(scorer.score, "check", None)
     if reads is not None:
-      reads([text for text, _ in given])
+      reads(texts)
+
+
+def _check_template(name, ours, theirs, texts):
+  """Raises ValueError for texts of one template where another is known."""
+  pairs = zip(chat.forms(ours), chat.forms(theirs), strict=True)
+  other = next((pair for pair in pairs if pair[0] != pair[1]), None)
+  if other is not None and any(chat.wrote(ours, text) for text in texts):
+    raise ValueError(
+      f"scorer {name}: the prompts are written by the chat template of the "
+      f"policy's tokenizer, as {other[0]!r:.200}, and its model knows another, "
+      f"{other[1]!r:.200}: take a reward model of the policy's template, or "
+      "give both tokenizers the same 'chat_template'"
+    )
 
 
 def draws(setup, params, given, *, skip=0, first=0, room=None):
@@ -214,6 +234,7 @@ def _drawn(setup, params, some, length, size, together):
       top_p=options.top_p,
       end_ids=setup.tokenizer.end_ids,
       vocab_size=setup.tokenizer.vocab_size,
+      stops=prompting.endings(setup.tokenizer, options.stop),
     )
   if jax.process_count() > 1:
     out = multihost_utils.process_allgather(out, tiled=True)

@@ -124,6 +124,22 @@ def encoded(setup, prompts, policy):
   return [(bare[text], ids) for text, ids in out]
 
 
+def endings(tokenizer, stop):
+  """The ids that end a draw as it is drawn: those of each text of sample.stop.
+
+  Nothing that `cut` keeps is lost: what ends in them holds the text. A draw
+  that writes it in other tokens goes on to its limit, and is cut as well.
+
+  Returns: tuple of tuples.
+  """
+  each = [tuple(tokenize.encode_alone(tokenizer, word)) for word in stop]
+  return tuple(
+    ids
+    for word, ids in zip(stop, each, strict=True)
+    if word in tokenizer.decode(ids)
+  )
+
+
 def stopped(setup, batch):
   """Draws that end before a text of sample.stop, see `cut`."""
   tokenizer, stop = setup.tokenizer, setup.sample.stop

@@ -4,6 +4,7 @@ A spec names a scorer and what it is made from:
 
     tfidf:SOURCE        log-odds of a TF-IDF 1–2-gram logistic regression,
                         trained on a labelled source: tfidf:reviews:train
+    sentiment:SOURCE    its probability, in (0, 1)
     vader               compound sentiment of the VADER lexicon, in [−1, 1]
     classifier:NAME     log-odds of the last label of a Hugging Face classifier,
                         e.g. classifier:siebert/sentiment-roberta-large-english
@@ -71,7 +72,8 @@ class Scorer(NamedTuple):
     score: (prompts, completions), lists of str -> f64[n], higher is better. If
       it has an attribute `of_draws`, that takes a list of generate.Draw; if
       `check`, that takes prompts and raises ValueError for those that are too
-      long for it, whatever is drawn behind them.
+      long for it, whatever is drawn behind them; if `template`, that is the
+      chat template its model knows, see tokenize.Tokenizer, or None.
     rows: of an entry that is Rows its function, and `score` only says so; else
       None.
   """
@@ -83,6 +85,7 @@ class Scorer(NamedTuple):
 
 SCORERS = {
   "tfidf": texts.tfidf,
+  "sentiment": texts.sentiment,
   "vader": texts.vader,
   "classifier": hub.classifier,
   "probability": hub.probability,

@@ -35,12 +35,14 @@ class Rollouts(NamedTuple):
     examples: list of B comparisons.Example, with scores once they are `scored`.
     logps: list of B f32[scored tokens of it] in nats, as they were sampled.
     mask: bool[B, K, N], which tokens there are.
+    raw: f64[B, K], what the scorer says of them, once they are `scored`.
   """
 
   drawn: list
   examples: list
   logps: list
   mask: np.ndarray
+  raw: np.ndarray | None = None
 
 
 class Source(NamedTuple):
@@ -134,7 +136,7 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
   setup = setup._replace(sample=drawing)
   prompts = generate.prompts(setup)
   scorer = rewards.load(options.scorer)
-  generate.check([scorer], prompts)
+  generate.check(setup, [scorer], prompts)
   _try(scorer, setup.tokenizer, prompts)
   if len(prompts) < options.prompts:
     raise ValueError(
@@ -170,7 +172,12 @@ def _source(setup, algorithm, options, batch_size, accumulation, hparams):
 def measured(algorithm, hparams, params, frozen, extra, batch):
   """What the training pass says of drawn tokens, {name: f32[R, S]}.
 
-  The same function as a step's, so that the ratio of the first step is 1.
+  The same function as a step's, so that the ratio of the first step is 1. An
+  iteration of one step is measured too, though its ratio is 1 by itself: what
+  it learns from are rewards less β · (log π − log π_ref), and values, that must
+  be there before the step. The sampler's log-probs would not do, they are off
+  by "sampling/gap"; and without β and a critic one forward pass of the policy
+  would be saved, for another program and no gap.
   """
   batch = algorithm.prepare(batch, frozen, extra)
   rng = base.rng_of(0)
@@ -197,7 +204,7 @@ def loader_of(source, state, iteration):
   tokens = forward.of_examples(setup, source.measure, loader.in_order(), trees)
   drawn = {name: padded_of(x, rollouts.mask) for name, x in tokens.items()}
   learned = source.advantages(
-    np.asarray([e.scores for e in examples], np.float32),
+    rewards_of(options, rollouts),
     drawn,
     rollouts.mask,
     jax.device_get(state.extra),
@@ -268,18 +275,40 @@ def scored(source, rollouts):
       source.setup, source.of_rows, _loader(source, examples, None)
     )
     scores = rewards.finite(source.scorer.name, np.concatenate(rows_scored))
-  missing = ~np.asarray([one.finished for one in rollouts.drawn])
-  if options.missing_end == "replace":
-    scores = np.where(missing, options.missing_score, scores)
-  elif options.missing_end == "subtract":
-    scores = scores - np.where(missing, options.missing_score, 0.0)
-  by_prompt = scores.reshape(len(examples), options.draws).tolist()
+  raw = np.asarray(scores).reshape(len(examples), options.draws)
+  by_prompt = _with_ends(options, raw, rollouts.drawn).tolist()
   return rollouts._replace(
+    raw=raw,
     examples=[
       example._replace(scores=tuple(each))
       for example, each in zip(examples, by_prompt, strict=True)
-    ]
+    ],
   )
+
+
+def rewards_of(options, rollouts):
+  """f32[B, K]: the scores that advantages are made of, of `scored` Rollouts.
+
+  With rollout.centre = "prompt", r − the mean of the prompt's K: the paper's
+  E[r] = 0 for every prompt, of the policy that drew. A constant for a missing
+  end is then the same distance from what every prompt can get. As each r is in
+  its own mean, (K − 1) / K of the differences is learned from. The metrics keep
+  the scores as they are: centred, their mean would say nothing.
+  """
+  raw = rollouts.raw
+  if options.centre == "prompt":
+    raw = raw - raw.mean(axis=1, keepdims=True)
+  return _with_ends(options, raw, rollouts.drawn).astype(np.float32)
+
+
+def _with_ends(options, scores, drawn):
+  """Scores f64[B, K] with what a missing end costs."""
+  missing = ~np.asarray([one.finished for one in drawn]).reshape(scores.shape)
+  if options.missing_end == "replace":
+    return np.where(missing, options.missing_score, scores)
+  if options.missing_end == "subtract":
+    return scores - np.where(missing, options.missing_score, 0.0)
+  return scores
 
 
 def padded_of(flat, mask):

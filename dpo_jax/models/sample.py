@@ -27,7 +27,7 @@ class Samples(NamedTuple):
   Attributes:
     tokens: i32[B, N]; after the end, the first of `end_ids`.
     lengths: i32[B], tokens drawn including that which ended it.
-    finished: bool[B], whether one of `end_ids` was drawn.
+    finished: bool[B], whether one of `end_ids` was drawn, or of `stops` all.
     logps: f32[B, N] nats of each token under the model at the temperature of
       the draw (1 where that is 0), over all tokens, whatever top-p hid; 0 after
       the end.
@@ -43,11 +43,11 @@ def compiled(model):
   """`sample` of a model, jitted once per shape.
 
   A compilation each for (prompts, their length, draws, max_new_tokens, end_ids,
-  vocab_size); parameters, temperature and top_p are traced.
+  vocab_size, stops); parameters, temperature and top_p are traced.
   """
   return jax.jit(
     functools.partial(sample, model),
-    static_argnames=("max_new_tokens", "end_ids", "vocab_size"),
+    static_argnames=("max_new_tokens", "end_ids", "vocab_size", "stops"),
   )
 
 
@@ -136,17 +136,29 @@ def _draw(logits, rngs, step, temperature, top_p, known):
   return token, chosen - total
 
 
-def _append(samples, step, token, logp, end_ids):
+def _append(samples, step, token, logp, end_ids, stops):
   """Samples with one more token each, where they have not ended."""
   live = ~samples.finished
   token = jnp.where(live, token, end_ids[0] if end_ids else 0)
+  tokens = samples.tokens.at[:, step].set(token)
   ended = jnp.isin(token, jnp.int32(end_ids))
+  for ids in stops:
+    ended |= _end_in(tokens, step, ids)
   return Samples(
-    samples.tokens.at[:, step].set(token),
+    tokens,
     samples.lengths + live,
     samples.finished | (live & ended),
     samples.logps.at[:, step].set(jnp.where(live, logp, 0.0)),
   )
+
+
+def _end_in(tokens, step, ids):
+  """bool[B]: whether the tokens up to that of `step` end in some ids."""
+  size = len(ids)
+  if size > tokens.shape[1]:
+    return jnp.zeros(len(tokens), bool)
+  last = jax.lax.dynamic_slice_in_dim(tokens, step + 1 - size, size, axis=1)
+  return (step >= size - 1) & jnp.all(last == jnp.int32(ids), axis=1)
 
 
 def _prefill(model, params, prompts, prompt_lengths, draws, max_new_tokens):
@@ -190,6 +202,7 @@ def sample(
   top_p,
   end_ids,
   vocab_size=None,
+  stops=(),
 ):
   """Draws continuations of prompts, K of each.
 
@@ -209,6 +222,8 @@ def sample(
     end_ids: tuple of ids, each of which ends a text; () to never stop; static.
     vocab_size: ids from here on are never drawn, as the tokenizer has none of
       them (published tables have spare rows); None is all of the model's.
+    stops: tuple of tuples of ids, each of which ends a text too, once all of it
+      was drawn; static.
   Returns: Samples of B · K rows.
   Raises: ValueError past the end of a learned position table, and for ids that
     are not as many for each prompt.
@@ -228,7 +243,7 @@ def sample(
 
   def drawn(step, logits, samples):
     token, logp = _draw(logits, rngs, step, temperature, top_p, known)
-    return _append(samples, step, token, logp, end_ids)
+    return _append(samples, step, token, logp, end_ids, stops)
 
   samples = drawn(0, logits, _none(rows, max_new_tokens))
   starts = jnp.repeat(prompt_lengths, draws)

@@ -13,12 +13,14 @@ from etils import epath
 from dpo_jax import lookup
 from dpo_jax.report import (
   cells,
+  claims,
   content,
   figures,
   folder,
   markdown,
   measures,
   page,
+  study,
 )
 
 TRUTH = "r*"
@@ -48,10 +50,12 @@ def write(workdir):
   not written, and an older one is removed.
 
   Args:
-    workdir: folder of `dpo-jax sweep`.
+    workdir: folder of `dpo-jax sweep`; of a study, see report.study.
   Returns: path of report.html.
   Raises: ValueError if the folder holds no sweep, or nothing of its runs.
   """
+  if claims.holds(workdir):
+    return study.write(workdir)
   sweep, workdir = folder.read(workdir), epath.Path(workdir)
   pictures = content.draw(sweep)
   for name, picture in pictures.items():
@@ -66,6 +70,16 @@ def write(workdir):
   text = page.html(sweep, grid(table_rows, "page"), pictures)
   (workdir / "report.html").write_bytes(text.encode())
   return workdir / "report.html"
+
+
+def text(workdir):
+  """What a report says, for a console: its table, or the verdicts of a study.
+
+  Args, Raises: as `write`.
+  """
+  if claims.holds(workdir):
+    return study.text(workdir)
+  return table(rows(workdir), "text")
 
 
 def rows(workdir):

@@ -86,7 +86,16 @@ def _mark(group, truth, color):
     )
     name = f"{name} ({len(seeds)} seeds)"
   errors = np.array([kl_se, reward_se], float)  # None as NaN
-  return figures.Mark(name, kl, reward, *errors, color, seeds)
+  trail = tuple(spot for run in group.runs for spot in _trail(run, truth))
+  return figures.Mark(name, kl, reward, *errors, color, seeds, trail)
+
+
+def _trail(run, truth):
+  """(kl, reward) of a run's checkpoints before the last, as far as measured."""
+  for point in run.evaluation.get("checkpoints", []):
+    means = point["means"]
+    if {"kl", truth} <= means.keys():
+      yield means["kl"]["mean"], means[truth]["mean"]
 
 
 def _picture(in_file, make, prefix, label, light):
@@ -133,6 +142,14 @@ def _of_pairs(runs):
     "rewards/accuracies" in run.evaluation.get("comparisons", {})
     for run in runs
   )
+
+
+def _reward_of(runs):
+  """Whose reward it is by which an accuracy is measured."""
+  models = {run.config.get("algo") == "reward" for run in runs}
+  if len(models) > 1:
+    return "reward, of a reward model or implicit"
+  return "reward of the reward model" if True in models else "implicit reward"
 
 
 def missing(sweep):
@@ -293,8 +310,8 @@ def _columns(sweep):
     if "rewards/accuracies" in there:
       parts.append(
         "the accuracy, the share whose chosen completion has the higher "
-        "implicit reward (in brackets Wilson's 95% interval, over prompts "
-        "where a prompt has several comparisons)"
+        f"{_reward_of(sweep.runs)} (in brackets Wilson's 95% interval, over "
+        "prompts where a prompt has several comparisons)"
       )
     if there & {*measures.DRIFT}:
       parts.append("Δ log p, the mean of log π − log π_ref, in nats")

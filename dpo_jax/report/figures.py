@@ -46,7 +46,8 @@ RAW = (
 class Mark(NamedTuple):
   """A policy between reward and KL; standard errors are NaN if unknown.
 
-  seeds: (kl, reward) of each run that it is the mean of.
+  seeds: (kl, reward) of each run that it is the mean of; trail: of checkpoints
+  on the way there.
   """
 
   name: str
@@ -56,6 +57,7 @@ class Mark(NamedTuple):
   reward_se: float
   color: str
   seeds: tuple = ()
+  trail: tuple = ()
 
 
 class Line(NamedTuple):
@@ -107,7 +109,7 @@ def frontier(marks, reference, title, *, joined, wide, best_of=()):
   if not marks and not reference:
     return None
   size = 11 if wide else 9.5
-  fig, (ax,) = _figure((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
+  fig, (ax,) = frame((7.5, 4.3) if wide else (3.85, 3.75), 1, 1, size)
   ax.set_title(title, loc="left", color=INK, fontsize=size)
   below = "\n(squares: an upper bound)" if best_of else ""
   ax.set_xlabel(f"sequence KL from the reference, nats{below}", fontsize=size)
@@ -123,8 +125,10 @@ def frontier(marks, reference, title, *, joined, wide, best_of=()):
   marks = [*marks, *best_of, *([reference] if reference else [])]
   for mark in marks:
     hollow = any(mark is other for other in best_of)
-    for spot in mark.seeds:
-      ax.plot(*spot, "o", color=mark.color, ms=4, alpha=0.8, mew=0, zorder=2)
+    for spots, size in ((mark.seeds, 4), (mark.trail, 2.6)):
+      for spot in spots:
+        dot = {"color": mark.color, "ms": size, "alpha": 0.8, "mew": 0}
+        ax.plot(*spot, "o", **dot, zorder=2)
     shape, width = ("D", 6) if mark is reference else ("o", 6.5)
     if hollow:
       shape, width = "s", 5.5
@@ -168,7 +172,7 @@ def curves(runs, *, wide, legend=False):
   columns = min(2, len(panels)) if wide else 1
   rows = -(-len(panels) // columns)
   inches = (5 * columns, 2.95 * rows) if wide else (3.85, 2.5 * rows)
-  fig, axes = _figure(inches, rows, columns, size)
+  fig, axes = frame(inches, rows, columns, size)
   for ax in axes[len(panels) :]:
     ax.remove()
   for ax, (title, names) in zip(axes, panels, strict=False):
@@ -240,7 +244,7 @@ def svg(fig, prefix, label, variables):
   return f'<svg class="{prefix}" role="img" aria-label="{label}" {view}>{body}'
 
 
-def _figure(inches, rows, columns, size):
+def frame(inches, rows, columns, size):
   """(Figure, its axes as a flat list), in the report's quiet style."""
   fig = figure.Figure(figsize=inches, layout="constrained")
   backend_agg.FigureCanvasAgg(fig)

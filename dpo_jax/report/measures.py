@@ -8,14 +8,13 @@ import math
 
 import numpy as np
 
+from dpo_jax.eval.judge import intervals
 from dpo_jax.report import folder
 
 AT_LENGTH, INTERVAL = "reward_at_length", "rewards/accuracies/interval"
 MEANS = ("kl", "log_ratio", "length")
 HELD_OUT = ("loss", "rewards/accuracies", "logps/chosen", "logps/rejected")
 DRIFT = {f"drift/{side}": f"logps/{side}" for side in ("chosen", "rejected")}
-# Standard errors to either side of a 95 % interval.
-_Z = 1.959964
 
 
 def of(sweep, runs):
@@ -49,19 +48,6 @@ def ended(run):
   if there:
     return sum(there) / len(there)
   return folder.number(run.evaluation.get("finished"))
-
-
-def wilson(share, count):
-  """(low, high) of a share's 95 % interval, of `count` independent cases.
-
-  (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
-
-  Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
-  """
-  more = _Z**2 / count
-  half = _Z * math.sqrt(share * (1 - share) / count + more / (4 * count))
-  middle = share + more / 2
-  return (middle - half) / (1 + more), (middle + half) / (1 + more)
 
 
 def at_length(samples, reward, length):
@@ -130,7 +116,7 @@ def _interval(run, accuracy):
   counts = [count for count in counts if folder.number(count)]
   if not counts or accuracy is None or not 0 <= accuracy <= 1:
     return None
-  return wilson(accuracy, min(counts))
+  return intervals.wilson(accuracy, min(counts))
 
 
 def _less_reference(sweep, run, key):

@@ -159,7 +159,7 @@ def prepare(config):
   if config.train.steps is None:  # whole iterations
     total = next(filter(source.boundary, itertools.count(total)))
   checks.last_step(total, source.boundary, config.algo)
-  optimizer = optim.make(config.optim, total)
+  optimizer = optim.make(config.optim, total, algorithm.rests)
   shapes = trained_lib.trained_shapes(setup)
   checks.freeze(config.optim.freeze, shapes, optimizer)
 
@@ -178,7 +178,7 @@ def prepare(config):
     feed=source,
     held_out=held_out_of(config, setup, algorithm),
     reference=reference_of(config, algorithm),
-    about=(_about_loss(config), f"{source.about}; {choice}"),
+    about=(_about_loss(config, setup), f"{source.about}; {choice}"),
     total=total,
     algorithm=algorithm,
     optimizer=optimizer,
@@ -205,8 +205,7 @@ def prepare_measured(config):
 
 def algorithm_of(config, setup):
   """The Algorithm of a config, of what is trained."""
-  algorithm = algos.make(config, setup.model.apply)
-  return base.on(algorithm, setup.trained.policy)
+  return base.on(algos.make(config, setup.model.apply), setup.trained.policy)
 
 
 def held_out_of(config, setup, algorithm):
@@ -257,7 +256,7 @@ def step_of(config, algorithm):
   """(step body, Optimizer) of a config whose length needs no data."""
   if config.train.steps is None:
     raise ValueError("set train.steps: the schedule of a train step needs it")
-  optimizer = optim.make(config.optim, config.train.steps)
+  optimizer = optim.make(config.optim, config.train.steps, algorithm.rests)
   return _body(config, algorithm, optimizer), optimizer
 
 
@@ -287,7 +286,7 @@ def sharing(config, run):
       asked=config.to_dict(),
     ),
     held_out=measured,
-    about=(_about_loss(config), run.about[1]),
+    about=(_about_loss(config, setup), run.about[1]),
     hparams=hparams,
     identity=identity(config, run.feed, run.algorithm),
   )
@@ -299,10 +298,11 @@ def identity(config, source, algorithm):
   return {**config.to_dict(), "data_fingerprint": source.fingerprint, **code}
 
 
-def _about_loss(config):
+def _about_loss(config, setup):
   fields = saved.flatten(config.loss.to_dict())
   named = "".join(f", {k} {v}" for k, v in fields.items() if k != "name")
-  return f"loss {config.loss.name}{named}; reference {config.ref}"
+  what = "reward model, " if "reward" in setup.trained.heads else ""
+  return f"{what}loss {config.loss.name}{named}; reference {config.ref}"
 
 
 def initial_state(run, initial):

@@ -16,13 +16,13 @@ def values(config):
 
   Losses, algorithms, models and the mesh check their own fields.
   """
-  _numbers(config)
+  numbers(config)
   for obeyed, otherwise in _rules(config):
     if not obeyed:
       raise ValueError(otherwise)
 
 
-def _numbers(config):
+def numbers(config):
   """Refuses None, and numbers out of range, by the rows of config.fields."""
   for path, value in saved.flatten(config.to_dict()).items():
     row = fields.of(path)
@@ -108,6 +108,16 @@ def _rules_of_samples(s):
     s.labels == "none" or s.draws >= 2,
     f"sample.labels = {s.labels!r} compares the draws of a prompt: "
     "sample.draws must be at least 2",
+  )
+  yield (
+    s.label_scale == 1 or s.labels == "bradley_terry",
+    f"sample.label_scale = {s.label_scale} has no effect with sample.labels = "
+    f"{s.labels!r}: it is κ of 'bradley_terry'; leave it at 1",
+  )
+  yield (
+    s.prompts is not None or not s.checkpoints,
+    "sample.checkpoints = True has no effect with sample.prompts = None: set "
+    "that, or it to False",
   )
   yield prefix(s.prefix, "sample.prefix")
   yield (

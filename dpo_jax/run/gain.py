@@ -6,8 +6,9 @@ Comparisons say nothing of a shift, so without it a constant beside the reward
 (a penalty for a missing end) would have no fixed meaning. The mean is of the
 prompts' means, so that each counts once however many completions it has. One
 shift serves all prompts: that of each would need completions of it wherever it
-is scored; `spread` says what it leaves, the standard deviation of the prompts'
-true means. What compares completions of one prompt does not see either.
+is scored, as rollout.centre = "prompt" has them; `spread` says what it leaves,
+the standard deviation of the prompts' true means. What compares completions of
+one prompt does not see either.
 Source: arXiv:2305.18290 section 3, where it is 0 for every prompt.
 """
 
@@ -85,7 +86,8 @@ def finish(setup, loader, count, unit, params, frozen, step, workdir):
     error = "" if found["se"] is None else f" ± {found['se']:.2g}"
     print(
       f"rewards of the reference: mean {found['mean']:.4g}{error}, standard "
-      f"deviation {found['std']:.4g}, of {found['prompts']} prompts; gain "
+      f"deviation {found['std']:.4g}, of {found['prompts']} prompts, the mean "
+      f"of one up to {found['furthest']:.4g} away; gain "
       f"{found['gain']:.4g} and bias {found['bias']:.4g} in {path}",
       flush=True,
     )
@@ -122,9 +124,10 @@ def of_scores(groups, unit):
     groups: lists of the rewards of each prompt's completions.
     unit: whether the standard deviation becomes 1 too.
   Returns: {"gain", "bias"} and of the rewards before: "mean" of the prompts'
-    means, its standard error "se", "std" over all completions, "spread" of the
-    prompts' means beyond that of their draws (null where no prompt has two),
-    "prompts", "completions".
+    means, its standard error "se", "std" over all completions, "prompts_std" of
+    the prompts' means and "furthest" of them from "mean", "spread" of them
+    beyond that of their draws (null where no prompt has two), "prompts",
+    "completions".
   Raises: ValueError for rewards that are not finite, or all the same where
     `unit` divides by what tells them apart.
   """
@@ -154,6 +157,8 @@ def of_scores(groups, unit):
     "mean": mean,
     "se": math.sqrt(between / len(means)) if len(means) > 1 else None,
     "std": std,
+    "prompts_std": math.sqrt(between) if len(means) > 1 else None,
+    "furthest": float(np.abs(means - mean).max()),
     "spread": spread,
     "prompts": len(groups),
     "completions": len(values),

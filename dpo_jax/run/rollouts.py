@@ -5,18 +5,15 @@ from dpo_jax.ops import rl
 from dpo_jax.run import checks
 
 MISSING_END = ("keep", "replace", "subtract")
+CENTRES = ("none", "prompt")
 CRITICS = ("head", "copy", "none")
 LABELS = checks.LABELS[1:]
 COMPARE = ("all", "best_worst")
 # Fields that not all rollouts have, by Algorithm.compares.
 OWN = {
   None: (
-    "kl_target",
-    "kl_horizon",
-    "kl_stop",
-    "critic",
-    "critic_from",
-    "warmup",
+    *("kl_target", "kl_horizon", "kl_stop"),
+    *("centre", "critic", "critic_from", "warmup"),
   ),
   "pairs": ("labels", "label_scale", "compare"),
   "rankings": ("labels", "label_scale"),
@@ -48,6 +45,7 @@ def check(config, algorithm):
   rules = [*_rules(config, rollout)]
   if algorithm.compares is None:
     lookup.lookup(CRITICS, rollout.critic, "rollout.critic")
+    lookup.lookup(CENTRES, rollout.centre, "rollout.centre")
     rules += _rules_of_gradients(config, rollout)
   else:
     rules += _rules_of_comparisons(config, rollout, algorithm)
@@ -128,6 +126,16 @@ def _rules_of_gradients(c, r):
     "prompt; set it to 2 or more",
   )
   yield (
+    r.centre == "none" or r.draws > 1,
+    f"rollout.centre = {r.centre!r} with rollout.draws = 1: every score would "
+    "be 0; draw 2 or more",
+  )
+  yield (
+    r.centre == "none" or not estimator.group or r.missing_end == "replace",
+    f"rollout.centre = {r.centre!r} has no effect with loss {name!r}, which "
+    "compares the completions of a prompt already; set it to 'none'",
+  )
+  yield (
     r.kl_target is None or c.loss.beta > 0,
     f"rollout.kl_target = {r.kl_target} with loss.beta = 0: there is no "
     "coefficient to adapt; start it at 0.05, say",
@@ -141,11 +149,6 @@ def _rules_of_gradients(c, r):
     not r.warmup or estimator.critic,
     f"rollout.warmup = {r.warmup} has no effect with loss {name!r}, which has "
     "no critic; set it to 0",
-  )
-  yield (
-    not (r.warmup and c.optim.get("weight_decay")),
-    f"optim.weight_decay = {c.optim.get('weight_decay')} would move the policy "
-    "while rollout.warmup holds it; set one of them to 0",
   )
 
 

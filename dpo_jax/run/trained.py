@@ -304,17 +304,18 @@ def merged(setup, base, params):
   return merge(base, params)
 
 
-def restored(setup, base, workdir, field="the run"):
-  """What was trained and saved last in a run's folder.
+def restored(setup, base, workdir, field="the run", step=None):
+  """What was trained and saved in a run's folder.
 
   Args:
     base: as of `merged`.
     field: what named the folder, for messages.
+    step: None is the last.
   Raises: ValueError if there is nothing, or it is an adapter of another base.
   """
   if setup.trained.on_base:
     checkpoint.check_run(workdir, setup.asked, base)
-  return checkpoint.load_params(workdir, trained_shapes(setup), field)
+  return checkpoint.load_params(workdir, trained_shapes(setup), field, step)
 
 
 def _with_peft(setup, published, params):

@@ -222,7 +222,7 @@ def check_run(workdir, config, ref):
   Raises: ValueError naming the field, or init_from.
   """
   path = _path(workdir)
-  with _newest(workdir) as (_, step, meta):
+  with _opened(workdir) as (_, step, meta):
     about = {k: v for k, v in meta["config"].items() if k not in config}
     saved_lib.check_config(meta["config"], {**config, **about}, path)
     # "ref/…", or "base/…" under an adapter
@@ -242,16 +242,17 @@ def _path(workdir):
 
 
 @contextlib.contextmanager
-def _newest(workdir, where=None):
-  """Yields (CheckpointManager, step, metadata) of a run's newest checkpoint.
+def _opened(workdir, where=None, step=None):
+  """Yields (CheckpointManager, step, metadata) of a run's checkpoint.
 
   Args:
     workdir: run folder.
     where: what names it, for messages; None is its path.
+    step: None is the newest.
   """
   where = where or _path(workdir)
   with _manager(_path(workdir)) as manager:
-    step = manager.latest_step()
+    step = manager.latest_step() if step is None else step
     if step is None:
       raise ValueError(f"{where} holds no finished checkpoint")
     try:
@@ -267,25 +268,31 @@ def identity(workdir):
   """
   if latest_step(workdir) is None:
     raise ValueError(f"{workdir} holds no finished checkpoint; train it first")
-  with _newest(workdir) as (_, step, meta):
+  with _opened(workdir) as (_, step, meta):
     return {"step": step, "checksums": meta["checksums"] | meta["frozen"]}
 
 
 def latest_step(workdir):
   """The newest step saved in a run folder, or None."""
+  return max(steps(workdir), default=None)
+
+
+def steps(workdir):
+  """All steps saved in a run folder, rising."""
   path = _path(workdir)
   if not path.exists():
-    return None
+    return []
   with _manager(path) as manager:
-    return manager.latest_step()
+    return sorted(manager.all_steps())
 
 
-def load_params(workdir, target, field="init_from"):
-  """The policy saved last in another run's folder.
+def load_params(workdir, target, field="init_from", step=None):
+  """A policy saved in another run's folder.
 
   Args:
     target: tree of arrays, or of ShapeDtypeStructs with shardings.
     field: what named the folder, for messages.
+    step: None is the last.
   Raises: ValueError if there is none, or its parameters do not fit.
   """
   where = f"{field} = {workdir!s}"
@@ -293,7 +300,7 @@ def load_params(workdir, target, field="init_from"):
     raise ValueError(
       f"{where} holds no checkpoints/ folder; train that run first"
     )
-  with _newest(workdir, where) as (manager, step, meta):
+  with _opened(workdir, where, step) as (manager, step, meta):
     leaves = meta["leaves"].items()
     saved = {k: leaf for k, leaf in leaves if k.startswith("params/")}
     _check_leaves(saved, _leaves({"params": target}), where)

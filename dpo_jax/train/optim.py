@@ -20,12 +20,13 @@ class Optimizer(NamedTuple):
   """An optimiser without its learning rate.
 
   Attributes:
-    tx: optax transform of the trained part's gradients.
+    tx: optax transform of the trained part's gradients; its update takes
+      `still`, see `_apart`.
     factor: step -> factor on the learning rate.
     trains: path -> whether the parameter is trained.
   """
 
-  tx: optax.GradientTransformation
+  tx: optax.GradientTransformationExtraArgs
   factor: Callable
   trains: Callable
 
@@ -79,6 +80,41 @@ def _in_bfloat16(tx):
   return optax.GradientTransformation(init, update)
 
 
+class _Parts(NamedTuple):
+  """State of `_apart`: of what rests at times, and of all others."""
+
+  resting: optax.OptState
+  others: optax.OptState
+
+
+def _apart(tx, rests):
+  """`tx` for the parameters that rest at times, and again for all others.
+
+  Where they keep `still` they do not move, nor do their moments and the count
+  by which Adam corrects those: 0.1·g of a first gradient g is divided by
+  1 − 0.9 in their first update, not by 1 − 0.9ⁿ.
+
+  Args:
+    rests: path -> whether a parameter is one of them.
+  """
+
+  def init(params):
+    return _Parts(*map(tx.init, tree.split(params, rests)))
+
+  def update(updates, state, params=None, *, still):
+    grads, of = tree.split(updates, rests), tree.split(params, rests)
+    moves, resting = tx.update(grads[0], state.resting, of[0])
+    others_move, others = tx.update(grads[1], state.others, of[1])
+    moves, resting = jax.tree.map(
+      lambda new, old: jnp.where(still, old, new),
+      (moves, resting),
+      (jax.tree.map(jnp.zeros_like, moves), state.resting),
+    )
+    return tree.graft(others_move, moves), _Parts(resting, others)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 MOMENTS = {"float32": lambda tx: tx, "bfloat16": _in_bfloat16}
 
 
@@ -118,7 +154,7 @@ SCHEDULES = {
 }
 
 
-def make(options, total_steps):
+def make(options, total_steps, rests=None):
   """The Optimizer of `config.optim`.
 
   Warm-up multiplies the rate by min(1, (step + 1) / (warmup + 1)).
@@ -126,6 +162,7 @@ def make(options, total_steps):
   Args:
     options: name, the fields of its row, COMMON's; no others.
     total_steps: where a decaying schedule ends.
+    rests: of the Algorithm.
   Raises: ValueError naming the field.
   """
   kind = lookup.lookup(optimizers.OPTIMIZERS, options.name, "optim.name")
@@ -149,8 +186,11 @@ def make(options, total_steps):
       re.compile(pattern)
     except re.error as error:
       raise ValueError(f"optim.freeze: {pattern!r}: {error}") from error
+  tx = kind.make(options)
+  if rests is not None:
+    tx = _apart(tx, rests)
   return Optimizer(
-    optax.chain(clip, kind.make(options)),
+    optax.with_extra_args_support(optax.chain(clip, tx)),
     factor,
     lambda path: not tree.matches(freeze, path),
   )

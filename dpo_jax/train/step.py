@@ -3,7 +3,8 @@
 denominators   Σ weights of every term, over the global batch
 gradient       of Σ_terms Σ w·v / denominator, summed over microbatches
                and devices
-update         optimiser, learning rate, and a guard against non-finite
+update         optimiser, learning rate, what keeps still, and a guard against
+               non-finite
 """
 
 import jax
@@ -32,20 +33,19 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     # ── Gradient: of the part that is trained, over the whole batch ──────────
     trained, rest = tree.split(state.params, optimizer.trains)
     grads, metrics, kept = gradients(
-      algorithm,
-      lambda trained: tree.graft(rest, trained),
-      trained,
-      state,
-      batch,
-      hparams,
-      accumulation,
-      axis_name,
+      *(algorithm, lambda trained: tree.graft(rest, trained), trained),
+      *(state, batch, hparams, accumulation, axis_name),
     )
 
     # ── Update: the rate stays outside of the optimiser, or it would be
-    # compiled in, and a sweep over it would compile every point anew ─────────
+    # compiled in, and a sweep over it would compile every point anew. Of a part
+    # that keeps still it keeps the moments and their count as they are, which
+    # no guard of the whole state can do ──────────────────────────────────────
     rate = hparams["learning_rate"] * optimizer.factor(state.step)
-    updates, opt_state = optimizer.tx.update(grads, state.opt_state, trained)
+    updates, opt_state = optimizer.tx.update(
+      *(grads, state.opt_state, trained),
+      still=algorithm.still(state.extra, state.step),
+    )
     updated = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
     norm = tree.norm(grads)
     moved = rate * tree.norm(updates)

@@ -10,6 +10,7 @@ import pytest
 from configs import common
 from dpo_jax import tree
 from dpo_jax.algos import preference, sft
+from dpo_jax.data.tokens import comparisons
 from dpo_jax.models import config as model_config
 from dpo_jax.models import decoder
 from dpo_jax.ops import attention, losses, reduce
@@ -51,11 +52,29 @@ def test_a_comparison_counts_by_its_weight():
   np.testing.assert_array_equal(np.asarray(weights)[0, :5], soft)
 
 
+def test_a_soft_label_is_a_mean_of_the_losses_of_both_ways_round():
+  """P · loss(i ≻ j) + (1 − P) · loss(j ≻ i)."""
+
+  def loss(pairs):
+    items = [e._replace(pairs=pairs) for e in ITEMS]
+    terms = terms_of(preference, topology.config_of(), worlds.batch(items))
+    return reduce.means(terms.losses)["dpo"]
+
+  soft = comparisons.weighted([(0, 1)], [0.7])
+  one, other = loss(((0, 1, 1.0),)), loss(((1, 0, 1.0),))
+  want = 0.7 * one + 0.3 * other
+  np.testing.assert_allclose(loss(soft), want, rtol=1e-6)
+  assert abs(one - other) > 1e-3
+
+
 def test_sft_leaves_out_completions_of_weight_zero():
   config = topology.config_of("sft", "sft")
   batch = worlds.batch(ITEMS)
   whole = terms_of(sft, config, batch).losses["sft"]
-  batch["completion_weights"][0, 2, 1] = 0
+  # Not in place: the first program may still read the array.
+  weights = batch["completion_weights"].copy()
+  weights[0, 2, 1] = 0
+  batch["completion_weights"] = weights
   some = terms_of(sft, config, batch).losses["sft"]
   dropped = 2 * 2 + 1
   np.testing.assert_array_equal(some[0], whole[0])

@@ -10,6 +10,7 @@ import pytest
 from configs import common
 from dpo_jax import tree
 from dpo_jax.algos import base, policy_gradient
+from dpo_jax.config import load
 from dpo_jax.data.batch import rows
 from dpo_jax.eval import generate, rewards, rollouts
 from dpo_jax.ops import rl
@@ -211,11 +212,43 @@ def test_ppo_warms_up_its_critic_and_stops_at_a_kl(critic):
       assert [moved[name] for moved, _ in steps] == [True, True, False, False]
 
 
+def test_ppo_s_policy_begins_after_the_warm_up_as_if_there_were_none():
+  """Its optimiser is as at step 0, and its first update is Adam's first."""
+  run = rewarded.alone(
+    *("rollout.warmup=1", "optim.warmup=0", "optim.eps=1e-12"),
+    arg=",optim=adamw",
+  )
+  state = rewarded.state_of(run)
+  fresh = jax.device_get(state.opt_state[1])
+  for number in range(rewarded.STEPS):
+    batch, _ = run.feed.batch(number, state)
+    state, _ = run.step(state, batch, run.hparams)
+  parts = jax.device_get(state.opt_state[1])
+  assert not differs(parts.resting, fresh.resting)
+  assert parts.others[0].count == rewarded.STEPS
+  before = jax.device_get(state.params["model"])
+  batch, _ = run.feed.batch(rewarded.STEPS, state)
+  state, found = run.step(state, batch, run.hparams)
+  rate = float(found["learning_rate"])
+  moved = [
+    np.abs(after - was).ravel() / rate
+    for after, was in zip(
+      jax.tree.leaves(jax.device_get(state.params["model"])),
+      jax.tree.leaves(before),
+      strict=True,
+    )
+  ]
+  # g / (|g| + eps): 1 wherever there is a gradient. With the count of the
+  # warm-up's four updates it would be 0.55.
+  moved = np.concatenate(moved)
+  np.testing.assert_allclose(np.median(moved[moved > 0]), 1, rtol=1e-2)
+
+
 # ── What the fields of config.loss and config.rollout do ─────────────────────
 
 
-def advantages_of(name, **changes):
-  """advantages and returns f32[B, K, N] of fixed draws."""
+def advantages_of(name, centred=False, **changes):
+  """advantages and returns f32[B, K, N] of fixed draws, and their mask."""
   fields = common.policy_gradient(name).to_dict() | changes
   rng = np.random.default_rng(0)
   mask = np.arange(5) < rng.integers(2, 6, (3, 4))[..., None]
@@ -226,6 +259,8 @@ def advantages_of(name, **changes):
   if not rl.ESTIMATORS[name].critic:
     del drawn["values"]
   scores = rng.normal(size=(3, 4)).astype(np.float32)
+  if centred:
+    scores -= scores.mean(axis=1, keepdims=True)
   extra = {"coefficient": jnp.float32(fields["beta"])}
   estimator = rl.ESTIMATORS[name].fn
   out = policy_gradient.advantages(
@@ -258,6 +293,76 @@ def test_a_field_of_an_estimator_changes_what_it_says(
   for part, values in after.items():
     distance = np.abs(values - before[part]).max()
     assert distance > 1e-2 if part in changed else distance < 1e-6, part
+
+
+@pytest.mark.parametrize("name", rl.ESTIMATORS)
+def test_scores_that_are_centred_by_prompt_change_what_has_no_group(name):
+  """A baseline of the prompt's own completions takes the mean out as well."""
+  before, after = (
+    advantages_of(name, centred, whiten="none")[0]["advantages"]
+    for centred in (False, True)
+  )
+  distance = np.abs(after - before).max()
+  assert distance < 1e-6 if rl.ESTIMATORS[name].group else distance > 1e-2
+
+
+@pytest.mark.parametrize(
+  ("mode", "cost"), [("keep", None), ("subtract", 0.5), ("replace", -1.0)]
+)
+def test_centred_scores_of_a_prompt_have_mean_zero_before_ends_cost(mode, cost):
+  drawn = fake_draws(2, 3, 8)
+  raw = np.asarray([[1.0, 2.0, 6.0], [0.7, 0.7, 0.7]])
+  missing = np.asarray([[not d.finished for d in drawn]]).reshape(raw.shape)
+  made = rollouts.Rollouts(drawn, [], [], None, raw)
+
+  def of(centre):
+    options = load.plain(rewarded.config_of().rollout)
+    options = options._replace(
+      centre=centre, missing_end=mode, missing_score=cost
+    )
+    return rollouts.rewards_of(options, made)
+
+  zero = raw - np.asarray([[3.0], [0.7]])
+  if mode == "keep":
+    np.testing.assert_allclose(of("prompt").mean(axis=1), 0, atol=1e-7)
+  assert missing.any()
+  costs = {
+    "keep": zero,
+    "subtract": zero - 0.5 * missing,
+    "replace": np.where(missing, -1.0, zero),
+  }
+  np.testing.assert_allclose(of("prompt"), costs[mode], atol=1e-6)
+  untouched = {"subtract": raw - 0.5 * missing}.get(mode, raw)
+  if mode != "replace":
+    np.testing.assert_allclose(of("none"), untouched, atol=1e-6)
+  assert of("none").dtype == of("prompt").dtype == np.float32
+
+
+def test_reinforce_learns_from_centred_scores_and_logs_them_as_they_are():
+  """In an iteration as it is run: only the advantages see the centre."""
+  found = {}
+  for centre in ("none", "prompt"):
+    run = rewarded.alone(
+      *("rollout.draws=2", f"rollout.centre={centre}", "loss.whiten=none"),
+      *("data.batch_size=8", "loss.beta=0.0"),
+      arg=",loss=reinforce",
+    )
+    batch, _ = run.feed.batch(0, rewarded.state_of(run))
+    found[centre] = jax.device_get(batch)
+  for name in ("tokens", "scores"):
+    np.testing.assert_array_equal(
+      found["none"][name], found["prompt"][name], err_msg=name
+    )
+  batch = found["prompt"]
+  real = batch["completion_weights"] > 0
+  scores = batch["scores"]
+  mean = scores.sum(-1, keepdims=True) / np.maximum(real.sum(-1), 1)[..., None]
+  want = np.where(real, scores - mean, 0.0)
+  assert np.abs(want).max() > 0.01
+  rows = np.arange(len(scores))[:, None]
+  flat = np.pad(want.reshape(len(want), -1), ((0, 0), (0, 1)))
+  of_tokens = flat[rows, batch["target_slot"]]
+  np.testing.assert_allclose(batch["advantages"], of_tokens, atol=1e-6)
 
 
 def test_returns_of_ppo_are_not_whitened():

@@ -77,11 +77,13 @@ REFUSED = {
   "a-critic": (",loss=rloo", "rollout.critic=head", r"must be 'none'"),
   "unknown-critic": ("", "rollout.critic=heads", r"'heads'.*'head'"),
   "warmup": (",loss=rloo", "rollout.warmup=1", r"rollout\.warmup = 1"),
-  "decay": (
-    "",
-    "rollout.warmup=1 optim.weight_decay=0.1",
-    r"optim\.weight_decay = 0\.1",
+  "centre-of-one": ("", "rollout.centre=prompt", r"rollout\.draws = 1"),
+  "centre-of-a-group": (
+    ",loss=rloo",
+    "rollout.centre=prompt",
+    r"rollout\.centre = 'prompt' has no effect with loss 'rloo'",
   ),
+  "unknown-centre": ("", "rollout.centre=prompts", r"'prompts'.*'prompt'"),
   "packed": ("", "data.packed=true", r"data\.packed = True"),
   "end": ("", "rollout.missing_end=drop", r"rollout\.missing_end"),
   "end-without-score": (

@@ -478,6 +478,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(way, tmp_path):
     """Stands for the end of the process."""
 
   run = build.prepare(config)
+  assert run.about[0].startswith("reward model, loss bradley_terry")
 
   def batch(number, state):
     if number == 2:

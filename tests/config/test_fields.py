@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 
-from configs import base, common
+from configs import base, common, frontier_exact, judge
 from dpo_jax.config import fields, saved
 from dpo_jax.data.audit import counts
 from dpo_jax.models import config as model_config
@@ -20,11 +20,13 @@ SELECTED = ("loss.", "model.", "optim.")
 def paths():
   """The fields of configs/base.py, with an adapter, of every optimiser.
 
-  And of all rollouts.
+  And of all rollouts, of a study and of a judge.
   """
-  out = {"lora", "rollout"}
+  study = frontier_exact.get_config().to_dict()
+  out = {"lora", "rollout", *saved.flatten(study)}
   for section in (common.rollout(), common.rollout_of_comparisons()):
     out |= {f"rollout.{name}" for name in section}
+  out |= {f"judge.{name}" for name in judge.get_config().judge}
   for name in optimizers.OPTIMIZERS:
     config = base.get_config()
     config.optim, config.lora = common.optim(name), common.lora()

@@ -4,6 +4,7 @@ from dpo_jax.config import help, load, saved
 from tests import conftest
 
 BASE = (conftest.ROOT / "configs/base.py").read_text()
+JUDGE = (conftest.ROOT / "configs/judge.py").read_text()
 
 SOURCE = """
 def get_config():
@@ -44,6 +45,15 @@ def test_every_field_that_the_base_writes_has_a_comment():
   for path in saved.flatten(config.to_dict()):
     own = path.partition(".")[0] not in ("loss", "optim", "model")
     assert not own or notes[path], path
+  notes = help.comments(JUDGE)
+  config = load.load_config("configs/judge.py")
+  assert all(notes[path] for path in saved.flatten(config.to_dict()))
+
+
+def test_a_value_of_several_lines_stands_on_one():
+  page = help.page(load.load_config("configs/judge.py"), help.comments(JUDGE))
+  (line,) = (x for x in page.splitlines() if x.startswith("judge.template="))
+  assert line.endswith(r"\n\n{prompt}\n\n{a}\n\n{b}'")
 
 
 def test_a_page_keeps_to_the_width_of_a_terminal():

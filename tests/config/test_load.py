@@ -9,7 +9,7 @@ from dpo_jax.config import load
 from dpo_jax.train import optimizers
 from tests import conftest
 
-CONFIGS = "from configs import dpo, quickstart, sft, smollm2"
+CONFIGS = "from configs import dpo, judge, quickstart, sft, smollm2"
 
 
 @pytest.mark.parametrize(

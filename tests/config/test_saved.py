@@ -102,6 +102,17 @@ def test_a_run_is_made_longer_only_where_its_updates_stay_the_same(name):
     check(config.to_dict(), *overrides, "train.steps=None")
 
 
+def test_rollouts_from_before_there_was_a_centre_go_on_without_one():
+  spec = SMOKE.replace("dpo.py", "ppo.py")
+  config = load_lib.load_config(spec).to_dict()
+  saved = json.loads(json.dumps(config))
+  del saved["rollout"]["centre"]
+  saved_lib.check_config(saved, config, "here")
+  config["rollout"]["centre"] = "prompt"
+  with pytest.raises(ValueError, match=r"centre \(saved 'none', now 'prompt'"):
+    saved_lib.check_config(saved, config, "here")
+
+
 @pytest.mark.parametrize("text", ["", '{"loss": {', "[]", "{}", "null"])
 def test_a_damaged_config_of_a_run_is_named(text, tmp_path):
   (tmp_path / "config.json").write_text(text)

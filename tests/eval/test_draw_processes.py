@@ -28,3 +28,13 @@ def test_draws_of_two_processes_are_those_of_one(tmp_path):
     np.testing.assert_allclose(one.pop("logps"), other.pop("logps"), atol=1e-5)
   assert got[0] == want
   assert jax.process_count() == 1
+  rows, _ = draw_driver.written(setup, params, tmp_path / "alone")
+  told = [
+    json.loads((tmp_path / f"{n}-written.json").read_text()) for n in range(2)
+  ]
+  assert [one for one, _ in told] == [rows, rows]
+  assert "drawn from another policy" in told[0][1]
+  assert "the first process cannot go on" in told[1][1]
+  for name in ("completions.jsonl", "pairs.jsonl", "completions.json"):
+    got, want = ((tmp_path / d / name).read_text() for d in ("drawn", "alone"))
+    assert got == want

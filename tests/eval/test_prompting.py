@@ -1,6 +1,7 @@
 """What a model is asked, what ends its answer, and what is read of it."""
 
 import json
+import re
 import string
 
 import numpy as np
@@ -265,6 +266,30 @@ def test_stopped_draws_are_finished_and_resume_the_same(setup, trees, tmp_path):
   path.write_bytes(whole[: len(whole) // 2])
   assert drawn(setup, trees[0], tmp_path, *here) == rows
   assert path.read_bytes() == whole
+
+
+def test_a_stop_text_ends_a_draw_while_it_is_drawn(setup, trees):
+  """What is cut off of a draw behind it costs no tokens."""
+
+  def draws(*overrides):
+    here = folders.asking(setup, load(*overrides))
+    given = generate.prompts(here)
+    return [d for b in generate.draws(here, trees[0], given) for d in b]
+
+  plain = draws()
+  two = re.compile("(?=([0-9A-Za-z]{2}).)")  # and something behind them
+  words = [word for d in plain for word in two.findall(d.completion)]
+  stop = max(words, key=words.count)
+  shorter = 0
+  for draw, before in zip(draws(f"sample.stop={stop}"), plain, strict=True):
+    ended, through = prompting.cut(before, setup.tokenizer, (stop,))
+    assert draw.ids == through
+    assert draw.finished == ended.finished
+    assert prompting.cut(draw, setup.tokenizer, (stop,))[0]._replace(
+      logps=()
+    ) == ended._replace(logps=())
+    shorter += len(draw.ids) < len(before.ids)
+  assert shorter > 0
 
 
 RANKED = (

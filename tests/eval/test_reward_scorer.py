@@ -14,7 +14,7 @@ from dpo_jax.config import load as load_lib
 from dpo_jax.data.tokens import vocabulary
 from dpo_jax.eval import completions, generate, rewards
 from dpo_jax.run import build, gain, trained
-from tests import conftest, folders
+from tests import conftest, folders, templates
 from tests.models import parity
 
 PROMPTS = ["The plot is", "The plot is", "", *"ABCDEFGHI"]
@@ -137,6 +137,43 @@ def test_prompts_of_a_chat_template_that_the_model_has_not_are_refused(made):
   prompts = [f"<|im_start|>user\n{p}<|im_end|>" for p in PROMPTS]
   with pytest.raises(ValueError, match=r"reward:.*'<\|im_end\|>' is no token"):
     score.of_draws(draws([], ids=[7], prompts=prompts))
+
+
+def test_a_reward_model_of_another_chat_template_is_refused(tmp_path):
+  """Though its tokenizer is the same: before anything is drawn."""
+  names = {}
+  for name, template in (
+    ("policy", templates.CHATML),
+    ("other", templates.CHATML.replace("<|im_end|>\n", "<|im_end|>")),
+    ("none", None),
+  ):
+    (tmp_path / name).mkdir()
+    names[name] = templates.write(tmp_path / name, template)
+  messages = [{"role": "user", "content": "The plot is"}]
+  rows = [{"prompt": messages}, {"prompt": "The plot is"}]
+  for name, row in zip(("chat", "text"), rows, strict=True):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+  scorers = {}
+  for name in ("policy", "other"):
+    folder = tmp_path / f"run-{name}"
+    finished(config_of("smoke", f"tokenizer={names[name]}"), folder)
+    scorers[name] = rewards.load(f"reward:{folder}")
+
+  def check(scorer, prompts, policy="policy"):
+    config = config_of(
+      *("smoke", f"tokenizer={names[policy]}"),
+      f"sample.prompts={tmp_path / prompts}.jsonl",
+    )
+    setup = build.prepare_model(config)
+    generate.check(setup, [scorers[scorer]], generate.prompts(setup))
+
+  with pytest.raises(
+    ValueError, match=r"scorer reward: .*chat template.*'<\|im"
+  ):
+    check("other", "chat")
+  check("policy", "chat")
+  check("other", "text")  # which no template wrote
+  check("other", "text", policy="none")
 
 
 def test_a_reward_refuses_a_text_that_its_model_cannot_read(made):

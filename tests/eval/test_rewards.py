@@ -57,9 +57,11 @@ def test_tfidf_is_the_log_odds_of_a_logistic_regression(labelled):
   labels = [
     int(t.count("good") + t.count("warm") > t.count("bad")) for t in texts
   ]
-  got = rewards.load(
-    f"tfidf:{labelled(zip(texts, labels, strict=True))}"
-  ).score([""] * 60, texts)
+  source = labelled(zip(texts, labels, strict=True))
+  got, probability = (
+    rewards.load(f"{name}:{source}").score([""] * 60, texts)
+    for name in ("tfidf", "sentiment")
+  )
 
   count = features.CountVectorizer(ngram_range=(1, 2), token_pattern=r"\b\w+\b")
   counts = count.fit_transform(texts).toarray()
@@ -74,6 +76,7 @@ def test_tfidf_is_the_log_odds_of_a_logistic_regression(labelled):
   # In f64; where the solver stops may depend on the sums' order.
   np.testing.assert_allclose(got, np.log(p / (1 - p)), atol=1e-6)
   assert np.ptp(got) > 5
+  np.testing.assert_allclose(probability, p, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["tfidf:reviews:train", "vader"])

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from configs import common, dpo, online, ppo, quickstart, reward, sft
+from configs import common, dpo, judge, online, ppo, quickstart, reward, sft
 from dpo_jax.data.batch import order
 from dpo_jax.data.read import sources
 from dpo_jax.data.tokens import bpe
+from dpo_jax.eval.judge import form, matched
 from dpo_jax.ops import losses, rl
 from dpo_jax.run import build as build_lib
 from dpo_jax.run import trained
@@ -52,6 +53,9 @@ class World(NamedTuple):
     run: folder of a run of the micro model.
     tokenizer: folder of one.
     reward: folder of a reward model of the micro model.
+    samples, samples_too: sample files of the first toy prompts.
+    judged: a judgements.jsonl of the second of them.
+    form: of the second of them, filled in; form_key: another key of it.
   """
 
   data: str
@@ -62,6 +66,11 @@ class World(NamedTuple):
   run: str
   tokenizer: str
   reward: str
+  samples: str
+  samples_too: str
+  judged: str
+  form: str
+  form_key: str
 
 
 def build(folder):
@@ -76,6 +85,7 @@ def build(folder):
     sides = ("chosen", "rejected")
     lines = [{"text": row[s], "label": s == "chosen"} for s in sides]
     _write_lines(path, 2 * lines)
+  _write_samples(world, toy)
   bpe.train([row["prompt"] for row in toy], 270, world.tokenizer)
   _write_published(pathlib.Path(world.model), pathlib.Path(world.adapter))
   _write_run(pathlib.Path(world.run), _dpo(world).lock())
@@ -87,6 +97,7 @@ def build(folder):
 def named(folder):
   """The World of a folder, which need not be there."""
   lines = ("data", "labelled", "labelled_too")
+  lines += ("samples", "samples_too", "judged", "form")
   return World(
     *(f"{folder}/{n}{'.jsonl' * (n in lines)}" for n in World._fields)
   )
@@ -95,6 +106,33 @@ def named(folder):
 def _write_lines(path, rows):
   text = "".join(json.dumps(row) + "\n" for row in rows)
   pathlib.Path(path).write_text(text)
+
+
+def _write_samples(world, toy):
+  """Two policies for toy prompts, what a judge said, a form for people."""
+  rows = [
+    {"prompt": r["prompt"], "completion": r["rejected"]} for r in toy[:20]
+  ]
+  _write_lines(world.samples, [{**r, "completion": " odd"} for r in rows])
+  _write_lines(world.samples_too, rows)
+  judged = [
+    {**row, "ours": row["completion"], "theirs": theirs["chosen"], "verdict": 1}
+    for row, theirs in zip(rows, toy, strict=False)
+  ]
+  _write_lines(world.judged, judged)
+  pairs = [
+    matched.Pair("", *(row[name] for name in ("prompt", "ours", "theirs")))
+    for row in judged
+  ]
+  path, options = pathlib.Path(world.form), judge.get_config().judge
+  for seed in (1, 0):
+    options.seed = seed
+    form.judge(str(path), pairs, options)
+    if seed:  # of its form the other key remains
+      path.unlink()
+      path.with_suffix(".key.json").rename(world.form_key)
+  rows = [json.loads(row) for row in path.read_text().splitlines()]
+  _write_lines(path, [{**row, "preferred": "A"} for row in rows])
 
 
 def _write_published(model, adapter):
@@ -228,6 +266,22 @@ def _published(w):
   return c
 
 
+def _judge(w):
+  """A judge behind an endpoint, with all that may be None."""
+  c = judge.get_config()
+  c.judge.samples, c.judge.against = (w.samples_too,), "toy:20"
+  c.judge.by, c.judge.cache = "openai:stub", "answers"
+  c.judge.price_in, c.judge.price_out = 1.0, 2.0
+  c.judge.budget = 100.0
+  return c
+
+
+def _judged_by_people(w):
+  c = judge.get_config()
+  c.judge.samples, c.judge.against = (w.samples_too,), "toy:20"
+  return _with(c, judge__by=f"form:{w.form}")
+
+
 def _ppo(w, arg="", **fields):
   return _drawn(ppo.get_config(f"smoke{arg}"), w, **fields)
 
@@ -254,6 +308,7 @@ def _rollouts_of_ppo(w):
     rollout__missing_end="subtract",
     rollout__missing_score=0.5,
     rollout__warmup=1,
+    rollout__draws=2,
   )
 
 
@@ -336,6 +391,8 @@ BASES = {
   "best": Base(lambda w: _online(w, ",loss=nll"), "rollout."),
   "window": Base(_model(_WINDOW), "model."),
   "learned": Base(_model(_LEARNED), "model."),
+  "judge": Base(_judge, "judge.", ("judge.form_key",)),
+  "people": Base(_judged_by_people, "judge.form_key"),
   "divergence": Base(lambda w: _dpo(w, ",divergence=alpha"), "loss."),
   **{
     f"loss={name}": Base(_loss(name), "loss.", ("loss.name",))

@@ -4,24 +4,31 @@ Steps cost nothing, the sampler draws what its arguments say, parameters are
 zeros; the loop, the loaders, the stores and the writers are the real ones.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import io
 import json
+import os
 import pathlib
 import re
 import sys
 import tempfile
 import types
+import zlib
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import openai
 
 from dpo_jax import export, loop, sweeps, tree, verbs
 from dpo_jax.config import load
 from dpo_jax.data.batch import loader
-from dpo_jax.eval import completions
+from dpo_jax.eval import completions, evaluation, frontier
+from dpo_jax.eval.judge import asking
+from dpo_jax.run import base as plain
 from dpo_jax.run import build, forward, gain, held_out
 from dpo_jax.run import trained as trained_lib
 from dpo_jax.train import checkpoint, log
@@ -199,6 +206,28 @@ def sampling(plan):
     return calls, _files(folder)
 
 
+def measuring(plan):
+  """Of which checkpoints of a run `eval` measures samples."""
+  steps = []
+  with _folder() as folder, contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    _patched(
+      stack,
+      (checkpoint, "steps", lambda workdir: [2, 4, 6]),
+      (trained_lib, "restored", lambda *_, step: step),
+      (frontier, "measure", lambda setup, policy, ref: ({}, [])),
+      (evaluation, "made_with", dict),
+    )
+    setup, _ = plan_lib.setup_of(plan)
+    trained = setup.trained._replace(model=lambda base, params: params)
+    if setup.sample.prompts is None:
+      return steps
+    measured = plain.Measured(setup._replace(trained=trained), None, None)
+    made = {"step": 6}
+    result = evaluation.evaluate(measured, None, None, folder, made)
+    return [point["step"] for point in result.get("checkpoints", [])]
+
+
 def sweeping(plan):
   """What `sweep` trains at once, and writes beside the points' folders."""
   made, at_once = [{}, {"optim.learning_rate": 0.5}], []
@@ -258,3 +287,57 @@ def exporting(plan):
 
 def _zeros(shapes):
   return tree.map_named(lambda _, x: np.zeros(x.shape, x.dtype), shapes)
+
+
+def judging(plan):
+  """What `judge` asks of an endpoint and how, and the files that it writes."""
+  verbs._judged(plan.config, "judge")
+  events = []
+
+  def client(**settings):
+    events.append(settings)
+    create = functools.partial(_judged, events)
+    completions = types.SimpleNamespace(create=create)
+    return types.SimpleNamespace(
+      chat=types.SimpleNamespace(completions=completions)
+    )
+
+  def workers(count):
+    events.append(count)
+    return _WORKERS(1)  # so that they ask in order
+
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(_folder())
+    out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    keys = {"OPENAI_API_KEY": "a-key-of-ours", "OTHER_KEY": "another-of-ours"}
+    stack.enter_context(mock.patch.dict(os.environ, keys))
+    _patched(
+      stack,
+      (openai, "OpenAI", client),
+      (asking, "_FIRST", 0.0),
+      (asking.concurrent.futures, "ThreadPoolExecutor", workers),
+    )
+    verbs.judge(plan.config, folder / "out", None)
+    result = json.loads((folder / "out/judge.json").read_text())
+    del result["config"]  # what it is proven to have an effect beside
+    said = out.getvalue().replace(str(folder), "FOLDER")
+    return events, said, result, _files(folder, ("judge.json",))
+
+
+_WORKERS = concurrent.futures.ThreadPoolExecutor
+
+
+def _judged(events, *, messages, **settings):
+  """A response that prefers one text or the other; one question gets none."""
+  text = re.sub("[0-9a-f]{16}", "", messages[0]["content"])
+  events.append((text, settings))
+  shown = re.compile(r"\[ [AB] begins\]\n(.*?)\n\[ [AB] ends", re.DOTALL)
+  first, second = (zlib.crc32(x.encode()) for x in shown.findall(text))
+  if len(events) == 4 or events[-2] == events[-1]:
+    raise openai.APITimeoutError(request=None)
+  verdict = re.search(r'with nothing but "(.*): A"', text)[1]
+  said = f"It is so.\n{verdict}: {'A' if first > second else 'B'}"
+  message = types.SimpleNamespace(content=said)
+  usage = types.SimpleNamespace(prompt_tokens=10**6, completion_tokens=10**5)
+  choices = [types.SimpleNamespace(message=message)]
+  return types.SimpleNamespace(choices=choices, usage=usage)

@@ -46,6 +46,7 @@ def draw(
   temperature=1.0,
   top_p=1.0,
   end_ids=(EOS,),
+  stops=(),
 ):
   _, params, compiled = world()
   return compiled(
@@ -58,6 +59,7 @@ def draw(
     temperature=temperature,
     top_p=top_p,
     end_ids=end_ids,
+    stops=stops,
   )
 
 
@@ -234,6 +236,28 @@ def test_any_of_several_ends_stops_a_sample_and_the_first_fills_up():
     assert out.tokens[i].tolist() == tokens[:n] + [EOS] * (N - n)
     seen |= {tokens[n - 1]} if ends else set()
   assert seen == {EOS, 2}
+
+
+def test_ids_that_end_a_sample_together_do_so_where_they_are_whole():
+  """Behind the last of them; longer ones than a sample end none."""
+  endless = np.asarray(draw(end_ids=()).tokens)
+  twice = [tuple(row[k : k + 2]) for row in endless.tolist() for k in (0, 3)]
+  stops = max(twice, key=twice.count), (5, 5, 5), (1,) * (N + 1)
+  out = draw(end_ids=(EOS,), stops=stops)
+  seen = 0
+  for i, tokens in enumerate(endless.tolist()):
+    ends = [
+      n
+      for n in range(1, N + 1)
+      if tokens[n - 1] == EOS
+      or any(tuple(tokens[max(0, n - len(s)) : n]) == s for s in stops)
+    ]
+    n = min(ends, default=N)
+    assert int(out.lengths[i]) == n
+    assert bool(out.finished[i]) == bool(ends)
+    assert out.tokens[i].tolist() == tokens[:n] + [EOS] * (N - n)
+    seen += bool(ends) and tokens[n - 1] != EOS
+  assert seen > 3
 
 
 def test_temperature_zero_takes_the_most_likely_token():

@@ -54,6 +54,7 @@ def recording_sgd():
   record = optax.GradientTransformation(
     lambda params: params, lambda grads, _, params=None: (grads, grads)
   )
+  record = optax.with_extra_args_support(record)
   return optim.Optimizer(record, lambda step: 1.0, lambda path: True)
 
 

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from dpo_jax import report
+from dpo_jax.eval.judge import intervals
 from dpo_jax.report import content, folder, measures
 from tests import test_report as made_up
 
@@ -23,7 +24,7 @@ def at(samples, length):
 @pytest.mark.parametrize(("right", "of"), [(0, 20), (5, 10), (428, 640)])
 def test_the_interval_of_an_accuracy_is_wilsons(right, of):
   theirs = stats.binomtest(right, of).proportion_ci(method="wilson")
-  assert measures.wilson(right / of, of) == pytest.approx(
+  assert intervals.wilson(right / of, of) == pytest.approx(
     (theirs.low, theirs.high), abs=1e-7
   )
 
@@ -87,7 +88,7 @@ def test_comparisons_of_one_prompt_are_one_case(tmp_path):
   change(tmp_path / "b0.1", examples=160)
   row = report.rows(tmp_path)[1]
   accuracy = row["rewards/accuracies"]
-  assert row[measures.INTERVAL] == measures.wilson(accuracy, 160)
+  assert row[measures.INTERVAL] == intervals.wilson(accuracy, 160)
 
 
 def test_drift_is_the_losss_own_or_else_the_log_prob_less_the_references(

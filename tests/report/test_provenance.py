@@ -153,7 +153,7 @@ def test_an_evaluation_records_what_it_was_made_with(tmp_path, monkeypatch):
 
   loader = types.SimpleNamespace(comparisons=6, size=2)
   setup = types.SimpleNamespace(
-    sample=types.SimpleNamespace(prompts="mine"),
+    sample=types.SimpleNamespace(prompts="mine", checkpoints=False),
     trained=types.SimpleNamespace(model=lambda base, params: params),
     asked={"loss": {"beta": 0.1}},
   )

@@ -16,7 +16,12 @@ def test_every_prompt_counts_once_however_many_completions_it_has():
   assert found["gain"] == 1
   assert found["bias"] == -(2 + 10 + 0) / 3
   assert (found["prompts"], found["completions"]) == (3, 6)
-  np.testing.assert_allclose(found["se"], np.std([2, 10, 0], ddof=1) / 3**0.5)
+  std = np.std([2, 10, 0], ddof=1)
+  np.testing.assert_allclose(found["se"], std / 3**0.5)
+  np.testing.assert_allclose(found["prompts_std"], std)
+  assert found["furthest"] == 10 - 4
+  alone = gain.of_scores([[2.0, 3.0]], unit=False)
+  assert (alone["prompts_std"], alone["furthest"]) == (None, 0)
 
 
 def test_behind_gain_and_bias_the_mean_is_zero_and_the_spread_one():

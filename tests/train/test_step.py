@@ -229,6 +229,66 @@ def test_moments_in_bf16_follow_those_in_f32(name):
   assert want.mean() < 0.5
 
 
+OPTIMISERS = {
+  "adamw": {"weight_decay": 0.1, "moments": "float32"},
+  "adamw-bf16": {"moments": "bfloat16"},
+  "rmsprop": {},
+}
+
+
+def taken(name, still, parts):
+  """(parameters, state) after updates of a policy and a head.
+
+  Args:
+    still: for each update, whether the policy keeps still.
+    parts: whether the optimiser knows that it may.
+  """
+  options = common.optim(name.split("-")[0])
+  options.update({**OPTIMISERS[name], "clip_norm": 0.5})
+  rests = (lambda path: path.startswith("model/")) if parts else None
+  tx = optim.make(options, 10, rests).tx
+  params = {"model": {"kernel": jnp.ones((2, 3))}, "head": jnp.ones(4)}
+  state = tx.init(params)
+  for i, now in enumerate(still):
+    grads = jax.tree.map(
+      lambda x, i=i: jnp.cos(i + jnp.cumsum(x, axis=-1)), params
+    )
+    updates, state = tx.update(grads, state, params, still=jnp.bool_(now))
+    params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+  return params, state
+
+
+same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_what_keeps_still_learns_later_as_it_would_have_at_first(name):
+  """Neither it, nor its moments and their count see the updates before."""
+  start, fresh = taken(name, (), parts=True)
+  params, state = taken(name, (True,) * 3, parts=True)
+  same(params["model"], start["model"])
+  same(state[1].resting, fresh[1].resting)
+  assert np.all(params["head"] != start["head"])
+  later, _ = taken(name, (True, True, True, False), parts=True)
+  moved = np.abs(later["model"]["kernel"] - start["model"]["kernel"])
+  assert np.all(moved > 0)
+  if name.startswith("adamw"):  # the first update of Adam is a sign
+    decay = 0.1 * OPTIMISERS[name].get("weight_decay", 0)
+    assert np.all(np.abs(moved - 0.1) <= decay + 1e-3)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_what_never_rests_learns_in_the_same_bits(name):
+  """An optimiser without parts has no ear for what keeps still."""
+  whole, state = taken(name, (False,) * 4, parts=False)
+  same((whole, state), taken(name, (True,) * 4, parts=False))
+  apart, _ = taken(name, (False,) * 4, parts=True)
+  # Two programs of the same f32; moments in bf16 are rounded by other bits.
+  rtol = 0.02 if name == "adamw-bf16" else 1e-6
+  close = functools.partial(np.testing.assert_allclose, rtol=rtol)
+  jax.tree.map(close, apart, whole)
+
+
 def test_adamw_decays_matrices_only():
   options = common.optim("adamw")
   options.update({"weight_decay": 0.1, "clip_norm": None, "warmup": 0})

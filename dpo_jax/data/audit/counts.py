@@ -95,7 +95,7 @@ def facts_of(record, encoded, tokenizer):
     eos=tuple(ids.count(tokenizer.eos_id) for ids in example.completions),
     prompt=len(example.prompt),
     completions=tuple(map(len, example.completions)),
-    pairs=tuple((winner, loser) for winner, loser, _ in example.pairs),
+    pairs=record.pairs,
   )
 
 

@@ -137,6 +137,16 @@ def number(row, name):
   return out
 
 
+def share(row, name):
+  """A number from 0 to 1."""
+  out = number(row, name)
+  if not 0 <= out <= 1:
+    raise BadRecord(
+      f"bad {name}", f"field {name!r} must be from 0 to 1, not {out}"
+    )
+  return out
+
+
 def prompt(row):
   if isinstance(row.get("prompt"), list):
     return messages(row, "prompt")

@@ -19,6 +19,7 @@ from dpo_jax.data.read import fields, wording
 _JSON_COLUMNS = {
   *("bos", "completions", "label", "messages", "pairs", "ranking", "tokens"),
   *("scores", "score_chosen", "score_rejected"),
+  *("probability", "probabilities"),
 }
 
 
@@ -132,7 +133,7 @@ def _csv_row(names, cells):
     except (ValueError, RecursionError) as error:
       # A class by its name, which SFT does not look at, or True; messages may
       # be Python's repr of them (shapes.py). So do libraries write lists.
-      if name in ("label", "messages"):
+      if name in ("label", "messages", "probability"):
         continue
       row[name] = wording.parsed(row[name], ast.literal_eval)
       if row[name] is None:

@@ -56,9 +56,9 @@ def beginnings(texts, encode, decode, span, seed):
   return out
 
 
-def compare(completions, rewards, labels, seed):
+def compare(completions, rewards, labels, seed, *, scale=1.0):
   """[winner, loser] of all comparisons that count, see `judged`."""
-  every = judged(completions, rewards, labels, seed)
+  every = judged(completions, rewards, labels, seed, scale=scale)
   return [[each.winner, each.loser] for each in every if each.counts]
 
 
@@ -136,13 +136,13 @@ def _refuse_infinite(rewards):
     raise ValueError(f"rewards {rewards} cannot be compared: not all finite")
 
 
-def records(draws, labels, seed):
+def records(draws, labels, seed, *, scale=1.0):
   """Draws as records of comparisons.
 
   Args:
     draws: list of dicts with "id", "prompt", "completion", "tokens", "reward"
       and perhaps "bos" (see records.Record), those of one prompt together.
-    labels, seed: see `compare`.
+    labels, seed, scale: see `compare`.
   Returns: (list of {"prompt", "completions", "tokens", "pairs", "scores"},
     Counter of what was left out).
   """
@@ -155,7 +155,7 @@ def records(draws, labels, seed):
     left_out["empty completions"] += len(group) - len(kept)
     texts = [draw["completion"] for draw in kept]
     rewards = [draw["reward"] for draw in kept]
-    pairs = compare(texts, rewards, labels, [seed, number])
+    pairs = compare(texts, rewards, labels, [seed, number], scale=scale)
     equal = math.comb(len(texts), 2) - len(pairs)
     left_out["pairs of equal completions or rewards"] += equal
     if pairs:

@@ -37,6 +37,8 @@ class Record(NamedTuple):
     source: which part of a mixture.
     tokens: ids of each completion as a policy drew it, or None.
     scores: a number for each completion, or None.
+    probabilities: for each of `pairs`, that the winner is the better one; None
+      where it is certain.
     ranking: indices into `completions`, best first, or None.
     tools: for the chat template, beside messages only; or None.
     bos: whether a prompt of text gets a BOS; False for what a chat template
@@ -53,6 +55,7 @@ class Record(NamedTuple):
   source: int = 0
   tokens: tuple[list[int], ...] | None = None
   scores: tuple[float, ...] | None = None
+  probabilities: tuple[float, ...] | None = None
   ranking: tuple[int, ...] | None = None
   tools: tuple[dict, ...] | None = None
   bos: bool = True
@@ -124,6 +127,8 @@ def _odd(record):
       texts = [t for message in completion for t in fields.texts(message)]
     if any(texts) and not "".join(texts).strip():
       out.append("completion of white space only")
+  if record.probabilities is not None:
+    out.append("comparison with a soft label, the probability that it is right")
   pairs = set(record.pairs)
   if len(record.pairs) > 1:
     both = sum(pair[::-1] in pairs for pair in pairs) // 2
@@ -170,8 +175,10 @@ def _preference(row, origin):
     prompt, completions = several.completions(row)
     tokens = several.tokens(row, completions) if "tokens" in row else None
     ranking = several.ranking(row, completions) if "ranking" in row else None
+    probabilities = None
     if ranking is None:
       pairs = several.pairs(row, completions)
+      probabilities = several.probabilities(row, pairs)
     else:
       pairs = tuple(itertools.combinations(ranking, 2))
       several.check_different(pairs, completions)
@@ -182,6 +189,7 @@ def _preference(row, origin):
       origin,
       tokens=tokens,
       scores=several.scores(row, completions) if "scores" in row else None,
+      probabilities=probabilities,
       ranking=ranking,
     )
   if "label" in row and "chosen" not in row:
@@ -199,7 +207,9 @@ def _preference(row, origin):
   scores = None
   if any(name in row for name in names):
     scores = tuple(fields.number(row, name) for name in names)
-  return Record(prompt, sides, ((0, 1),), origin, scores=scores)
+  soft = (fields.share(row, "probability"),) if "probability" in row else None
+  compared = prompt, sides, ((0, 1),), origin
+  return Record(*compared, scores=scores, probabilities=soft)
 
 
 def _feedback(row, origin):
@@ -231,7 +241,8 @@ def _completions(row, origin):
     tokens = several.tokens(row, sides) if "tokens" in row else None
     return Record(prompt, sides, (), origin, tokens=tokens)
   if "chosen" in row:
-    return _preference(row, origin)._replace(pairs=(), scores=None)
+    record = _preference(row, origin)
+    return record._replace(pairs=(), scores=None, probabilities=None)
   record = _sft(row, origin)
   if "tokens" not in row:
     return record

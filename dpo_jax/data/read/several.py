@@ -69,6 +69,20 @@ def pairs(row, completions):
   return tuple(map(tuple, pairs))
 
 
+def probabilities(row, pairs):
+  """For each comparison, that its winner is better; None if it is not said."""
+  if "probabilities" not in row:
+    return None
+  values = fields.field(row, "probabilities", list)
+  if len(values) != len(pairs):
+    raise fields.BadRecord(
+      "bad probabilities",
+      f"'probabilities' has {len(values)} numbers for {len(pairs)} 'pairs'",
+    )
+  named = {f"probabilities[{k}]": value for k, value in enumerate(values)}
+  return tuple(fields.share(named, name) for name in named)
+
+
 def best(row, completions):
   """The index of the completion that no other is better than, by the row.
 

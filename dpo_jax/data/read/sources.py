@@ -6,8 +6,8 @@ them or their labels. A spec names where they come from:
     my.jsonl        one JSON object a line
     my.csv          the first line names the columns; an empty cell is a missing
                     field; "completions", "pairs", "messages", "tokens",
-                    "ranking", "label" and the scores hold JSON, or Python's
-                    repr
+                    "ranking", "label", scores and probabilities hold JSON, or
+                    Python's repr
     my.parquet      one row a record
     hf:NAME_OR_FOLDER[@CONFIG][:SPLIT]
                     a Hugging Face data set, of the hub or saved in a folder;
@@ -37,7 +37,11 @@ many rows have it.
                     {"prompt", "completions", "ranking": [best, …, worst]}
                     Both may have "scores", a number for each completion; the
                     first form "score_chosen" and "score_rejected"; and
-                    "bos", false where no BOS is put in front of the text
+                    "bos", false where no BOS is put in front of the text.
+                    "probability", P from 0 to 1 that chosen is the better one,
+                    is a soft label, P · loss(chosen ≻ rejected) + (1 − P) ·
+                    loss(rejected ≻ chosen); beside "pairs" these are
+                    "probabilities", one for each
     feedback        label or preference
     SFT             {"prompt", "completion"}, {"text"}, {"messages"}; or one for
                     preferences, of which it takes the best completion

@@ -220,6 +220,30 @@ def end_of_turn(apply_template):
   return end if found else ""  # else it writes a reply in other words
 
 
+@functools.lru_cache(maxsize=8)
+def forms(apply_template):
+  """A question, its answer, and one behind a rule, as a template writes them.
+
+  None stands for what it refuses. Templates that agree in these are the same.
+  """
+  replied = [*_ASKED, {"role": "assistant", "content": "answer"}]
+  ruled = [{"role": "system", "content": "rule"}, *_ASKED]
+  out = []
+  for messages, head in ((_ASKED, True), (replied, False), (ruled, True)):
+    try:
+      out.append(_apply(apply_template, messages, head))
+    except fields.BadRecord:
+      out.append(None)
+  return tuple(out)
+
+
+def wrote(apply_template, prompt):
+  """Whether a text is a prompt of a template: it ends as a question does."""
+  asked = forms(apply_template)[0] or ""
+  tail = asked.rpartition(_ASKED[0]["content"])[2]
+  return bool(tail.strip()) and prompt.endswith(tail)
+
+
 def end_ids(apply_template, encode, added):
   """The token that ends a turn of a template, in a tuple; () if none does.
 

@@ -50,6 +50,24 @@ FORMS = {
 }
 
 
+def weighted(pairs, probabilities):
+  """(winner, loser, weight) of comparisons, and of soft ones both ways round.
+
+  Args:
+    pairs: of (winner, loser).
+    probabilities: for each, that the winner is the better one, P; or None. It
+      becomes a comparison of the weight P, and one turned round of 1 − P.
+  """
+  if probabilities is None:
+    return tuple((*pair, 1.0) for pair in pairs)
+  both = (
+    way
+    for pair, p in zip(pairs, probabilities, strict=True)
+    for way in ((*pair, p), (*pair[::-1], 1 - p))
+  )
+  return tuple(way for way in both if way[-1] > 0)
+
+
 def arrange(example, kind, with_scores):
   """The example whose `pairs` hold what a loss of this kind compares.
 
@@ -97,7 +115,13 @@ def problem(example, kind, with_scores):
       f"{example.origin}: this loss needs 'scores' of the completions (or "
       "'score_chosen' and 'score_rejected')",
     )
-  for winner, loser, _ in example.pairs:
+  for winner, loser, weight in example.pairs:
+    if weight < 1:
+      return fields.BadRecord(
+        "soft label",
+        f"{example.origin}: this loss needs winners with the higher score, and "
+        "a soft label ('probability') has no winner; take one of them out",
+      )
     if not example.scores[winner] > example.scores[loser]:
       return fields.BadRecord(
         "bad scores",

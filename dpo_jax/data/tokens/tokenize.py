@@ -223,7 +223,7 @@ def _example(number, text, prompt, joined, tokenizer, options, changed):
     record.source,
     prompt,
     tuple(completions),
-    tuple((w, l, 1.0) for w, l in record.pairs),
+    comparisons.weighted(record.pairs, record.probabilities),
     labels=record.labels,
     scores=record.scores,
     ranking=record.ranking,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from scipy import special
 
-from dpo_jax.data.tokens import vocabulary
+from dpo_jax.data.tokens import chat, vocabulary
 from dpo_jax.eval.scorers import texts as texts_lib
 
 
@@ -78,6 +78,7 @@ def _hugging_face(name, logits_to_score):
     _refuse_long(name, collections.Counter(map(len, encoded)), limit)
 
   score.check = check
+  score.template = tokenizer.chat_template and chat.template(tokenizer)
   try:  # what cannot score is found before anything is drawn
     score(["Is", "Is it", "Is it"], [" so?", " so?", " so."])
   except Exception as error:  # of a model's own code: anything

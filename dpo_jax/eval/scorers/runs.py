@@ -184,6 +184,7 @@ def _scorer(setup, limits, name, of):
     encoded([bare._replace(prompt=prompt) for prompt in prompts])
 
   score.of_draws, score.check = of_draws, check
+  score.template = setup.tokenizer.apply_template
   return score
 
 

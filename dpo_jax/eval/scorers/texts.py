@@ -1,6 +1,7 @@
 """Scorers of text by its words: what was learned of labels, a lexicon."""
 
 import numpy as np
+from scipy import special
 
 from dpo_jax.data.read import sources
 
@@ -19,15 +20,28 @@ def joined(prompts, completions):
 
 
 def tfidf(source):
+  """Log-odds of a label above 0."""
+  return _log_odds("tfidf", source)
+
+
+def sentiment(source):
+  """P(label above 0), in (0, 1) as the reward of the paper's IMDb task."""
+  log_odds = _log_odds("sentiment", source)
+  return lambda prompts, completions: special.expit(
+    log_odds(prompts, completions)
+  )
+
+
+def _log_odds(name, source):
   try:
     from sklearn import feature_extraction, linear_model, pipeline
   except ImportError as error:
     raise ValueError(
-      "scorer tfidf needs scikit-learn: pip install 'dpo_jax[examples]'"
+      f"scorer {name} needs scikit-learn: pip install 'dpo_jax[examples]'"
     ) from error
   texts, labels = labelled(source)
   if len(set(labels > 0)) < 2:
-    raise ValueError(f"scorer tfidf:{source}: all labels are the same")
+    raise ValueError(f"scorer {name}:{source}: all labels are the same")
   model = pipeline.make_pipeline(
     feature_extraction.text.TfidfVectorizer(
       ngram_range=(1, 2),

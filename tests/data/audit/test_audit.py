@@ -271,6 +271,16 @@ def test_how_rows_were_read_is_counted_and_said(look):
   assert "how records were read" not in text_lib.text(look(GOOD))
 
 
+def test_soft_labels_are_named_and_are_one_comparison_each(look):
+  soft = [{**row(), "probability": 0.75}, {**row("so"), "probability": 0.5}]
+  (part,) = look(soft)["parts"]
+  assert part["comparisons"] == 2
+  assert part["remarks"] == {
+    "comparison with a soft label, the probability that it is right": 2
+  }
+  assert part["longer"] == look([row(), row("so")])["parts"][0]["longer"]
+
+
 def test_pairs_that_come_again_or_turned_round_are_counted(look):
   turned = row(chosen=" clever.", rejected=" warm.")
   other = row("the cast is", " clever.", " warm.")

@@ -110,16 +110,17 @@ def test_a_text_with_no_word_after_a_cut_is_left_out(text):
   assert pairs.beginnings([text], BYTES.encode, BYTES.decode, (1, 9), 0) == []
 
 
-def test_bradley_terry_wins_are_as_frequent_as_the_sigmoid_of_the_gap():
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_bradley_terry_wins_are_as_frequent_as_the_sigmoid_of_the_gap(scale):
   rewards, count = (0.0, 1.0, -0.5, 3.0), 12_000
   wins = np.zeros((4, 4))
   for seed in range(count):
     for winner, loser in pairs.compare(
-      "abcd", rewards, "bradley_terry", [seed, 1]
+      "abcd", rewards, "bradley_terry", [seed, 1], scale=scale
     ):
       wins[winner, loser] += 1
   for i, j in itertools.permutations(range(4), 2):
-    p = 1 / (1 + math.exp(rewards[j] - rewards[i]))
+    p = 1 / (1 + math.exp(scale * (rewards[j] - rewards[i])))
     # 4 binomial standard errors.
     assert abs(wins[i, j] / count - p) < 4 * math.sqrt(p * (1 - p) / count)
 
@@ -208,6 +209,13 @@ def test_empty_completions_are_dropped_and_counted():
 def test_equal_pairs_are_counted():
   _, left_out = pairs.records(draws(), "deterministic", 0)
   assert left_out["pairs of equal completions or rewards"] == 1 + 3
+
+
+def test_a_scale_makes_the_higher_reward_win():
+  certain, _ = pairs.records(draws(), "bradley_terry", 0, scale=1e3)
+  exact, _ = pairs.records(draws(), "deterministic", 0)
+  kept = {tuple(map(tuple, r["pairs"])) for r in exact}
+  assert kept & {tuple(map(tuple, r["pairs"])) for r in certain}
 
 
 def test_tokens_stay_beside_their_completions():

@@ -159,6 +159,62 @@ def test_rows_bring_scores_rankings_and_labels(tmp_path):
   assert single.labels == (1.0,)
 
 
+def test_a_probability_is_a_soft_label_that_counts_both_ways_round(tmp_path):
+  two = {"prompt": "p", "chosen": "a", "rejected": "b"}
+  many = {"prompt": "p", "completions": ["a", "b", "c"]}
+  rows = [
+    *({**two, "probability": p} for p in (0.75, 1, 0, True)),
+    two,
+    {**many, "pairs": [[2, 0], [0, 1]], "probabilities": [0.5, 1]},
+  ]
+  path = tmp_path / "my.csv"
+  path.write_text("prompt,chosen,rejected,probability\np,a,b,0.75\np,a,b,\n")
+  known = read(tmp_path, rows, "preference")
+  policy = sources.Policy("error")
+  known += sources.load(str(path), "preference", policy)
+  examples, changed = tokenize.encode(
+    known, tokenize.load("bytes"), base.get_config().data, policy
+  )
+  sure, turned = ((0, 1, 1.0),), ((1, 0, 1.0),)
+  soft = ((0, 1, 0.75), (1, 0, 0.25))
+  assert [e.pairs for e in examples] == [
+    *(soft, sure, turned, sure, sure),
+    ((2, 0, 0.5), (0, 2, 0.5), (0, 1, 1.0)),
+    *(soft, sure),
+  ]
+  named = "comparison with a soft label, the probability that it is right"
+  assert changed[named] == 6
+  # Of labels each completion is desirable by P.
+  (one,) = worlds.arranged([examples[0]], "labels")
+  assert one.pairs == ((0, 0.75), (1, 0.75), (1, 0.25), (0, 0.25))
+  assert one.labels == (1.0, 0.0, 1.0, 0.0)
+  assert worlds.arranged([examples[0]], "rankings")[0].pairs == soft
+  for form in ("sft", "completions"):
+    (record,) = read(tmp_path, rows[:1], form)
+    assert record.probabilities is None
+  with pytest.raises(ValueError, match="a soft label"):
+    worlds.arranged([examples[0]._replace(scores=(2.0, 1.0))], "pairs", True)
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"probability": 1.5}, "'probability' must be from 0 to 1, not 1.5"),
+    ({"probability": float("nan")}, "must be finite"),
+    ({"probability": "0.5"}, "must be a number"),
+    ({"completions": 2, "probabilities": [0.5, 1]}, "2 numbers for 1 'pairs'"),
+    ({"completions": 2, "probabilities": [-0.5]}, "must be from 0 to 1"),
+  ],
+)
+def test_what_is_no_probability_is_refused(change, words):
+  row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+  if "completions" in change:
+    row, change = {"prompt": "p", "pairs": [[0, 1]]}, dict(change)
+    change["completions"] = ["a", "b"]
+  with pytest.raises(ValueError, match=words):
+    records.make({**row, **change}, "preference", "my.jsonl:1")
+
+
 @pytest.mark.parametrize(
   ("change", "words"),
   [
