@@ -52,6 +52,7 @@ class Row(NamedTuple):
     flops: needed by what is trained and scored.
     drawing: FLOPs needed by what is drawn.
     memory: bytes of a device.
+    updates: of each point.
     unknown: why nothing is told; else None.
   """
 
@@ -61,6 +62,7 @@ class Row(NamedTuple):
   flops: float = 0.0
   drawing: float = 0.0
   memory: float = 0.0
+  updates: int = 0
   unknown: str | None = None
 
 
@@ -89,15 +91,23 @@ def _row(stage, known):
     row = _trained(stage, model, known)
     if stage.verb == "train" or stage.config.sample.prompts is None:
       return row
-    # The reference too is measured on its samples.
     one = _sampled(stage, model, known, measured=True)
+    # The reference too is measured on its samples.
+    times = stage.points * _checkpoints(stage.config, row.updates) + 1
     more = {
-      name: getattr(row, name) + (stage.points + 1) * getattr(one, name)
+      name: getattr(row, name) + times * getattr(one, name)
       for name in ("tokens", "flops", "drawing")
     }
     return row._replace(**more)
   except ValueError as error:
     return Row(stage, unknown=str(error))
+
+
+def _checkpoints(config, updates):
+  """How many policies of a run are sampled: the last, or all that are kept."""
+  if not config.sample.checkpoints:
+    return 1
+  return min(config.checkpoint.keep, -(-updates // config.checkpoint.every))
 
 
 def _trained(stage, model, known):
@@ -125,6 +135,7 @@ def _trained(stage, model, known):
     tokens=points * round(batch.tokens),
     flops=flops,
     memory=held.state(c, model, steps, known.devices),
+    updates=steps,
   )
 
 
@@ -154,7 +165,8 @@ def _on_policy(stage, model, known, of, algorithm, reference):
   if algorithm.advantages is not None:  # of policy and reference, once
     flops += 2 * forward
   flops += _scored((r.scorer,), batch, known)
-  state = held.state(c, model, iterations * minibatches, known.devices)
+  updates = iterations * minibatches
+  state = held.state(c, model, updates, known.devices)
   return Row(
     stage,
     examples=points * batch.examples,
@@ -162,6 +174,7 @@ def _on_policy(stage, model, known, of, algorithm, reference):
     flops=points * flops,
     drawing=points * forward,
     memory=state + held.cache(model, r.batch_size, batch, known.devices),
+    updates=updates,
   )
 
 

@@ -117,6 +117,12 @@ def test_a_sweep_has_as_many_runs_and_samples_the_reference_too():
   # The KL of each of the samples is a pass of policy and reference.
   trained = 4 * 3 * forward(1024) + forward(1000)
   assert swept.flops == pytest.approx(trained + 5 * 2 * drawn)
+  # Every fifth of the 16 steps, and the last: 5, 10, 15 and 16.
+  often = {"sample__checkpoints": True, "checkpoint__every": 5}
+  kept = config_of(**prompts, **often, checkpoint__keep=9)
+  assert row_of(kept, "sweep", points=4).drawing == pytest.approx(17 * drawn)
+  few = config_of(**prompts, **often, checkpoint__keep=2)
+  assert row_of(few, "sweep", points=4).drawing == pytest.approx(9 * drawn)
   cold = config_of(**prompts, sample__temperature=0.5)
   assert row_of(cold, "sweep", points=4).flops == pytest.approx(trained)
 
