@@ -470,6 +470,7 @@ def run(task, folder, capsys):
   return argv, folder / "runs", out
 
 
+@pytest.mark.slow
 def test_hh_runs_end_to_end(tmp_path, capsys, one_device):
   _, root, out = run("hh", tmp_path, capsys)
   for name in ("preferred", "reward", "dpo"):

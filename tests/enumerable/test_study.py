@@ -66,6 +66,7 @@ def test_what_is_done_is_not_done_again(folder, capsys):
   assert (folder / "true" / "ppo_gt.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_done_alone_and_the_same_however_it_is_cut(folder):
   path = folder / "deterministic" / "dpo.json"
   before = json.loads(path.read_text())
@@ -185,6 +186,7 @@ def test_learned_scores_are_centred_for_every_prompt():
   assert np.sum(p * scores**2) / 2 == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_signal_keeps_what_is_done(tmp_path):
   broken = [*POINTS[:3], {"arg": "method=ipo", "loss.beta": 0.1}]
   real = study._trainer
