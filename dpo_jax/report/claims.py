@@ -139,6 +139,22 @@ def comparisons(study, labels):
   return rows
 
 
+def powerless(study):
+  """A line that says why nothing can be reproduced with so few seeds, or None.
+
+  The sign-flip test of n seeds has no p below 2^−n.
+  """
+  claims, seeds = study.claims, len(study.seeds)
+  least = min(1.0, len(claims["against"]) / 2**seeds)
+  if least < claims["level"]:
+    return None
+  return (
+    f"{seeds} seeds and {len(claims['against'])} comparisons: no p after Holm "
+    f"is below {least:.2g}, and the level is {claims['level']:g}, so that "
+    "nothing can be called reproduced; add seeds"
+  )
+
+
 def _compared(study, ours, theirs, at_theirs):
   """What is compared of two methods' points, seed by seed.
 

@@ -99,7 +99,9 @@ def _panel(ax, study, labels, colors):
       ax.plot([], [], "s", color=color, mfc=figures.PAPER, label=shown(name))
       continue
     for kl, reward in points:
-      ax.plot(kl, reward, ".", color=color, ms=2.2, alpha=0.25, mew=0)
+      dot = {"color": color, "ms": 2.2, "alpha": 0.25, "mew": 0}
+      # Thousands: as elements of a page they would be megabytes.
+      ax.plot(kl, reward, ".", **dot, rasterized=True)
     _envelope(ax, points, kls, color, shown(name))
   start = np.mean([world["reference"]["reward"] for world in worlds])
   ax.plot([0], [start], "D", color=figures.INK, ms=6, label="reference")

@@ -44,14 +44,17 @@ def text(workdir):
   study, parts = claims.read(workdir), []
   for title, heads, body in _sections(study):
     parts += [title, _aligned(heads, body), ""]
-  parts += _missing(study)
+  parts += _remarks(study)
   return "\n".join(parts).rstrip()
 
 
-def _missing(study):
-  if not study.missing:
-    return []
-  return [f"not done yet: {', '.join(study.missing)}; the same sweep goes on"]
+def _remarks(study):
+  """Lines that say what the results lack."""
+  lines = [claims.powerless(study)]
+  if study.missing:
+    missing = ", ".join(study.missing)
+    lines.append(f"not done yet: {missing}; the same sweep goes on")
+  return [line for line in lines if line]
 
 
 def _sections(study):
@@ -140,7 +143,7 @@ def _aligned(heads, body):
 
 
 def _markdown(study, sections, drawn):
-  parts = [f"# {TITLE}", *_missing(study)]
+  parts = [f"# {TITLE}", *_remarks(study)]
   if drawn:
     parts += ["![Reward over KL](frontier.png)", _caption(study)]
   for title, heads, body in sections:
@@ -170,7 +173,7 @@ def _page(study, sections, drawings):
   return environment.get_template("study.html").render(
     title=TITLE,
     caption=_caption(study),
-    missing=_missing(study),
+    remarks=_remarks(study),
     sections=sections,
     svgs=svgs,
     made_with=study.about["made_with"],

@@ -96,6 +96,19 @@ def test_its_report_has_the_claims_and_says_what_is_not_done(folder):
   assert trend["betas"] == [3.0, 1.0, 0.1]
   assert (folder / "frontier.png").stat().st_size > 10_000
   assert "Does β control the KL?" in report.text(folder)
+  # Two seeds and eight comparisons: 8 · 2⁻² is no p at all.
+  assert "no p after Holm is below 1," in report.text(folder)
+
+
+def test_the_seeds_of_the_whole_form_can_show_something():
+  options = load.load(FILE, ()).config.study
+  about = {
+    "options": options.to_dict(),
+    "worlds": [{"seed": seed} for seed in options.seeds],
+  }
+  assert claims.powerless(claims.Study(about, {}, [])) is None
+  about["worlds"].pop()
+  assert "9 seeds and 8" in claims.powerless(claims.Study(about, {}, []))
 
 
 @pytest.mark.parametrize(
