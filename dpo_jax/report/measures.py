@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from dpo_jax.eval.judge import intervals
+from dpo_jax.eval import intervals
 from dpo_jax.report import folder
 
 AT_LENGTH, INTERVAL = "reward_at_length", "rewards/accuracies/interval"

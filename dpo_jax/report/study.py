@@ -6,6 +6,7 @@
 import jinja2
 from etils import epath
 
+from dpo_jax import progress
 from dpo_jax.report import claims, figures, markdown, methods
 
 TITLE = "Methods compared where all is exact"
@@ -116,7 +117,6 @@ def _costs(study):
     tried = result["tried"].items()
     edges = [*result["tried"]][:1] + [*result["tried"]][-1:]
     at_edge = str(result["rate"]) in edges
-    minutes, seconds = divmod(round(result["seconds"]), 60)
     body.append(
       [
         methods.shown(name),
@@ -124,7 +124,7 @@ def _costs(study):
         f"{result['rate']:g}{', at the edge' if at_edge else ''}",
         ", ".join(f"{rate}: {gap:.4f}" for rate, gap in tried) or "–",
         f"{result['tokens']:,}",
-        f"{minutes}:{seconds:02}",
+        progress.duration(result["seconds"]),
       ]
     )
   return heads, body

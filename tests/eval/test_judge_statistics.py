@@ -8,9 +8,9 @@ import pytest
 from scipy import optimize, stats
 from sklearn import metrics
 
+from dpo_jax.eval import intervals
 from dpo_jax.eval.judge import (
   agreement,
-  intervals,
   lengths,
   matched,
   rates,

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from dpo_jax import report
-from dpo_jax.eval.judge import intervals
+from dpo_jax.eval import intervals
 from dpo_jax.report import content, folder, measures
 from tests import test_report as made_up
 

@@ -73,14 +73,7 @@ def probabilities(row, pairs):
   """For each comparison, that its winner is better; None if it is not said."""
   if "probabilities" not in row:
     return None
-  values = fields.field(row, "probabilities", list)
-  if len(values) != len(pairs):
-    raise fields.BadRecord(
-      "bad probabilities",
-      f"'probabilities' has {len(values)} numbers for {len(pairs)} 'pairs'",
-    )
-  named = {f"probabilities[{k}]": value for k, value in enumerate(values)}
-  return tuple(fields.share(named, name) for name in named)
+  return _each(row, "probabilities", fields.share, len(pairs), "'pairs'")
 
 
 def best(row, completions):
@@ -126,11 +119,15 @@ def ranking(row, completions):
 
 def scores(row, completions):
   """A finite number for each completion."""
-  scores = fields.field(row, "scores", list)
-  if len(scores) != len(completions):
+  return _each(row, "scores", fields.number, len(completions), "completions")
+
+
+def _each(row, name, read, count, of):
+  """The numbers of a list, one for each of `count` things."""
+  values = fields.field(row, name, list)
+  if len(values) != count:
     raise fields.BadRecord(
-      "bad scores",
-      f"'scores' has {len(scores)} numbers for {len(completions)} completions",
+      f"bad {name}", f"{name!r} has {len(values)} numbers for {count} {of}"
     )
-  named = {f"scores[{k}]": score for k, score in enumerate(scores)}
-  return tuple(fields.number(named, name) for name in named)
+  named = {f"{name}[{k}]": value for k, value in enumerate(values)}
+  return tuple(read(named, key) for key in named)

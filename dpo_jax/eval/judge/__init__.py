@@ -8,7 +8,7 @@
     asking       many questions at once: retries, kept answers, a budget
     endpoint     a model behind OpenAI's API; nobody else sees the key
     form         a form for people
-    rates        rates of verdicts, with intervals.py, lengths.py, agreement.py
+    rates        rates of verdicts, with lengths.py and agreement.py
 
 Imports no jax, and no client of an API before it is asked for.
 """

@@ -4,7 +4,8 @@ import collections
 
 import numpy as np
 
-from dpo_jax.eval.judge import intervals, lengths, verdicts
+from dpo_jax.eval import intervals
+from dpo_jax.eval.judge import lengths, verdicts
 
 
 def of_samples(pairs, judged, seed):

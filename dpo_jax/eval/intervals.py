@@ -1,4 +1,4 @@
-"""Intervals of rates over independent prompts, at 95 %."""
+"""Intervals of rates over independent cases, at 95 %: of prompts, or pairs."""
 
 import math
 
