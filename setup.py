@@ -13,7 +13,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
   # No other package has to fear for a name as common as `configs`.
   package_dir={"dpo_jax.configs": "configs"},
-  package_data={"dpo_jax.report": ["page.html", "study.html"]},
+  package_data={"dpo_jax.report": ["page.html", "tables.html"]},
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},
   install_requires=[
     "datasets",

@@ -192,7 +192,7 @@ def parse_arg(arg, **defaults):
   return config_dict.ConfigDict(values)
 
 
-def stages(workdir, *steps, plan=None, **arguments):
+def stages(workdir, *steps, plan=None, compared=None, **arguments):
   """A config of `train` that runs a file's stages, one after the other.
 
   Args:
@@ -200,6 +200,7 @@ def stages(workdir, *steps, plan=None, **arguments):
     *steps: (verb, stage), or (verb, stage, *axes): the stage is the file's
       config of that name, the axes are those of `sweep --sweep`.
     plan: of `planned`; a table is then printed before the first stage.
+    compared: of `compared`; what `dpo-jax report` then says of the whole.
     **arguments: passed on to each.
   """
   c = config_dict.ConfigDict({"algo": "stages", "workdir": workdir})
@@ -207,7 +208,24 @@ def stages(workdir, *steps, plan=None, **arguments):
   c.arguments = tuple(arguments.items())
   if plan is not None:
     c.plan = plan
+  if compared is not None:
+    c.compared = compared
   return c
+
+
+def compared(method, against, seeds, folder):
+  """config.compared: the sweeps of several methods and seeds, as one result.
+
+  Args:
+    method: ours, a name; against: tuple of the others'. "best_of" is a folder
+      of `dpo-jax sample` with sample.best_of.
+    seeds: of all methods.
+    folder: of a sweep below the workdir, "seed={seed}/{method}".
+  """
+  o = config_dict.ConfigDict()
+  o.method, o.against, o.seeds, o.folder = method, against, seeds, folder
+  o.trend = config_dict.placeholder(str)  # field that must bring our KL down
+  return o
 
 
 def planned(devices, *records):

@@ -79,7 +79,7 @@ def on_reviews(arg):
   """On beginnings of the quickstart's reviews, with its r* as the scorer."""
   root = f"runs/quickstart{'-quick' if arg.quick else ''}"
   c = online(quickstart.policy(root, arg.quick), arg)
-  quickstart.on_policy(c, root, "tfidf:reviews:train")
+  quickstart.on_policy(c, root, quickstart.TRUTH)
   c.workdir = f"{root}-online-{arg.loss}"
   c.train.steps = 100
   c.optim.learning_rate = 5e-4

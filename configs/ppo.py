@@ -31,7 +31,9 @@ def get_config(arg=None):
     smoke=False,
   )
   if arg.quickstart:
-    return on_reviews(arg)
+    root = f"runs/quickstart{'-quick' if arg.quick else ''}"
+    workdir, scorer = f"{root}-{arg.loss}", f"reward:{root}-reward"
+    return on_reviews(root, workdir, scorer, arg.quick, arg.loss)
   c = base.get_config()
   common.select_model(c, arg.model)
   common.select_optim(c, arg.optim, learning_rate=3e-5)
@@ -52,15 +54,19 @@ def policy_gradient(c, loss):
   return c
 
 
-def on_reviews(arg):
-  """On beginnings of the quickstart's reviews."""
-  root = f"runs/quickstart{'-quick' if arg.quick else ''}"
-  c = quickstart.policy(root, arg.quick)
-  policy_gradient(c, arg.loss)
-  quickstart.on_policy(c, root, f"reward:{root}-reward")
-  c.workdir = f"{root}-{arg.loss}"
-  c.train.steps = 12 * c.rollout.epochs * 4
-  c.optim.learning_rate = 3e-4
+def on_reviews(root, workdir, scorer, quick=False, loss="ppo"):
+  """On beginnings of the quickstart's reviews, four completions of each."""
+  c = policy_gradient(quickstart.policy(root, quick), loss)
+  quickstart.on_policy(c, root, scorer)
+  c.workdir = workdir
+  if c.rollout.draws == 1:  # nothing compares the completions of a prompt
+    # A critic that begins at 0 would take a mean above that for merit, the more
+    # so the nearer a token is to the end, and completions would shrink.
+    c.rollout.draws, c.rollout.centre = 4, "prompt"
+  c.rollout.prompts, c.rollout.epochs = 64, 2
+  c.rollout.kl_target, c.rollout.kl_horizon = 4.0, 1000
+  c.train.steps = 64
+  c.optim.learning_rate = 5e-4
   c.optim.warmup = 5
   return c
 

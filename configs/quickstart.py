@@ -17,10 +17,25 @@ from ml_collections import config_dict
 
 from dpo_jax.configs import base, common
 
+TRUTH = "sentiment:reviews:train"  # r*, a probability
+LENGTH = 48  # tokens of a completion
+
+
+BETAS = (0.05, 0.1, 1.0, 5.0)
+
+
+def rate(beta):
+  """The learning rate of DPO at a β.
+
+  As β grows the loss sees β times the noise of the log-ratios: with one rate
+  for all, a large β ends with a held-out loss above log 2.
+  """
+  return min(5e-4, 1e-4 / beta)
+
 
 def sweep():
-  for beta in (0.05, 0.1, 1.0, 5.0):
-    yield {"loss.beta": beta}
+  for beta in BETAS:
+    yield {"loss.beta": beta, "optim.learning_rate": rate(beta)}
 
 
 def get_config(arg=None):
@@ -57,13 +72,13 @@ def policy(root, quick):
   c.optim = common.optim("adamw")
   c.optim.clip_norm = 1.0
   c.data.max_prompt_length = 16
-  c.data.max_completion_length = 32
+  c.data.max_completion_length = LENGTH
   c.data.shape_multiple = 8
   c.data.max_shapes = 2
   c.data.long_prompt = "keep_start"
   c.sample.prefix = (2, 8)
-  c.sample.max_new_tokens = 32
-  c.sample.scorers = ("tfidf:reviews:train", "vader")
+  c.sample.max_new_tokens = LENGTH
+  c.sample.scorers = (TRUTH, "vader")
   c.log.every = 20
   return c
 
@@ -75,7 +90,7 @@ def sft(root, quick):
   c.data.train, c.data.eval = "reviews:train", "reviews:validation"
   c.data.max_completion_length = 64
   c.data.batch_size = 32
-  c.train.epochs = 1.0 if quick else 3.0
+  c.train.epochs = 1.0 if quick else 2.0
   c.optim.learning_rate = 3e-3
   c.optim.schedule = "cosine"
   c.optim.warmup = 40
@@ -91,7 +106,7 @@ def pairs(root, quick):
   c.sample.prompts = "reviews:train"
   c.sample.count = 500 if quick else 2400
   c.sample.draws = 4
-  c.sample.labels = "bradley_terry"
+  c.sample.labels = "deterministic"
   return c
 
 
@@ -105,25 +120,34 @@ def held_out(root, quick):
   return c
 
 
-def dpo(root, quick):
-  c = policy(root, quick)
-  c.workdir = root
+def on_pairs(c, root):
+  """From the SFT policy, on the pairs."""
   c.init_from = f"{root}/sft"
-  c.ref = "cached"
-  c.loss = common.loss("dpo")
   c.data.train = f"{root}/pairs/pairs.jsonl"
   c.data.eval = f"{root}/held_out/pairs.jsonl"
   c.data.batch_size = 32  # prompts, of six comparisons each
-  c.train.epochs = 3.0 if quick else 1.0
-  c.optim.learning_rate = 5e-4
   c.optim.schedule = "linear"
   c.optim.warmup = 10
   c.log.every = 5
   c.eval.every = 1000
+  return c
+
+
+def measured(c):
+  """Samples for beginnings of other films' reviews."""
   c.sample.prompts = "reviews:test"
   c.sample.labelled = "reviews:test"
-  c.sample.seed = 2  # at every β: its samples differ by the policy alone
+  c.sample.seed = 2  # of every policy: samples differ by the policy alone
   c.sample.count = 512
+  return c
+
+
+def dpo(root, quick):
+  c = measured(on_pairs(policy(root, quick), root))
+  c.workdir = root
+  c.ref, c.loss = "cached", common.loss("dpo")
+  c.train.epochs = 3.0 if quick else 1.0
+  c.optim.learning_rate = rate(c.loss.beta)
   return c
 
 
@@ -132,16 +156,13 @@ def on_policy(c, root, scorer):
 
   128 in an iteration, 32 in a step; samples as those of `dpo`.
   """
-  c.init_from = f"{root}/sft"
+  measured(c).init_from = f"{root}/sft"
   c.data.train = "reviews:train"
   c.data.batch_size = 32
   c.rollout.prefix = (2, 8)
   c.rollout.scorer = scorer
   c.rollout.prompts = 128
   c.rollout.batch_size = 512
-  c.sample.prompts = "reviews:test"
-  c.sample.labelled = "reviews:test"
-  c.sample.seed = 2
   c.log.every = 4
   return c
 

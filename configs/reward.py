@@ -28,7 +28,8 @@ def get_config(arg=None):
     smoke=False,
   )
   if arg.quickstart:
-    return on_reviews(arg)
+    root = f"runs/quickstart{'-quick' if arg.quick else ''}"
+    return on_reviews(root, f"{root}-reward", arg.quick, arg.loss)
   c = base.get_config()
   c.algo = "reward"
   c.loss = common.loss(arg.loss)
@@ -45,21 +46,13 @@ def get_config(arg=None):
   return c
 
 
-def on_reviews(arg):
+def on_reviews(root, workdir, quick=False, loss="bradley_terry"):
   """On the quickstart's pairs of film reviews; r* labelled them."""
-  root = f"runs/quickstart{'-quick' if arg.quick else ''}"
-  c = quickstart.policy(root, arg.quick)
-  c.workdir = f"{root}-reward"
-  c.algo, c.ref, c.loss = "reward", "none", common.loss(arg.loss)
-  c.init_from = f"{root}/sft"
-  c.reward.centred = True
-  c.data.train = f"{root}/pairs/pairs.jsonl"
-  c.data.eval = f"{root}/held_out/pairs.jsonl"
-  c.data.batch_size = 32
-  c.train.epochs = 4.0
+  c = quickstart.on_pairs(quickstart.policy(root, quick), root)
+  c.workdir = workdir
+  c.algo, c.ref, c.loss = "reward", "none", common.loss(loss)
+  c.reward.centred = c.reward.unit = True
+  c.train.epochs = 2.0
   c.optim.learning_rate = 1e-3
-  c.optim.schedule = "linear"
-  c.optim.warmup = 10
   c.optim.eps = 1e-5
-  c.eval.every = 1000
   return c

@@ -7,7 +7,7 @@ import json
 
 from etils import epath
 
-from dpo_jax import preflight
+from dpo_jax import preflight, store
 from dpo_jax.config import load, points
 
 
@@ -35,13 +35,20 @@ def run(config, workdir, source, verb_of):
   if "plan" in config:  # which takes no network
     print(_plan(steps, config.plan), flush=True)
   preflight.kept(*far)
+  if "compared" in config:  # what a report looks for, also of a part
+    text = json.dumps(config.compared.to_dict(), indent=2) + "\n"
+    store.write(epath.Path(workdir) / "compared.json", text.encode())
   for verb, name, step in steps:
     print(f"━━ {verb} {name}", flush=True)
     sweep = {"sweep": list(step.axes)} if step.axes else {}
     code = verb_of(verb, {"config": f"{step.path}:{step.arg}", **sweep}, [])
     if code:
       return code
-  return 0
+  return (
+    0
+    if "compared" not in config
+    else verb_of("report", {"workdir": workdir}, [])
+  )
 
 
 def _plan(steps, options):

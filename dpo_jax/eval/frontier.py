@@ -29,7 +29,8 @@ def measure(setup, params, ref):
     reward, "kl", "log_ratio" in nats and "length" in tokens), "distinct_1" and
     "distinct_2"; no KL unless temperature and top_p are 1, since else the
     samples are not the policy's; and "best_of", of best_of.measure, where
-    sample.best_of asks for it. rows: a dict a sample, as completions.describe,
+    sample.best_of asks for it; and "halves" where checkpoints are sampled, see
+    `halves`. rows: a dict a sample, as completions.describe,
     with "kl" and "log_ratio".
   """
   options = setup.sample
@@ -65,6 +66,8 @@ def measure(setup, params, ref):
     "means": {name: mean(rows, name) for name in names},
     "finished": sum(row["finished"] for row in rows) / len(rows),
   }
+  if options.checkpoints:
+    summary["halves"] = halves(rows, names)
   ends = setup.tokenizer.end_ids
   texts = [[i for i in d.ids if i not in ends] for d in drawn]
   for n in (1, 2):
@@ -81,6 +84,21 @@ def mean(rows, name):
   for row in rows:
     groups[row["id"]].append(row[name])
   return statistics.over_prompts([np.mean(group) for group in groups.values()])
+
+
+def halves(rows, names):
+  """[{name: mean}, {name: mean}]: of every other prompt, and of the others.
+
+  Of many checkpoints the best on some prompts seems better than it is; what it
+  is worth is told by prompts that did not choose it.
+  """
+  ids = sorted({row["id"] for row in rows})
+  parts = [set(ids[start::2]) for start in (0, 1)]
+  return [
+    {n: mean([r for r in rows if r["id"] in part], n)["mean"] for n in names}
+    for part in parts
+    if part
+  ]
 
 
 def distinct(texts, n):

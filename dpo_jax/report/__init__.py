@@ -14,11 +14,13 @@ from dpo_jax import lookup
 from dpo_jax.report import (
   cells,
   claims,
+  compared,
   content,
   figures,
   folder,
   markdown,
   measures,
+  on_text,
   page,
   study,
 )
@@ -50,12 +52,13 @@ def write(workdir):
   not written, and an older one is removed.
 
   Args:
-    workdir: folder of `dpo-jax sweep`; of a study, see report.study.
+    workdir: folder of `dpo-jax sweep`; of a study, see report.study; of
+      compared sweeps, see report.compared.
   Returns: path of report.html.
   Raises: ValueError if the folder holds no sweep, or nothing of its runs.
   """
-  if claims.holds(workdir):
-    return study.write(workdir)
+  if own := _own(workdir):
+    return own.write(workdir)
   sweep, workdir = folder.read(workdir), epath.Path(workdir)
   pictures = content.draw(sweep)
   for name, picture in pictures.items():
@@ -72,13 +75,20 @@ def write(workdir):
   return workdir / "report.html"
 
 
+def _own(workdir):
+  """The module that reports a folder of many sweeps; None of one sweep."""
+  if claims.holds(workdir):
+    return study
+  return on_text if compared.holds(workdir) else None
+
+
 def text(workdir):
   """What a report says, for a console: its table, or the verdicts of a study.
 
   Args, Raises: as `write`.
   """
-  if claims.holds(workdir):
-    return study.text(workdir)
+  if own := _own(workdir):
+    return own.text(workdir)
   return table(rows(workdir), "text")
 
 

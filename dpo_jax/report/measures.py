@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from dpo_jax.eval import intervals
+from dpo_jax.eval import intervals, statistics
 from dpo_jax.report import folder
 
 AT_LENGTH, INTERVAL = "reward_at_length", "rewards/accuracies/interval"
@@ -33,12 +33,14 @@ def of(sweep, runs):
 
 
 def over_seeds(values):
-  """{"mean", "se"} over runs; None if one of them lacks the value."""
+  """{"mean", "se"} over runs; None if one of them lacks the value.
+
+  Of one run the error is NaN.
+  """
   values = [v["mean"] if isinstance(v, dict) else v for v in values]
   if any(not isinstance(value, int | float) for value in values):
     return None
-  se = np.std(values, ddof=1) / math.sqrt(len(values))
-  return {"mean": float(np.mean(values)), "se": float(se)}
+  return statistics.over_prompts(values)
 
 
 def ended(run):

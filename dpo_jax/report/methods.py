@@ -37,7 +37,7 @@ def shown(name):
   return NAMES.get(name, name)
 
 
-def draw(study, *, wide):
+def draw(study, wide):
   """The figure of a claims.Study, or None if no method is done.
 
   Args:
@@ -60,16 +60,20 @@ def draw(study, *, wide):
     ax.set_xlabel("sequence KL from the reference, nats", fontsize=size)
     _panel(ax, study, labels, {name: colors[name] for name in there})
   axes[0].set_ylabel("mean reward r*", color=figures.MUTED, fontsize=size)
-  handles, names = axes[0].get_legend_handles_labels()
+  legend(fig, axes[0], columns=5 if wide else 2, size=size)
+  return fig
+
+
+def legend(fig, ax, *, columns, size):
+  """Names of what an axis shows, below the figure."""
   fig.legend(
-    *(handles, names),
+    *ax.get_legend_handles_labels(),
     loc="outside lower center",
-    ncols=5 if wide else 2,
+    ncols=columns,
     frameon=False,
     fontsize=size - 1,
     labelcolor=figures.INK,
   )
-  return fig
 
 
 def _points(study, labels, name):
@@ -113,6 +117,14 @@ def _envelope(ax, points, kls, color, label):
   reached = min(kl.max() for kl, _ in points)
   kls = kls[kls <= reached]
   each = np.array([statistics.envelope(*own, kls) for own in points])
+  band(ax, kls, each, color, label)
+
+
+def band(ax, kls, each, color, label):
+  """A line of the mean over seeds, and a band of its standard error.
+
+  Args: each: f64[seeds, KLs].
+  """
   mean = each.mean(axis=0)
   error = each.std(axis=0, ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0
   ends = mean - error, mean + error

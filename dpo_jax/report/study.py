@@ -3,11 +3,12 @@
 `write` makes frontier.png, frontier.json, report.md and report.html.
 """
 
-import jinja2
+import functools
+
 from etils import epath
 
 from dpo_jax import progress
-from dpo_jax.report import claims, figures, markdown, methods
+from dpo_jax.report import claims, methods, tables
 
 TITLE = "Methods compared where all is exact"
 CAPTION = (
@@ -27,26 +28,25 @@ TREND = (
 
 def write(workdir):
   """Writes the report of a study's folder; returns the path of report.html."""
-  workdir, study = epath.Path(workdir), claims.read(workdir)
-  claims.write(study, workdir / "frontier.json")
-  wide, narrow = (methods.draw(study, wide=wide) for wide in (True, False))
-  if wide is not None:
-    (workdir / "frontier.png").write_bytes(figures.png(wide))
-  sections = list(_sections(study))
-  text = _markdown(study, sections, wide is not None)
-  (workdir / "report.md").write_bytes(text.encode())
-  page = _page(study, sections, [("wide", wide), ("narrow", narrow)])
-  (workdir / "report.html").write_bytes(page.encode())
-  return workdir / "report.html"
+  study = claims.read(workdir)
+  claims.write(study, epath.Path(workdir) / "frontier.json")
+  return tables.write(_page(study), workdir)
 
 
 def text(workdir):
   """The claims and their verdicts, for a console."""
-  study, parts = claims.read(workdir), []
-  for title, heads, body in _sections(study):
-    parts += [title, _aligned(heads, body), ""]
-  parts += _remarks(study)
-  return "\n".join(parts).rstrip()
+  return tables.text(_page(claims.read(workdir)))
+
+
+def _page(study):
+  return tables.Page(
+    title=TITLE,
+    caption=CAPTION.format(seeds=len(study.seeds)),
+    remarks=_remarks(study),
+    sections=list(_sections(study)),
+    draw=functools.partial(methods.draw, study),
+    made_with=study.about["made_with"],
+  )
 
 
 def _remarks(study):
@@ -128,53 +128,3 @@ def _costs(study):
       ]
     )
   return heads, body
-
-
-def _aligned(heads, body):
-  columns = list(zip(heads, *body, strict=True))
-  widths = [max(map(len, column)) for column in columns]
-  lines = [
-    "  ".join(
-      cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-    )
-    for line in (heads, *body)
-  ]
-  return "\n".join(line.rstrip() for line in lines)
-
-
-def _markdown(study, sections, drawn):
-  parts = [f"# {TITLE}", *_remarks(study)]
-  if drawn:
-    parts += ["![Reward over KL](frontier.png)", _caption(study)]
-  for title, heads, body in sections:
-    rows = [(name, *((cell,) for cell in cells)) for name, *cells in body]
-    parts += [f"## {title}", markdown.table(heads, rows)]
-  return "\n\n".join(parts) + "\n"
-
-
-def _caption(study):
-  return CAPTION.format(seeds=len(study.seeds))
-
-
-def _page(study, sections, drawings):
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("dpo_jax.report", "."),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  names = {figures.INK: "--ink", figures.MUTED: "--muted"}
-  names |= {figures.GRID: "--grid", figures.PAPER: "--paper"}
-  svgs = [
-    figures.svg(drawing, kind, "Reward over KL", names)
-    for kind, drawing in drawings
-    if drawing is not None
-  ]
-  return environment.get_template("study.html").render(
-    title=TITLE,
-    caption=_caption(study),
-    remarks=_remarks(study),
-    sections=sections,
-    svgs=svgs,
-    made_with=study.about["made_with"],
-  )

@@ -1,0 +1,177 @@
+"""Methods compared on samples: every number from files made by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpo_jax import report
+from dpo_jax.eval import frontier
+from dpo_jax.report import compared
+from tests import test_report as made_up
+
+TRUTH = made_up.TRUTH
+SEEDS = (0, 1, 2)
+OPTIONS = {
+  "method": "dpo",
+  "against": ["ppo", "best_of"],
+  "seeds": list(SEEDS),
+  "folder": "seed={seed}/{method}",
+  "trend": "loss.beta",
+}
+BETAS = (0.1, 1.0, 5.0)
+
+
+def place(values, kl, reward):
+  """Puts an evaluation at a place, both halves alike."""
+  values["means"]["kl"]["mean"] = kl
+  values["means"][TRUTH]["mean"] = reward
+  values["halves"] = [{"kl": kl, TRUTH: reward}] * 2
+  return values
+
+
+def build(root, seeds=SEEDS, methods=("dpo", "ppo")):
+  """Ours is 0.1 (seed 0), 0.2 and 0.3 above theirs at every KL above 1."""
+  root.mkdir(exist_ok=True)
+  (root / "compared.json").write_text(json.dumps(OPTIONS))
+  for seed in seeds:
+    for method in methods:
+      path = root / f"seed={seed}" / method
+      path.parent.mkdir(exist_ok=True)
+      made_up.build(path, betas=BETAS, steps=3)
+      ahead = (seed + 1) / 10 if method == "dpo" else 0.0
+      for number, beta in enumerate((*BETAS, None)):
+        folder = "reference" if beta is None else f"b{beta}"
+        values = made_up.saved(path, folder, "evaluation.json")
+        kl = 0.0 if beta is None else 3.0 - number  # falls with β
+        place(values, kl, 0.5 if beta is None else 0.5 + ahead)
+        if beta is not None:
+          early = json.loads(json.dumps(values)) | {"step": 50}
+          values["checkpoints"] = [place(early, kl / 2, 0.4)]
+          values["config"] = {
+            "loss": {"beta": beta},
+            "optim": {"learning_rate": 1e-3},
+          }
+        made_up.lines(path / folder / "evaluation.json", [values])
+    best = [
+      {
+        "n": n,
+        "bound": kl,
+        "means": {
+          TRUTH: {"mean": reward, "se": 0.1},
+          "length": {"mean": 30.0, "se": 1.0},
+        },
+      }
+      for n, kl, reward in ((1, 0.0, 0.5), (4, 1.5, 0.55), (64, 9.0, 0.9))
+    ]
+    made_up.lines(
+      root / f"seed={seed}" / "best_of" / "best_of.json", [{"best_of": best}]
+    )
+  return root
+
+
+def test_what_is_the_best_on_one_half_is_told_by_the_other():
+  spots = [
+    compared.Spot(0, (0, 0), (0, 0), [(0.0, 1.0), (0.0, 1.0)]),
+    # The best of the first half, and worth nothing on the second.
+    compared.Spot(1, (1, 0), (2, 0), [(1.0, 4.0), (1.0, 0.0)]),
+    compared.Spot(2, (1, 0), (2, 0), [(1.0, 2.0), (1.0, 3.0)]),
+    # The second half measures another KL.
+    compared.Spot(3, (2, 0), (6, 0), [(2.0, 6.0), (2.5, 7.0)]),
+  ]
+  at = compared.envelope(spots, [0.5, 1.0, 2.0, 2.5])
+  # Chosen on the first and told by the second, and the other way round.
+  np.testing.assert_allclose(at, [1.0, (0 + 2) / 2, (7 + 2) / 2, (7 + 6) / 2])
+
+
+def test_halves_are_every_other_prompt_with_all_its_draws():
+  rows = [{"id": i, "r": float(10 * i + j)} for i in (3, 5, 8) for j in (0, 2)]
+  assert frontier.halves(rows, ["r"]) == [{"r": (31 + 81) / 2}, {"r": 51.0}]
+  assert len(frontier.halves(rows[:2], ["r"])) == 1
+
+
+def test_a_method_is_compared_up_to_the_kl_that_both_reach(tmp_path):
+  found = compared.read(build(tmp_path))
+  assert found.missing == []
+  assert found.seeds == list(SEEDS)
+  ppo, best_of = compared.comparisons(found)
+  assert ppo["until"] == 3.0
+  kls = np.linspace(0, 3, compared.KLS)
+  share = np.mean(kls >= 1)  # from the first checkpoint of more than 0.5 on
+  expected = [share * ahead for ahead in (0.1, 0.2, 0.3)]
+  np.testing.assert_allclose(ppo["each"], expected)
+  mean = np.mean(expected)
+  se = np.std(expected, ddof=1) / 3**0.5
+  assert ppo["difference"] == pytest.approx({"mean": mean, "se": se})
+  assert ppo["theirs"]["mean"] == pytest.approx(0.5)
+  assert ppo["dominated"] == 1.0  # by one of ours of the same KL, and more
+  # Of ours only the early ones, of 0.4.
+  assert ppo["dominates"] == pytest.approx(0.5)
+  # Of Best of N only the KL that ours reaches is compared.
+  assert best_of["until"] == 1.5
+  np.testing.assert_allclose(best_of["each"], [0.05, 0.15, 0.25])
+
+
+def test_the_kl_must_fall_with_beta(tmp_path):
+  build(tmp_path)
+  trend = compared.trend(compared.read(tmp_path))
+  assert trend["values"] == [5.0, 1.0, 0.1]
+  assert trend["kl"] == [[1.0, 2.0, 3.0]] * 3
+  assert trend["strict"] == 3
+  assert trend["p"] == pytest.approx(1 / 6**3)  # of 3! orders in each seed
+  path = tmp_path / "seed=1/dpo"
+  values = made_up.saved(path, "b5.0", "evaluation.json")
+  made_up.lines(path / "b5.0/evaluation.json", [place(values, 2.5, 0.6)])
+  trend = compared.trend(compared.read(tmp_path))
+  assert trend["strict"] == 2
+  assert trend["p"] > 1 / 6**3
+
+
+def test_the_report_says_all_of_it(tmp_path):
+  build(tmp_path)
+  page = report.write(tmp_path)
+  assert page == tmp_path / "report.html"
+  text = report.text(tmp_path)
+  assert "Is DPO ahead?" in text
+  assert "3 of 3 seeds" in text
+  assert "loss.beta" in text
+  rows = [line for line in text.splitlines() if line.startswith("PPO")]
+  assert "+0.1" in rows[0]
+  assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+  html = page.read_text()
+  assert "Best of N" in html
+  assert "://" not in html.replace("http://www.w3.org", "")
+  summary = json.loads((tmp_path / "frontier.json").read_text())
+  assert len(summary["runs"]) == 2 * 3 * len(BETAS)
+  assert {run["seed"] for run in summary["runs"]} == set(SEEDS)
+  ends = {(e["method"], e["setting"]): e for e in summary["ends"]}
+  last = ends["dpo", "beta=0.1"]
+  assert last[TRUTH]["mean"] == pytest.approx(0.7)
+  assert last[TRUTH]["se"] == pytest.approx(0.1 / 3**0.5)
+  assert ("reference", "") in ends
+  assert last["updates"]["mean"] == 200
+  best = ends["best_of", "N=4"]
+  assert (best["kl"], best[TRUTH]) == (1.5, {"mean": 0.55, "se": 0.0})
+
+
+def test_what_is_not_there_is_said_and_the_rest_is_shown(tmp_path):
+  build(tmp_path, seeds=(0,), methods=("dpo",))
+  (tmp_path / "seed=0/best_of/best_of.json").unlink()
+  (tmp_path / "seed=0/dpo/b1.0/evaluation.json").unlink()
+  page = report.write(tmp_path).read_text()
+  found = compared.read(tmp_path)
+  assert found.seeds == [0]
+  told = "\n".join(found.missing)
+  assert "seed 0, dpo, beta=1.0: not measured yet" in told
+  assert f"{tmp_path}/seed=1/dpo: no sweep yet" in told
+  assert f"{tmp_path}/seed=0/best_of: no best_of.json" in told
+  assert "not measured yet" in page
+  assert compared.trend(found) is None  # two values tell no trend
+  for row in compared.comparisons(found):
+    assert row.keys() == {"against"}
+
+
+def test_nothing_measured_is_an_error(tmp_path):
+  (tmp_path / "compared.json").write_text(json.dumps(OPTIONS))
+  with pytest.raises(ValueError, match="no sweep there has measured"):
+    report.write(tmp_path)
