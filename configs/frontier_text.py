@@ -15,7 +15,7 @@ from dpo_jax.configs import common, losses, paper, ppo, quickstart, reward
 SEEDS = (0, 1, 2)
 STEPS = 75  # of training on pairs, one pass
 POINTS = 6  # checkpoints of a run
-# What each method is swept over. β has a rate of its own, see quickstart.rate.
+# What each method is swept over. Each β has its own rate: quickstart.py.
 AXES = {
   "dpo": (":beta", quickstart.BETAS),
   "ppo": ("rollout.kl_target", (3.0, 9.0)),  # nats
@@ -37,7 +37,11 @@ def get_config(arg=None):
   if a.stage == "all":
     return whole(a)
   c = common.choose(a.stage, STAGES)(a)
-  return paper.smoke(c) if a.smoke and a.stage != "tokenizer" else c
+  if a.smoke and a.stage != "tokenizer":
+    paper.smoke(c)
+    if a.stage == "sft":
+      c.data.eval = None
+  return c
 
 
 def whole(a):
@@ -103,9 +107,7 @@ def offline(a, name):
 
 
 def dpo(a):
-  c = offline(a, "dpo")
-  c.loss.beta, c.optim.learning_rate = a.beta, quickstart.rate(a.beta)
-  return c
+  return quickstart.at_beta(offline(a, "dpo"), a.beta)
 
 
 def unlikelihood(a):

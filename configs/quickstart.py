@@ -24,25 +24,34 @@ LENGTH = 48  # tokens of a completion
 BETAS = (0.05, 0.1, 1.0, 5.0)
 
 
-def rate(beta):
-  """The learning rate of DPO at a β.
+def at_beta(c, beta):
+  """Gives DPO a β, and the learning rate that goes with it.
 
-  As β grows the loss sees β times the noise of the log-ratios: with one rate
-  for all, a large β ends with a held-out loss above log 2.
+  The loss sees β times the noise of the log-ratios: at one rate for all, a
+  large β ends with a held-out loss above log 2.
   """
-  return min(5e-4, 1e-4 / beta)
+  c.loss.beta = beta
+  c.optim.learning_rate = min(5e-4, 1e-4 / beta)
+  return c
 
 
 def sweep():
   for beta in BETAS:
-    yield {"loss.beta": beta, "optim.learning_rate": rate(beta)}
+    yield {"arg": f"beta={beta}"}
 
 
 def get_config(arg=None):
   arg = common.parse_arg(
-    arg, stage="dpo", root="runs/quickstart", quick=False, smoke=False
+    arg,
+    stage="dpo",
+    root="runs/quickstart",
+    beta=BETAS[1],
+    quick=False,
+    smoke=False,
   )
   c = common.choose(arg.stage, STAGES)(arg.root, arg.quick)
+  if arg.stage == "dpo":
+    at_beta(c, arg.beta)
   return common.smoke(c) if arg.smoke else c
 
 
@@ -147,8 +156,7 @@ def dpo(root, quick):
   c.workdir = root
   c.ref, c.loss = "cached", common.loss("dpo")
   c.train.epochs = 3.0 if quick else 1.0
-  c.optim.learning_rate = rate(c.loss.beta)
-  return c
+  return at_beta(c, BETAS[1])
 
 
 def on_policy(c, root, scorer):

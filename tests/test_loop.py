@@ -38,6 +38,7 @@ OTHERS = (
   "ppo.py",  # its steps are not two, and nothing is held out: algos/rewarded.py
   *("hh.py", "imdb.py", "tldr.py"),  # stages: test_tasks.py
   "frontier_exact.py",  # a study: enumerable/test_study.py
+  "frontier_text.py",  # stages: test_frontier_text.py
   "judge.py",  # eval/test_judge.py
 )
 CONFIGS = sorted(

@@ -65,7 +65,7 @@ def test_smaller_beta_goes_further_from_the_reference(quick):
 
 @pytest.mark.parametrize("name", ["beta=0.05", "beta=0.1"])
 def test_dpo_earns_more_of_the_true_reward_than_sft(quick, name):
-  truth = "reward/tfidf"
+  truth = "reward/sentiment"
   gained = means(quick[0], name)[truth]
   assert apart(gained, means(quick[0], "reference")[truth]) > 5
 

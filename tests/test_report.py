@@ -591,11 +591,30 @@ def test_marks_stand_at_kl_and_reward_in_the_order_of_beta(whole):
   assert caught["joined"]
 
 
+def test_an_argument_of_the_config_may_be_the_swept_number(tmp_path):
+  build(tmp_path)
+  path = tmp_path / "sweep.json"
+  about = json.loads(path.read_text())
+  for point, beta in zip(about["points"], BETAS, strict=True):
+    point["overrides"] = {"arg": f"beta={beta}"}
+  path.write_text(json.dumps(about))
+  sweep = folder.read(tmp_path)
+  assert sweep.axis == "beta"
+  assert [run.name for run in sweep.runs] == [
+    f"beta={b}" for b in sorted(BETAS)
+  ]
+  assert drawn(tmp_path)["joined"]
+
+
 def test_points_of_two_fields_or_of_words_are_not_joined(tmp_path):
   build(tmp_path)
   path = tmp_path / "sweep.json"
   about = json.loads(path.read_text())
-  for overrides in ({"loss.beta": 1.0, "seed": 1}, {"loss.beta": "high"}):
+  for overrides in (
+    {"loss.beta": 1.0, "seed": 1},
+    {"loss.beta": "high"},
+    {"arg": "loss=ipo"},
+  ):
     about["points"][0]["overrides"] = overrides
     path.write_text(json.dumps(about))
     assert not drawn(tmp_path)["joined"]

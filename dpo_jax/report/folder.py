@@ -135,9 +135,11 @@ def read(workdir):
       f"{workdir / 'sweep.json'} is damaged: it names no points; {command} "
       "writes it again"
     )
-  axis = _axis([_without_seeds(point) for point in points])
+  settings = [_numbers(_without_seeds(point)) for point in points]
+  axis = _axis(settings)
   if axis:
-    points = sorted(points, key=lambda point: point["overrides"][axis])
+    values = [setting[axis] for setting in settings]
+    points = [points[place] for place in np.argsort(values, kind="stable")]
   groups = _groups(points, workdir)
   runs = [run for group in groups for run in group.runs]
   start = about.get("reference")
@@ -161,6 +163,15 @@ def evaluated(group):
 def _without_seeds(point):
   """What a point sets, but for the seeds."""
   return {k: v for k, v in point["overrides"].items() if k not in SEEDS}
+
+
+def _numbers(setting):
+  """A setting whose argument of the config, "beta=0.1", is a field, too."""
+  name, given, text = setting.get("arg", "").partition("=")
+  try:
+    return {name: float(text)} if given and len(setting) == 1 else setting
+  except ValueError:
+    return setting
 
 
 def _groups(points, workdir):
