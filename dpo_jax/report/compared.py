@@ -8,18 +8,16 @@ of the prompts and measured on the other, and the other way round; E is their
 mean.
 """
 
-import json
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from dpo_jax import store
-from dpo_jax.eval import statistics
-from dpo_jax.report import folder, measures
+from dpo_jax.report import folder
 
 BEST_OF = "best_of"
-KLS = 50  # points of an envelope, whose mean is compared
+_HALVES = "or not on halves of the prompts (sample.checkpoints=True)"
 
 
 class Spot(NamedTuple):
@@ -77,6 +75,14 @@ class Compared(NamedTuple):
     there = {c.seed for curves in self.curves.values() for c in curves}
     return [seed for seed in self.options["seeds"] if seed in there]
 
+  def sweep(self, method, seed):
+    """The folder.Sweep of a method, or the first of a seed for None."""
+    return next(
+      sweep
+      for (name, number), sweep in self.sweeps.items()
+      if number == seed and method in (None, name)
+    )
+
 
 def holds(workdir):
   """Whether a folder is one of compared sweeps."""
@@ -104,9 +110,15 @@ def read(workdir):
         missing.append(f"{path}: no sweep yet")
         continue
       try:
-        sweeps[method, seed] = folder.read(path)
+        sweep = folder.read(path)
       except ValueError as error:
         missing.append(str(error))
+        continue
+      start = sweep.reference and sweep.reference.evaluation
+      if sweep.rewards and start and _spot(start, sweep.rewards[0]):
+        sweeps[method, seed] = sweep
+      else:
+        missing.append(f"{path}: its reference is not measured yet, {_HALVES}")
   rewards = [key for sweep in sweeps.values() for key in sweep.rewards[:1]]
   if not rewards:
     raise ValueError(f"{workdir}: no sweep there has measured a policy yet")
@@ -128,7 +140,8 @@ def _curves(method, seed, sweep, reward):
     every = [*run.evaluation.get("checkpoints", []), run.evaluation]
     spots = [_spot(each, reward) for each in every]
     if None in spots:
-      lacking.append(f"seed {seed}, {method}, {run.name}: not measured yet")
+      what = f"seed {seed}, {method}, {run.name}"
+      lacking.append(f"{what}: not measured yet, {_HALVES}")
     else:
       found.append(Curve(method, seed, run.name, spots, run))
   return found, lacking
@@ -171,82 +184,6 @@ def furthest(points):
   return max(spot.kl[0] for spot in points)
 
 
-def comparisons(compared):
-  """A dict for each method that ours is compared with.
-
-  "against"; "until", the largest KL in nats that both reach in every seed;
-  "ours" and "theirs", the mean of E over the KLs from 0 to there ({"mean",
-  "se"} over seeds); "each", the difference in each of "seeds", and
-  "difference"; "dominated", the share of their checkpoints that one of ours
-  beats on both axes, and "dominates", of ours by theirs. Of a method that no
-  seed has beside ours, the first alone.
-  """
-  ours, rows = compared.options["method"], []
-  for name in compared.options["against"]:
-    if name == BEST_OF:
-      rows.append(_against_best_of(compared, ours))
-      continue
-    seeds = _both(compared, ours, name)
-    if not seeds:
-      rows.append({"against": name})
-      continue
-    each = [[spots(compared, m, s) for m in (ours, name)] for s in seeds]
-    until = min(furthest(points) for pair in each for points in pair)
-    grid = np.linspace(0, until, KLS)
-    reached = [[envelope(points, grid).mean() for points in p] for p in each]
-    beaten = [_beaten(*pair) for pair in each]
-    rows.append(
-      _row(name, until, seeds, reached)
-      | {
-        "dominated": float(np.mean([theirs for theirs, _ in beaten])),
-        "dominates": float(np.mean([mine for _, mine in beaten])),
-      }
-    )
-  return rows
-
-
-def _both(compared, *methods):
-  """Seeds in which all of some methods are measured."""
-  return [
-    seed
-    for seed in compared.seeds
-    if all(
-      any(c.seed == seed for c in compared.curves.get(m, ())) for m in methods
-    )
-  ]
-
-
-def _row(name, until, seeds, reached):
-  """Fields of a comparison that come of (ours, theirs) of each seed."""
-  ours, theirs = np.transpose(reached)
-  return {
-    "against": name,
-    "until": float(until),
-    "seeds": seeds,
-    "ours": _over(ours),
-    "theirs": _over(theirs),
-    "each": (ours - theirs).tolist(),
-    "difference": _over(ours - theirs),
-  }
-
-
-def _over(values):
-  """{"mean", "se"} over seeds; of one seed the error is None."""
-  return statistics.plain(statistics.over_prompts(values))
-
-
-def _beaten(ours, theirs):
-  """(share of theirs beaten by ours, of ours by theirs), but for step 0."""
-  mine, other = (
-    np.transpose([(s.kl[0], s.reward[0]) for s in points[1:]])
-    for points in (ours, theirs)
-  )
-  return (
-    statistics.dominated(*other, *mine),
-    statistics.dominated(*mine, *other),
-  )
-
-
 def best_of_points(compared, seed):
   """[(n, KL bound, reward)] of a seed's Best-of-N, N = 1 aside."""
   items = compared.best_of[seed]["best_of"]
@@ -256,149 +193,7 @@ def best_of_points(compared, seed):
   ]
 
 
-def _against_best_of(compared, ours):
-  """At the KLs of the N that both reach; theirs is the bound of it."""
-  seeds = [s for s in _both(compared, ours) if s in compared.best_of]
-  if not seeds:
-    return {"against": BEST_OF}
-  reach = min(furthest(spots(compared, ours, s)) for s in seeds)
-  reached, until = [], 0.0
-  for seed in seeds:
-    points = [p for p in best_of_points(compared, seed) if p[1] <= reach]
-    if not points:
-      return {"against": BEST_OF}
-    kls = [kl for _, kl, _ in points]
-    until = max(kls)
-    mine = envelope(spots(compared, ours, seed), kls).mean()
-    reached.append((mine, np.mean([reward for *_, reward in points])))
-  return _row(BEST_OF, until, seeds, reached)
-
-
-def trend(compared):
-  """How our final KL follows the swept number; None if nothing says so.
-
-  {"field", "values" (falling), "seeds", "kl" [seeds][values], "strict" (seeds
-  in which KL rises at every step), "p" of Page's test, None of one seed}.
-  """
-  field, ours = compared.options.get("trend"), compared.options["method"]
-  if field is None:
-    return None
-  found = {
-    (c.seed, _value(c.run.config, field)): c.spots[-1].kl[0]
-    for c in compared.curves.get(ours, ())
-  }
-  values = sorted({value for _, value in found}, reverse=True)
-  seeds = [s for s in compared.seeds if all((s, v) in found for v in values)]
-  if not seeds or len(values) < 3:
-    return None
-  kl = np.array([[found[seed, value] for value in values] for seed in seeds])
-  return {
-    "field": field,
-    "values": values,
-    "seeds": seeds,
-    "kl": kl.tolist(),
-    "strict": int(np.all(np.diff(kl) > 0, axis=1).sum()),
-    "p": statistics.trend(kl) if len(seeds) > 1 else None,
-  }
-
-
-def _value(config, field):
-  section, name = field.split(".")
-  return config[section][name]
-
-
-def ends(compared):
-  """Where every setting ends: {"method", "setting", "seeds", **measures}.
-
-  Of each the numbers of measures.of, means over seeds with their errors, and
-  "updates" and "seconds" of a run. The reference comes first, as a method, and
-  Best of N last, at the bound of its KL.
-  """
-  groups = {("reference", ""): [(s, r) for s, r in compared.starts.items()]}
-  for name, curves in compared.curves.items():
-    for curve in curves:
-      key = name, curve.setting
-      groups.setdefault(key, []).append((curve.seed, curve.run))
-  return [
-    {"method": name, "setting": setting, "seeds": [s for s, _ in runs]}
-    | _measures(compared, name, runs)
-    for (name, setting), runs in groups.items()
-  ] + _ends_of_best_of(compared)
-
-
-def _ends_of_best_of(compared):
-  """Those of Best of N, an N each."""
-  items = {}
-  for seed, made in compared.best_of.items():
-    for item in made["best_of"]:
-      if item["n"] > 1:
-        items.setdefault(item["n"], []).append((seed, item))
-  return [
-    {
-      "method": BEST_OF,
-      "setting": f"N={n}",
-      "seeds": [seed for seed, _ in found],
-      "kl": found[0][1]["bound"],
-    }
-    | {
-      key: _over([item["means"][key]["mean"] for _, item in found])
-      for key in (compared.reward, "length")
-    }
-    for n, found in items.items()
-  ]
-
-
-def _measures(compared, name, runs):
-  """Those of some runs; each beside the reference of its own seed."""
-  own = compared.options["method"] if name == "reference" else name
-  rows = [measures.of(compared.sweeps[own, seed], [run]) for seed, run in runs]
-  for row, (_, run) in zip(rows, runs, strict=True):
-    row["updates"] = run.evaluation.get("step")
-    _, elapsed = run.metrics.get("elapsed", ((), (None,)))
-    row["seconds"] = elapsed[-1]
-  keys = rows[0].keys() - {measures.INTERVAL}
-  return {
-    key: statistics.plain(measures.over_seeds([row[key] for row in rows]))
-    for key in sorted(keys)
-  }
-
-
-def summary(compared):
-  """All of it as plain values: what frontier.json holds."""
-  runs = [
-    {
-      "method": curve.method,
-      "seed": curve.seed,
-      "setting": curve.setting,
-      "rate": curve.run.config["optim"]["learning_rate"],
-      "checkpoints": [spot._asdict() for spot in curve.spots],
-    }
-    for curves in compared.curves.values()
-    for curve in curves
-  ]
-  return {
-    "made_with": made_with(compared),
-    "options": compared.options,
-    "reward": compared.reward,
-    "missing": compared.missing,
-    "comparisons": comparisons(compared),
-    "trend": trend(compared),
-    "ends": ends(compared),
-    "references": {
-      str(seed): start(compared, seed)._asdict() for seed in compared.seeds
-    },
-    "best_of": {str(seed): made for seed, made in compared.best_of.items()},
-    "runs": runs,
-  }
-
-
 def made_with(compared):
   """Versions and machine, of the first policy that was measured."""
   first = next(iter(compared.starts.values()))
   return first.evaluation.get("made_with", {})
-
-
-def write(compared, path):
-  """Writes `summary` as JSON."""
-  content = statistics.plain(summary(compared))
-  store.write(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -8,7 +8,15 @@ import functools
 import numpy as np
 from etils import epath
 
-from dpo_jax.report import cells, compared, content, figures, methods, tables
+from dpo_jax.report import (
+  cells,
+  compared,
+  content,
+  figures,
+  methods,
+  standings,
+  tables,
+)
 
 TITLE = "Methods compared on samples"
 CAPTION = (
@@ -41,7 +49,7 @@ ENDS = (
 def write(workdir):
   """Writes the report of a folder; returns the path of report.html."""
   found = compared.read(workdir)
-  compared.write(found, epath.Path(workdir) / "frontier.json")
+  standings.write(found, epath.Path(workdir) / "frontier.json")
   return tables.write(_page(found), workdir)
 
 
@@ -69,9 +77,9 @@ _AXES = ("reward", "kl")
 def _sections(found):
   """Yields (title, heads, rows of strings)."""
   ours = methods.shown(found.options["method"])
-  rows = [_ahead(row) for row in compared.comparisons(found)]
+  rows = [_ahead(row) for row in standings.comparisons(found)]
   yield f"Is {ours} ahead? (mean r* of the best until a KL)", AHEAD, rows
-  if trend := compared.trend(found):
+  if trend := standings.trend(found):
     yield f"Does {trend['field']} control the KL?", *_trend(trend)
   yield "Where each setting ends", *_ends(found)
 
@@ -118,7 +126,7 @@ def _trend(trend):
 
 
 def _ends(found):
-  rows, columns = compared.ends(found), []
+  rows, columns = standings.ends(found), []
   keys = {"reward": found.reward}
   for key, _, decimals in ENDS:
     values = [row.get(keys.get(key, key)) for row in rows]
@@ -181,7 +189,7 @@ def _method(ax, found, name, color):
     ax.errorbar([kl], [reward], **ends, fmt="none", color=color, capsize=2)
   seeds = [s for s in found.seeds if any(c.seed == s for c in curves)]
   points = [compared.spots(found, name, seed) for seed in seeds]
-  kls = np.linspace(0, min(map(compared.furthest, points)), compared.KLS)
+  kls = np.linspace(0, min(map(compared.furthest, points)), standings.KLS)
   each = np.array([compared.envelope(own, kls) for own in points])
   methods.band(ax, kls, each, color, methods.shown(name))
 

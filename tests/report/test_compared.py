@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax import report
 from dpo_jax.eval import frontier
-from dpo_jax.report import compared
+from dpo_jax.report import compared, standings
 from tests import test_report as made_up
 
 TRUTH = made_up.TRUTH
@@ -94,9 +94,9 @@ def test_a_method_is_compared_up_to_the_kl_that_both_reach(tmp_path):
   found = compared.read(build(tmp_path))
   assert found.missing == []
   assert found.seeds == list(SEEDS)
-  ppo, best_of = compared.comparisons(found)
+  ppo, best_of = standings.comparisons(found)
   assert ppo["until"] == 3.0
-  kls = np.linspace(0, 3, compared.KLS)
+  kls = np.linspace(0, 3, standings.KLS)
   share = np.mean(kls >= 1)  # from the first checkpoint of more than 0.5 on
   expected = [share * ahead for ahead in (0.1, 0.2, 0.3)]
   np.testing.assert_allclose(ppo["each"], expected)
@@ -114,7 +114,7 @@ def test_a_method_is_compared_up_to_the_kl_that_both_reach(tmp_path):
 
 def test_the_kl_must_fall_with_beta(tmp_path):
   build(tmp_path)
-  trend = compared.trend(compared.read(tmp_path))
+  trend = standings.trend(compared.read(tmp_path))
   assert trend["values"] == [5.0, 1.0, 0.1]
   assert trend["kl"] == [[1.0, 2.0, 3.0]] * 3
   assert trend["strict"] == 3
@@ -122,7 +122,7 @@ def test_the_kl_must_fall_with_beta(tmp_path):
   path = tmp_path / "seed=1/dpo"
   values = made_up.saved(path, "b5.0", "evaluation.json")
   made_up.lines(path / "b5.0/evaluation.json", [place(values, 2.5, 0.6)])
-  trend = compared.trend(compared.read(tmp_path))
+  trend = standings.trend(compared.read(tmp_path))
   assert trend["strict"] == 2
   assert trend["p"] > 1 / 6**3
 
@@ -166,9 +166,23 @@ def test_what_is_not_there_is_said_and_the_rest_is_shown(tmp_path):
   assert f"{tmp_path}/seed=1/dpo: no sweep yet" in told
   assert f"{tmp_path}/seed=0/best_of: no best_of.json" in told
   assert "not measured yet" in page
-  assert compared.trend(found) is None  # two values tell no trend
-  for row in compared.comparisons(found):
+  assert standings.trend(found) is None  # two values tell no trend
+  for row in standings.comparisons(found):
     assert row.keys() == {"against"}
+
+
+def test_other_methods_may_be_done_before_ours(tmp_path):
+  build(tmp_path, seeds=(0, 1), methods=("ppo",))
+  report.write(tmp_path)
+  assert "PPO" in report.text(tmp_path)
+  # Without halves nothing may be chosen: said, and left out.
+  path = tmp_path / "seed=1/ppo"
+  values = made_up.saved(path, "reference", "evaluation.json")
+  del values["halves"]
+  made_up.lines(path / "reference/evaluation.json", [values])
+  found = compared.read(tmp_path)
+  assert found.seeds == [0]
+  assert "sample.checkpoints=True" in "".join(found.missing)
 
 
 def test_nothing_measured_is_an_error(tmp_path):
