@@ -143,8 +143,8 @@ def best_of(a):
   """Best of N of the SFT policy, by the learned reward; r* tells its worth."""
   c = _own(quickstart.measured(quickstart.policy(inside(a), False)), a)
   c.workdir, c.init_from = f"{inside(a)}/best_of", f"{inside(a)}/sft"
-  c.sample.count, c.sample.draws = 128, 64
-  c.sample.best_of = (1, 4, 16, 64)
+  c.sample.draws = 16
+  c.sample.best_of = (1, 4, 16)
   c.sample.rank_by = f"reward:{inside(a)}/reward"
   c.sample.scorers = (*c.sample.scorers, c.sample.rank_by)
   return c
@@ -160,7 +160,8 @@ def _own(c, a):
 def _checkpoints(c, a, name, steps):
   """Sampled on its way, too."""
   c.workdir = f"{inside(a)}/{name}"
-  c.checkpoint.every, c.checkpoint.keep = -(-steps // POINTS), POINTS
+  c.checkpoint.every = -(-steps // POINTS)
+  c.checkpoint.keep = 2 * POINTS  # one more where a run is stopped
   c.sample.checkpoints = True
   return _own(c, a)
 

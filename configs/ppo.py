@@ -65,7 +65,7 @@ def on_reviews(root, workdir, scorer, quick=False, loss="ppo"):
     c.rollout.draws, c.rollout.centre = 4, "prompt"
   c.rollout.prompts, c.rollout.epochs = 64, 2
   c.rollout.kl_target, c.rollout.kl_horizon = 4.0, 1000
-  c.train.steps = 64
+  c.train.steps = 40
   c.optim.learning_rate = 5e-4
   c.optim.warmup = 5
   return c
