@@ -198,7 +198,9 @@ def stages(workdir, *steps, plan=None, compared=None, **arguments):
   Args:
     workdir: of the whole.
     *steps: (verb, stage), or (verb, stage, *axes): the stage is the file's
-      config of that name, the axes are those of `sweep --sweep`.
+      config of that name, the axes are those of `sweep --sweep`. Steps of the
+      verb "together" that follow one another are stages in their turn; on a
+      CPU they run at the same time, a process each.
     plan: of `planned`; a table is then printed before the first stage.
     compared: of `compared`; what `dpo-jax report` then says of the whole.
     **arguments: passed on to each.
@@ -213,7 +215,7 @@ def stages(workdir, *steps, plan=None, compared=None, **arguments):
   return c
 
 
-def compared(method, against, seeds, folder):
+def compared(method, against, seeds, folder, trend=None):
   """config.compared: the sweeps of several methods and seeds, as one result.
 
   Args:
@@ -221,10 +223,12 @@ def compared(method, against, seeds, folder):
       of `dpo-jax sample` with sample.best_of.
     seeds: of all methods.
     folder: of a sweep below the workdir, "seed={seed}/{method}".
+    trend: the field that must bring our KL down, "loss.beta".
   """
   o = config_dict.ConfigDict()
   o.method, o.against, o.seeds, o.folder = method, against, seeds, folder
-  o.trend = config_dict.placeholder(str)  # field that must bring our KL down
+  o.trend = config_dict.placeholder(str)
+  o.trend = trend
   return o
 
 

@@ -37,35 +37,50 @@ def get_config(arg=None):
   if a.stage == "all":
     return whole(a)
   c = common.choose(a.stage, STAGES)(a)
-  if a.smoke and a.stage != "tokenizer":
+  if a.smoke and "model" in c:
     paper.smoke(c)
+    c.checkpoint.every = 1
     if a.stage == "sft":
       c.data.eval = None
   return c
 
 
 def whole(a):
-  """All stages of all seeds, and how they are compared."""
-  steps, seeds = [("train", "tokenizer")], SEEDS[: 1 if a.smoke else None]
-  for seed in seeds:
-    of = f"seed={seed}"
-    steps += [
-      ("train", f"sft,{of}"),
-      ("sample", f"pairs,{of}"),
-      ("sample", f"held_out,{of}"),
-      ("train", f"reward,{of}"),
-      *(
-        ("sweep", f"{name},{of}", paper.axis(*axis, a))
-        for name, axis in AXES.items()
-      ),
-      ("sample", f"best_of,{of}"),
-    ]
+  """All seeds at once, which leaves no core idle, and how they are compared."""
+  seeds = SEEDS[: 1 if a.smoke else None]
   compared = common.compared(
-    *("dpo", (*list(AXES)[1:], "best_of"), seeds, "seed={seed}/{method}")
+    method="dpo",
+    against=(*list(AXES)[1:], "best_of"),
+    seeds=seeds,
+    folder="seed={seed}/{method}",
+    trend="loss.beta",
   )
-  compared.trend = "loss.beta"
   return common.stages(
-    *(a.root, *steps), compared=compared, root=a.root, smoke=a.smoke
+    a.root,
+    ("train", "tokenizer"),
+    *(("together", f"seed,seed={seed}") for seed in seeds),
+    compared=compared,
+    root=a.root,
+    smoke=a.smoke,
+  )
+
+
+def one_seed(a):
+  """All stages of a seed."""
+  of = f"seed={a.seed}"
+  return common.stages(
+    inside(a),
+    ("train", f"sft,{of}"),
+    ("sample", f"pairs,{of}"),
+    ("sample", f"held_out,{of}"),
+    ("train", f"reward,{of}"),
+    *(
+      ("sweep", f"{name},{of}", paper.axis(*axis, a))
+      for name, axis in AXES.items()
+    ),
+    ("sample", f"best_of,{of}"),
+    root=a.root,
+    smoke=a.smoke,
   )
 
 
@@ -101,9 +116,9 @@ def reward_model(a):
 
 
 def offline(a, name):
-  c = _checkpoints(quickstart.dpo(inside(a), quick=False), a, name, STEPS)
+  c = quickstart.dpo(inside(a), quick=False)
   c.train.steps = STEPS
-  return c
+  return _checkpoints(c, a, name)
 
 
 def dpo(a):
@@ -127,7 +142,7 @@ def preferred_ft(a):
 def on_policy(a, name, scorer):
   c = ppo.on_reviews(inside(a), None, scorer)
   c.rollout.seed = a.seed
-  return _checkpoints(c, a, name, c.train.steps)
+  return _checkpoints(c, a, name)
 
 
 def ppo_learned(a):
@@ -157,16 +172,17 @@ def _own(c, a):
   return c
 
 
-def _checkpoints(c, a, name, steps):
+def _checkpoints(c, a, name):
   """Sampled on its way, too."""
   c.workdir = f"{inside(a)}/{name}"
-  c.checkpoint.every = -(-steps // POINTS)
+  c.checkpoint.every = -(-c.train.steps // POINTS)
   c.checkpoint.keep = 2 * POINTS  # one more where a run is stopped
   c.sample.checkpoints = True
   return _own(c, a)
 
 
 STAGES = {
+  "seed": one_seed,
   "tokenizer": tokenizer,
   "sft": sft,
   "pairs": pairs,

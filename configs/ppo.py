@@ -7,7 +7,7 @@
 `ppo:loss=rloo` takes another estimator with its own defaults, `:model=…`,
 `:optim=…` and `:lora` are those of configs/dpo.py; `:quickstart` is PPO on the
 quickstart's film reviews, from its SFT policy, with the reward model of
-`reward:quickstart` (with --config.rollout.scorer=tfidf:reviews:train on the
+`reward:quickstart` (with --config.rollout.scorer=sentiment:reviews:train on the
 ground truth itself); `:smoke` two steps of a micro model.
 """
 

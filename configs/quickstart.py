@@ -19,8 +19,6 @@ from dpo_jax.configs import base, common
 
 TRUTH = "sentiment:reviews:train"  # r*, a probability
 LENGTH = 48  # tokens of a completion
-
-
 BETAS = (0.05, 0.1, 1.0, 5.0)
 
 
@@ -162,7 +160,7 @@ def dpo(root, quick):
 def on_policy(c, root, scorer):
   """Gives a config of rollouts the beginnings of reviews, from the SFT policy.
 
-  128 in an iteration, 32 in a step; samples as those of `dpo`.
+  32 in a step; samples as those of `dpo`.
   """
   measured(c).init_from = f"{root}/sft"
   c.data.train = "reviews:train"

@@ -4,6 +4,11 @@ Imports of what needs jax are inside, as those of verbs.
 """
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 
 from etils import epath
 
@@ -38,17 +43,107 @@ def run(config, workdir, source, verb_of):
   if "compared" in config:  # what a report looks for, also of a part
     text = json.dumps(config.compared.to_dict(), indent=2) + "\n"
     store.write(epath.Path(workdir) / "compared.json", text.encode())
-  for verb, name, step in steps:
-    print(f"━━ {verb} {name}", flush=True)
-    sweep = {"sweep": list(step.axes)} if step.axes else {}
-    code = verb_of(verb, {"config": f"{step.path}:{step.arg}", **sweep}, [])
-    if code:
-      return code
-  return (
-    0
-    if "compared" not in config
-    else verb_of("report", {"workdir": workdir}, [])
+  for beside in _parts(steps):
+    if len(beside) > 1 and _cores_alone():
+      code = _together([(name, step) for _, name, step in beside])
+      if code:
+        return code
+      continue
+    for verb, name, step in beside:
+      print(f"━━ {verb} {name}", flush=True)
+      verb = "train" if verb == "together" else verb
+      sweep = {"sweep": list(step.axes)} if step.axes else {}
+      code = verb_of(verb, {"config": f"{step.path}:{step.arg}", **sweep}, [])
+      if code:
+        return code
+  if "compared" in config:
+    return verb_of("report", {"workdir": workdir}, [])
+  return 0
+
+
+def _parts(steps):
+  """Steps in turn, in lists: those of "together" side by side, others alone."""
+  parts = []
+  for step in steps:
+    if parts and step[0] == parts[-1][-1][0] == "together":
+      parts[-1].append(step)
+    else:
+      parts.append([step])
+  return parts
+
+
+def _cores_alone():
+  """Whether processes can share the devices: an accelerator is of one."""
+  import jax
+
+  return jax.default_backend() == "cpu"
+
+
+def _together(stages):
+  """Runs stages at the same time, a process each, and waits for all of them.
+
+  Each writes what it says to log.txt in its folder; its headlines stand here,
+  too. A signal is passed on, so that each saves.
+
+  Args:
+    stages: list of (name, load.Source).
+  Returns: the exit code of a stop, or the first that is not 0, or 0.
+  """
+  from dpo_jax.train import health
+
+  print(
+    f"━━ {len(stages)} at once: {', '.join(n for n, _ in stages)}", flush=True
   )
+  with health.stop_on_signal() as stop:
+    children = [_child(step) for _, step in stages]
+    threads = [
+      threading.Thread(target=_follow, args=(child, name, step.config.workdir))
+      for child, (name, step) in zip(children, stages, strict=True)
+    ]
+    for thread in threads:
+      thread.start()
+    told = False
+    while any(child.poll() is None for child in children):
+      time.sleep(0.1)
+      if stop and not told:
+        told = True
+        for child in children:
+          child.send_signal(stop.signal)
+    for thread in threads:
+      thread.join()
+  failed = [child.returncode for child in children if child.returncode]
+  return stop.exit_code if stop else next(iter(failed), 0)
+
+
+def _child(step):
+  """The process of a stage; the terminal's signals do not reach it."""
+  command = ("-m", "dpo_jax", "train", "--config", f"{step.path}:{step.arg}")
+  return subprocess.Popen(
+    [sys.executable, *command],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    encoding="utf-8",
+    errors="replace",
+    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    start_new_session=True,
+  )
+
+
+def _follow(child, name, folder):
+  """Writes what a process says to its log, and its headlines here."""
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  path, last = folder / "log.txt", ""
+  with open(path, "a") as log:
+    for line in child.stdout:
+      log.write(line)
+      log.flush()
+      last = line.strip() or last
+      if line.startswith("━━"):
+        print(f"{name}: {line.strip()}", flush=True)
+  if child.wait():
+    print(f"{name}: exit code {child.returncode}, {last} ({path})", flush=True)
 
 
 def _plan(steps, options):

@@ -250,10 +250,12 @@ def training(name, history):
 def made(workdir):
   """Writes the report of a sweep's folder and returns its Table.
 
+  Of a folder of many sweeps, the path of its page.
+
   Args, Raises: as `write`.
   """
   page = write(workdir)
-  return Table(rows(workdir), page)
+  return page if _own(workdir) else Table(rows(workdir), page)
 
 
 class _Callable(types.ModuleType):

@@ -51,7 +51,7 @@ class Compared(NamedTuple):
     reward: key of r*.
     starts: {seed: folder.Run of the reference}.
     curves: {method: [Curve]}.
-    best_of: {seed: items of best_of.json}.
+    best_of: {seed: items of best_of.json, one an N}.
     sweeps: {(method, seed): folder.Sweep}.
     missing: lines that say what is not there.
   """
@@ -92,68 +92,91 @@ def holds(workdir):
 def read(workdir):
   """The Compared of a folder.
 
-  Raises: ValueError for a damaged file, or if no sweep has a measured policy.
+  Raises: ValueError for a damaged compared.json, or if no run is measured.
   """
   workdir = epath.Path(workdir)
   options = store.read_json(workdir / "compared.json")
-  sweeps, best_of, missing = {}, {}, []
+  lacking = {"seeds", "method", "against", "folder"} - options.keys()
+  if lacking:
+    raise ValueError(f"{workdir / 'compared.json'} is damaged: no {lacking}")
+  sweeps, ranked, missing = {}, {}, []
   for seed in options["seeds"]:
     for method in (options["method"], *options["against"]):
       path = workdir / options["folder"].format(seed=seed, method=method)
-      if method == BEST_OF:
-        if (path / "best_of.json").exists():
-          best_of[seed] = store.read_json(path / "best_of.json")
-        else:
-          missing.append(f"{path}: no best_of.json")
-        continue
-      if not (path / "sweep.json").exists():
-        missing.append(f"{path}: no sweep yet")
-        continue
       try:
-        sweep = folder.read(path)
+        if method == BEST_OF:
+          ranked[seed] = _items(path / "best_of.json")
+        else:
+          sweeps[method, seed] = _sweep(path)
       except ValueError as error:
         missing.append(str(error))
-        continue
-      start = sweep.reference and sweep.reference.evaluation
-      if sweep.rewards and start and _spot(start, sweep.rewards[0]):
-        sweeps[method, seed] = sweep
-      else:
-        missing.append(f"{path}: its reference is not measured yet, {_HALVES}")
   rewards = [key for sweep in sweeps.values() for key in sweep.rewards[:1]]
-  if not rewards:
-    raise ValueError(f"{workdir}: no sweep there has measured a policy yet")
   curves, starts = {}, {}
-  for (method, seed), sweep in sweeps.items():
+  for (method, seed), sweep in list(sweeps.items()):
+    if _spot(sweep.reference.evaluation, rewards[0]) is None:
+      missing.append(f"seed {seed}, {method}: no reference, {_HALVES}")
+      del sweeps[method, seed]
+      continue
     starts.setdefault(seed, sweep.reference)
-    found, lacking = _curves(method, seed, sweep, rewards[0])
-    curves.setdefault(method, []).extend(found)
-    missing += lacking
+    own, without = _curves(method, seed, sweep, rewards[0])
+    curves.setdefault(method, []).extend(own)
+    missing += without
+  if not any(curves.values()):
+    raise ValueError(f"{workdir}: no sweep there has measured a run yet")
+  for seed, items in list(ranked.items()):
+    if not all(rewards[0] in item["means"] for item in items):
+      missing.append(f"seed {seed}: best_of.json has no {rewards[0]}")
+      del ranked[seed]
   return Compared(
-    *(options, rewards[0], starts, curves, best_of, sweeps, missing)
+    *(options, rewards[0], starts, curves, ranked, sweeps, missing)
   )
+
+
+def _sweep(path):
+  """The Sweep of a folder, whose reference was sampled; or ValueError."""
+  if not (path / "sweep.json").exists():
+    raise ValueError(f"{path}: no sweep yet")
+  sweep = folder.read(path)
+  if not sweep.rewards or sweep.reference is None:
+    raise ValueError(f"{path}: its reference is not sampled yet")
+  return sweep
+
+
+def _items(path):
+  """Those of a best_of.json; or ValueError."""
+  if not path.exists():
+    raise ValueError(f"{path}: not there yet")
+  items = store.read_json(path).get("best_of")
+  if not items:
+    raise ValueError(f"{path} is damaged: it has no best_of; delete it")
+  return items
 
 
 def _curves(method, seed, sweep, reward):
   """(Curves of a sweep, lines that say which runs have no samples)."""
-  found, lacking = [], []
+  own, without = [], []
   for run in sweep.runs:
     every = [*run.evaluation.get("checkpoints", []), run.evaluation]
-    spots = [_spot(each, reward) for each in every]
-    if None in spots:
+    measured = [_spot(each, reward) for each in every]
+    if None in measured or not run.config:
       what = f"seed {seed}, {method}, {run.name}"
-      lacking.append(f"{what}: not measured yet, {_HALVES}")
+      without.append(f"{what}: not measured yet, {_HALVES}")
     else:
-      found.append(Curve(method, seed, run.name, spots, run))
-  return found, lacking
+      own.append(Curve(method, seed, run.name, measured, run))
+  return own, without
 
 
 def _spot(evaluation, reward):
-  """The Spot of an evaluation, or None if it has none."""
+  """The Spot of an evaluation; None if one of its values is not there."""
   means, halves = evaluation.get("means", {}), evaluation.get("halves", [])
-  if not {"kl", reward} <= means.keys() or len(halves) != 2:
+  keys = "kl", reward
+  if not set(keys) <= means.keys() or len(halves) != 2:
     return None
-  kl, mean = ((means[k]["mean"], means[k]["se"]) for k in ("kl", reward))
-  parts = [(half["kl"], half[reward]) for half in halves]
+  kl, mean = ((means[key]["mean"], means[key]["se"]) for key in keys)
+  parts = [tuple(half.get(key) for key in keys) for half in halves]
+  values = [kl[0], mean[0], *parts[0], *parts[1]]
+  if any(folder.number(value) is None for value in values):
+    return None
   return Spot(evaluation["step"], kl, mean, parts)
 
 
@@ -169,7 +192,11 @@ def spots(compared, method, seed):
 
 
 def envelope(points, grid):
-  """E(k) at each k of a grid, of Spots; see the module docstring."""
+  """E(k) at each k of a grid, of Spots, the first of which is of KL 0.
+
+  See the module docstring. That a KL is at most k, too, is seen on the half
+  that chooses.
+  """
   halves = np.array([spot.halves for spot in points])  # [spots, half, 2]
   out = []
   for chosen, told in ((0, 1), (1, 0)):
@@ -179,17 +206,26 @@ def envelope(points, grid):
   return np.mean(out, axis=0)
 
 
-def furthest(points):
-  """The largest KL of some Spots."""
-  return max(spot.kl[0] for spot in points)
+def reach(points):
+  """(least, largest) KL of some Spots, the reference aside."""
+  kls = [spot.kl[0] for spot in points[1:]]
+  return min(kls), max(kls)
 
 
 def best_of_points(compared, seed):
-  """[(n, KL bound, reward)] of a seed's Best-of-N, N = 1 aside."""
-  items = compared.best_of[seed]["best_of"]
-  key = compared.reward
+  """[(n, KL bound, reward)] of a seed's Best of N, N = 1 aside.
+
+  The reward is the reference's on all prompts and what N draws gain over one on
+  those of best_of.json, which may be fewer.
+  """
+  key, items = compared.reward, compared.best_of[seed]
+  alone = next((i for i in items if i["n"] == 1), None)
+  base = start(compared, seed).reward[0]
+  moved = base - alone["means"][key]["mean"] if alone else 0.0
   return [
-    (i["n"], i["bound"], i["means"][key]["mean"]) for i in items if i["n"] > 1
+    (i["n"], i["bound"], i["means"][key]["mean"] + moved)
+    for i in items
+    if i["n"] > 1
   ]
 
 

@@ -167,11 +167,16 @@ def _without_seeds(point):
 
 def _numbers(setting):
   """A setting whose argument of the config, "beta=0.1", is a field, too."""
-  name, given, text = setting.get("arg", "").partition("=")
+  text = setting.get("arg")
+  name, _, value = (
+    text.partition("=") if isinstance(text, str) else ("", "", "")
+  )
   try:
-    return {name: float(text)} if given and len(setting) == 1 else setting
+    value = float(value)
   except ValueError:
     return setting
+  plain = len(setting) == 1 and number(value) is not None
+  return {name: value} if plain and not name.endswith("seed") else setting
 
 
 def _groups(points, workdir):

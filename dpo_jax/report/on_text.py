@@ -21,15 +21,16 @@ from dpo_jax.report import (
 TITLE = "Methods compared on samples"
 CAPTION = (
   "Every dot is a checkpoint of a seed and setting: the mean reward r* of its "
-  "own samples over their sequence KL(π‖π_ref). Crosses are where settings "
-  "end, ± 1 standard error over {seeds} seeds on both axes; the error of a dot "
-  "is {reward:.3f} in reward and {kl:.2f} nats (medians, over prompts). Lines "
-  "are the best until a KL, chosen on half of the prompts and measured on the "
-  "other; mean over seeds with a band of one standard error. Squares: Best of "
-  "N, at the bound of its KL, log N − (N − 1)/N."
+  "own samples over their sequence KL(π‖π_ref), with an error over prompts of "
+  "{reward:.3f} in reward and {kl:.2f} nats (medians). Crosses are where "
+  "settings end{errors}. Lines are the best until a KL, the reference among "
+  "them, chosen on half of the prompts and measured on the other{bands}; where "
+  "checkpoints are far apart they are steps. Squares: Best of N, at the bound "
+  "of its KL, log N − (N − 1)/N. All policies continue the same beginnings, so "
+  "that errors in the tables are over seeds alone."
 )
 AHEAD = (
-  *("against", "KL from 0 to", "r*", "their r*", "difference"),
+  *("against", "checkpoints", "KL, nats", "r*", "their r*", "difference"),
   *("each seed", "ahead", "dominated", "by them"),
 )
 ENDS = (
@@ -60,10 +61,22 @@ def text(workdir):
 
 def _page(found):
   spots = [s for cs in found.curves.values() for c in cs for s in c.spots]
-  errors = {k: np.median([getattr(s, k)[1] for s in spots]) for k in _AXES}
+  medians = {
+    key: np.median([getattr(spot, key)[1] for spot in spots])
+    for key in ("reward", "kl")
+  }
+  several = len(found.seeds) > 1
   return tables.Page(
     title=TITLE,
-    caption=CAPTION.format(seeds=len(found.seeds), **errors),
+    caption=CAPTION.format(
+      **medians,
+      errors=f", ± 1 standard error over {len(found.seeds)} seeds on both axes"
+      if several
+      else "",
+      bands="; mean over seeds, with a band of one standard error"
+      if several
+      else "",
+    ),
     remarks=found.missing,
     sections=list(_sections(found)),
     draw=functools.partial(draw, found),
@@ -71,36 +84,39 @@ def _page(found):
   )
 
 
-_AXES = ("reward", "kl")
-
-
 def _sections(found):
   """Yields (title, heads, rows of strings)."""
   ours = methods.shown(found.options["method"])
-  rows = [_ahead(row) for row in standings.comparisons(found)]
+  rows = [_ahead(found, row) for row in standings.comparisons(found)]
   yield f"Is {ours} ahead? (mean r* of the best until a KL)", AHEAD, rows
   if trend := standings.trend(found):
-    yield f"Does {trend['field']} control the KL?", *_trend(trend)
+    yield f"How the KL follows {trend['field']}", *_trend(trend)
   yield "Where each setting ends", *_ends(found)
 
 
-def _ahead(row):
+def _ahead(found, row):
   """A comparison as the strings of AHEAD."""
   name = methods.shown(row["against"])
   if "each" not in row:
-    return [name, *["–"] * (len(AHEAD) - 1)]
+    return [name, "–", "none in common", *["–"] * (len(AHEAD) - 3)]
+  counts = [
+    sum(len(curve.spots) for curve in found.curves.get(method, ()))
+    for method in (found.options["method"], row["against"])
+  ]
   shares = [
     f"{row[key]:.0%}" if key in row else "–"
     for key in ("dominated", "dominates")
   ]
+  count = len(row["each"])
   return [
     name,
-    f"{row['until']:.2f}",
+    " and ".join(str(count or "–") for count in counts),
+    f"{row['since']:.2f} to {row['until']:.2f}",
     _with_error(row["ours"], 3),
     _with_error(row["theirs"], 3),
     _with_error(row["difference"], 3, sign="+"),
     ", ".join(f"{d:+.3f}" for d in row["each"]),
-    f"{sum(d > 0 for d in row['each'])} of {len(row['each'])} seeds",
+    f"{sum(d > 0 for d in row['each'])} of {count} seed{'s' * (count > 1)}",
     *shares,
   ]
 
@@ -113,16 +129,22 @@ def _with_error(value, decimals, sign=""):
 
 
 def _trend(trend):
+  heads = [trend["field"], "learning rate", "final KL of each seed, nats"]
   columns = np.transpose(trend["kl"])
-  heads = [trend["field"], "final KL of each seed, nats"]
   body = [
-    [f"{value:g}", ", ".join(f"{kl:.2f}" for kl in column)]
-    for value, column in zip(trend["values"], columns, strict=True)
+    [
+      f"{value:g}",
+      ", ".join(f"{rate:g}" for rate in rates),
+      ", ".join(f"{kl:.2f}" for kl in column),
+    ]
+    for value, rates, column in zip(
+      trend["values"], trend["rates"], columns, strict=True
+    )
   ]
   told = f"rises at every step in {trend['strict']} of {len(trend['kl'])} seeds"
   if trend["p"] is not None:
     told += f"; Page's p {trend['p']:.1g}"
-  return heads, [*body, ["KL", told]]
+  return heads, [*body, ["KL", "", told]]
 
 
 def _ends(found):
@@ -181,22 +203,25 @@ def _method(ax, found, name, color):
   for setting in dict.fromkeys(c.setting for c in curves):
     last = [c.spots[-1] for c in curves if c.setting == setting]
     places = np.array([(s.kl[0], s.reward[0]) for s in last])
-    error = np.zeros(2)
     if len(places) > 1:
-      error = places.std(axis=0, ddof=1) / len(places) ** 0.5
-    (kl, reward), (kl_se, reward_se) = places.mean(axis=0), error
-    ends = {"xerr": [kl_se], "yerr": [reward_se], "elinewidth": 1.3}
-    ax.errorbar([kl], [reward], **ends, fmt="none", color=color, capsize=2)
+      kl_se, reward_se = places.std(axis=0, ddof=1) / len(places) ** 0.5
+      ends = {"xerr": [kl_se], "yerr": [reward_se], "elinewidth": 1.3}
+      middle = places.mean(axis=0)[:, None]
+      ax.errorbar(*middle, **ends, fmt="none", color=color, capsize=2)
   seeds = [s for s in found.seeds if any(c.seed == s for c in curves)]
   points = [compared.spots(found, name, seed) for seed in seeds]
-  kls = np.linspace(0, min(map(compared.furthest, points)), standings.KLS)
+  furthest = min(compared.reach(own)[1] for own in points)
+  kls = np.linspace(0, furthest, standings.KLS)
   each = np.array([compared.envelope(own, kls) for own in points])
   methods.band(ax, kls, each, color, methods.shown(name))
 
 
 def _best_of(ax, found, color):
-  points = [compared.best_of_points(found, seed) for seed in found.best_of]
+  points = {}
+  for seed in found.best_of:
+    for _, kl, reward in compared.best_of_points(found, seed):
+      points.setdefault(kl, []).append(reward)
   if points:
-    _, kl, reward = np.mean(points, axis=0).T
     mark = {"color": color, "mfc": figures.PAPER, "ms": 5.5}
-    ax.plot(kl, reward, "s", **mark, label=methods.shown(compared.BEST_OF))
+    place = list(points), [np.mean(rewards) for rewards in points.values()]
+    ax.plot(*place, "s", **mark, label=methods.shown(compared.BEST_OF))

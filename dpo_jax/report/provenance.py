@@ -60,7 +60,7 @@ def _of(run, config):
   for key in _MADE_WITH:
     value = made_with.get(key)
     row[key] = folder.clean(value) if value is not None else UNKNOWN
-  row["training time, h:m:s"] = _duration(_trained(run.metrics))
+  row["training time, h:m:s"] = _duration(trained(run.metrics))
   _, speeds = run.metrics.get("tokens_per_second", ((), ()))
   speeds = [speed for speed in speeds if math.isfinite(speed)]
   row["tokens/s (median)"] = (
@@ -69,7 +69,7 @@ def _of(run, config):
   return row
 
 
-def _trained(metrics):
+def trained(metrics):
   """Seconds that a run took until what it logged last, or None.
 
   "elapsed" counts from the start of a process, at "wall_time" less "elapsed";

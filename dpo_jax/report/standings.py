@@ -5,8 +5,9 @@ import json
 import numpy as np
 
 from dpo_jax import store
+from dpo_jax.config import saved
 from dpo_jax.eval import statistics
-from dpo_jax.report import compared, measures
+from dpo_jax.report import compared, measures, provenance
 
 KLS = 50  # points of an envelope, whose mean is compared
 
@@ -14,12 +15,13 @@ KLS = 50  # points of an envelope, whose mean is compared
 def comparisons(found):
   """A dict for each method that ours is compared with.
 
-  "against"; "until", the largest KL in nats that both reach in every seed;
-  "ours" and "theirs", the mean of E over the KLs from 0 to there ({"mean",
-  "se"} over seeds); "each", the difference in each of "seeds", and
-  "difference"; "dominated", the share of their checkpoints that one of ours
-  beats on both axes, and "dominates", of ours by theirs. Of a method that no
-  seed has beside ours, the first alone.
+  "against"; "since" and "until", the KLs in nats between which both have
+  checkpoints in every seed: below the first one an envelope is the reference's
+  reward, and says how dense checkpoints are; "ours" and "theirs", the mean of E
+  over the KLs between ({"mean", "se"} over seeds); "each", the difference in
+  each of "seeds", and "difference"; "dominated", the share of their checkpoints
+  that one of ours beats on both axes, and "dominates", of ours by theirs. Of a
+  method that has no KL or seed in common with ours, the first alone.
   """
   ours, rows = found.options["method"], []
   for name in found.options["against"]:
@@ -27,18 +29,20 @@ def comparisons(found):
       rows.append(_against_best_of(found, ours))
       continue
     seeds = _both(found, ours, name)
-    if not seeds:
+    each = [[compared.spots(found, m, s) for m in (ours, name)] for s in seeds]
+    reached = [compared.reach(points) for pair in each for points in pair]
+    since = max((least for least, _ in reached), default=0.0)
+    until = min((most for _, most in reached), default=0.0)
+    if since >= until:
       rows.append({"against": name})
       continue
-    each = [[compared.spots(found, m, s) for m in (ours, name)] for s in seeds]
-    until = min(compared.furthest(points) for pair in each for points in pair)
-    grid = np.linspace(0, until, KLS)
-    reached = [
+    grid = np.linspace(since, until, KLS)
+    means = [
       [compared.envelope(points, grid).mean() for points in p] for p in each
     ]
     beaten = [_beaten(*pair) for pair in each]
     rows.append(
-      _row(name, until, seeds, reached)
+      _row(name, (since, until), seeds, means)
       | {
         "dominated": float(np.mean([theirs for theirs, _ in beaten])),
         "dominates": float(np.mean([mine for _, mine in beaten])),
@@ -58,12 +62,13 @@ def _both(found, *methods):
   ]
 
 
-def _row(name, until, seeds, reached):
+def _row(name, between, seeds, reached):
   """Fields of a comparison that come of (ours, theirs) of each seed."""
   ours, theirs = np.transpose(reached)
   return {
     "against": name,
-    "until": float(until),
+    "since": float(between[0]),
+    "until": float(between[1]),
     "seeds": seeds,
     "ours": _over(ours),
     "theirs": _over(theirs),
@@ -90,37 +95,42 @@ def _beaten(ours, theirs):
 
 
 def _against_best_of(found, ours):
-  """At the KLs of the N that both reach; theirs is the bound of it."""
+  """At the KLs of the N that ours reaches; that of Best of N is a bound."""
   seeds = [s for s in _both(found, ours) if s in found.best_of]
-  if not seeds:
+  points = [compared.best_of_points(found, seed) for seed in seeds]
+  own = [compared.spots(found, ours, seed) for seed in seeds]
+  reach = min((compared.reach(spots)[1] for spots in own), default=0.0)
+  kls = sorted({kl for each in points for _, kl, _ in each if kl <= reach})
+  if not kls:
     return {"against": compared.BEST_OF}
-  reach = min(compared.furthest(compared.spots(found, ours, s)) for s in seeds)
-  reached, until = [], 0.0
-  for seed in seeds:
-    points = [p for p in compared.best_of_points(found, seed) if p[1] <= reach]
-    if not points:
-      return {"against": compared.BEST_OF}
-    kls = [kl for _, kl, _ in points]
-    until = max(kls)
-    mine = compared.envelope(compared.spots(found, ours, seed), kls).mean()
-    reached.append((mine, np.mean([reward for *_, reward in points])))
-  return _row(compared.BEST_OF, until, seeds, reached)
+  reached = [
+    (compared.envelope(spots, kls).mean(), np.mean([at[kl] for kl in kls]))
+    for spots, at in zip(
+      own, [{kl: r for _, kl, r in each} for each in points], strict=True
+    )
+  ]
+  return _row(compared.BEST_OF, (kls[0], kls[-1]), seeds, reached)
 
 
 def trend(found):
   """How our final KL follows the swept number; None if nothing says so.
 
-  {"field", "values" (falling), "seeds", "kl" [seeds][values], "strict" (seeds
-  in which KL rises at every step), "p" of Page's test, None of one seed}.
+  {"field", "values" (falling), "rates" (learning rates of each value),
+  "seeds", "kl" [seeds][values], "strict" (seeds in which KL rises at every
+  step), "p" of Page's test, None of one seed}.
   """
   field, ours = found.options.get("trend"), found.options["method"]
   if field is None:
     return None
-  final = {
-    (c.seed, _value(c.run.config, field)): c.spots[-1].kl[0]
-    for c in found.curves.get(ours, ())
-  }
-  values = sorted({value for _, value in final}, reverse=True)
+  final, rates = {}, {}
+  for curve in found.curves.get(ours, ()):
+    config = saved.flatten(curve.run.config)
+    value = config.get(field)
+    final[curve.seed, value] = curve.spots[-1].kl[0]
+    rates.setdefault(value, set()).add(config.get("optim.learning_rate"))
+  if None in rates:
+    return None
+  values = sorted(rates, reverse=True)
   seeds = [s for s in found.seeds if all((s, v) in final for v in values)]
   if not seeds or len(values) < 3:
     return None
@@ -128,16 +138,12 @@ def trend(found):
   return {
     "field": field,
     "values": values,
+    "rates": [sorted(rates[value]) for value in values],
     "seeds": seeds,
     "kl": kl.tolist(),
     "strict": int(np.all(np.diff(kl) > 0, axis=1).sum()),
     "p": statistics.trend(kl) if len(seeds) > 1 else None,
   }
-
-
-def _value(config, field):
-  section, name = field.split(".")
-  return config[section][name]
 
 
 def ends(found):
@@ -162,8 +168,8 @@ def ends(found):
 def _ends_of_best_of(found):
   """Those of Best of N, an N each."""
   items = {}
-  for seed, made in found.best_of.items():
-    for item in made["best_of"]:
+  for seed, all_n in found.best_of.items():
+    for item in all_n:
       if item["n"] > 1:
         items.setdefault(item["n"], []).append((seed, item))
   return [
@@ -189,11 +195,10 @@ def _measures(found, name, runs):
   ]
   for row, (_, run) in zip(rows, runs, strict=True):
     row["updates"] = run.evaluation.get("step")
-    _, elapsed = run.metrics.get("elapsed", ((), (None,)))
-    row["seconds"] = elapsed[-1]
-  keys = rows[0].keys() - {measures.INTERVAL}
+    row["seconds"] = provenance.trained(run.metrics)
+  keys = {key for row in rows for key in row} - {measures.INTERVAL}
   return {
-    key: statistics.plain(measures.over_seeds([row[key] for row in rows]))
+    key: statistics.plain(measures.over_seeds([row.get(key) for row in rows]))
     for key in sorted(keys)
   }
 
@@ -205,7 +210,7 @@ def summary(found):
       "method": curve.method,
       "seed": curve.seed,
       "setting": curve.setting,
-      "rate": curve.run.config["optim"]["learning_rate"],
+      "rate": saved.flatten(curve.run.config).get("optim.learning_rate"),
       "checkpoints": [spot._asdict() for spot in curve.spots],
     }
     for curves in found.curves.values()
@@ -222,7 +227,7 @@ def summary(found):
     "references": {
       str(seed): compared.start(found, seed)._asdict() for seed in found.seeds
     },
-    "best_of": {str(seed): made for seed, made in found.best_of.items()},
+    "best_of": {str(seed): items for seed, items in found.best_of.items()},
     "runs": runs,
   }
 

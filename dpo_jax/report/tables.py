@@ -61,12 +61,16 @@ def _aligned(heads, body):
 
 
 def _markdown(page, drawings):
-  parts = [f"# {page.title}", *page.remarks]
+  parts = [f"# {markdown.plain(page.title)}"]
+  parts += [markdown.plain(line) for line in page.remarks]
   if drawings[0] is not None:
-    parts += ["![Reward over KL](frontier.png)", page.caption]
+    parts += ["![Reward over KL](frontier.png)", markdown.plain(page.caption)]
   for title, heads, body in page.sections:
-    rows = [(name, *((cell,) for cell in cells)) for name, *cells in body]
-    parts += [f"## {title}", markdown.table(heads, rows)]
+    rows = [
+      (name, *((markdown.plain(cell),) for cell in cells))
+      for name, *cells in body
+    ]
+    parts += [f"## {markdown.plain(title)}", markdown.table(heads, rows)]
   return "\n\n".join(parts) + "\n"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax import report
 from dpo_jax.eval import frontier
-from dpo_jax.report import compared, standings
+from dpo_jax.report import compared, folder, standings
 from tests import test_report as made_up
 
 TRUTH = made_up.TRUTH
@@ -95,8 +95,9 @@ def test_a_method_is_compared_up_to_the_kl_that_both_reach(tmp_path):
   assert found.missing == []
   assert found.seeds == list(SEEDS)
   ppo, best_of = standings.comparisons(found)
-  assert ppo["until"] == 3.0
-  kls = np.linspace(0, 3, standings.KLS)
+  # Between the first checkpoint, of early reward, and the last.
+  assert (ppo["since"], ppo["until"]) == (0.5, 3.0)
+  kls = np.linspace(0.5, 3, standings.KLS)
   share = np.mean(kls >= 1)  # from the first checkpoint of more than 0.5 on
   expected = [share * ahead for ahead in (0.1, 0.2, 0.3)]
   np.testing.assert_allclose(ppo["each"], expected)
@@ -108,7 +109,7 @@ def test_a_method_is_compared_up_to_the_kl_that_both_reach(tmp_path):
   # Of ours only the early ones, of 0.4.
   assert ppo["dominates"] == pytest.approx(0.5)
   # Of Best of N only the KL that ours reaches is compared.
-  assert best_of["until"] == 1.5
+  assert (best_of["since"], best_of["until"]) == (1.5, 1.5)
   np.testing.assert_allclose(best_of["each"], [0.05, 0.15, 0.25])
 
 
@@ -164,11 +165,120 @@ def test_what_is_not_there_is_said_and_the_rest_is_shown(tmp_path):
   told = "\n".join(found.missing)
   assert "seed 0, dpo, beta=1.0: not measured yet" in told
   assert f"{tmp_path}/seed=1/dpo: no sweep yet" in told
-  assert f"{tmp_path}/seed=0/best_of: no best_of.json" in told
+  assert f"{tmp_path}/seed=0/best_of/best_of.json: not there yet" in told
   assert "not measured yet" in page
   assert standings.trend(found) is None  # two values tell no trend
   for row in standings.comparisons(found):
     assert row.keys() == {"against"}
+
+
+def test_a_method_is_not_behind_for_having_no_early_checkpoint(tmp_path):
+  """Both lie on one curve; ours has been measured nearer to the reference."""
+
+  def on_curve(kl):
+    half = (kl, 0.5 + 0.1 * kl**0.5)
+    return compared.Spot(1, (kl, 0.1), (half[1], 0.1), [half, half])
+
+  def curve(method, kls):
+    run = folder.Run("a", {}, [], {}, [], {"loss": {}})
+    return compared.Curve(method, 0, "a", [on_curve(k) for k in kls], run)
+
+  options = OPTIONS | {"against": ["ppo"]}
+  start = folder.Run("reference", {}, [], {}, [], {})
+  start.evaluation.update(
+    step=0,
+    means={k: {"mean": v, "se": 0.1} for k, v in (("kl", 0), (TRUTH, 0.5))},
+    halves=[{"kl": 0.0, TRUTH: 0.5}] * 2,
+  )
+  every = {
+    "dpo": [curve("dpo", np.linspace(0.3, 9, 80))],
+    "ppo": [curve("ppo", np.linspace(3, 9, 56))],
+  }
+  found = compared.Compared(options, TRUTH, {0: start}, every, {}, {}, [])
+  (row,) = standings.comparisons(found)
+  assert (row["since"], row["until"]) == (3.0, 9.0)
+  assert row["difference"]["mean"] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_starts(tmp_path):
+  build(tmp_path, seeds=(0,))
+  for beta in BETAS:
+    made_up.lines(
+      tmp_path / f"seed=0/dpo/b{beta}/metrics.jsonl",
+      [
+        {"step": n, "kind": "train", "elapsed": e, "wall_time": w}
+        for n, e, w in ((1, 100.0, 1100.0), (2, 200.0, 1200.0), (3, 10.0, 1310))
+      ],
+    )
+  rows = standings.ends(compared.read(tmp_path))
+  (row,) = (
+    r for r in rows if r["setting"] == "beta=0.1" and "dpo" in r.values()
+  )
+  assert row["seconds"]["mean"] == 210
+
+
+@pytest.mark.parametrize("key", ["kl", TRUTH])
+def test_what_is_not_finite_is_not_measured(tmp_path, key):
+  build(tmp_path, seeds=(0,))
+  path = tmp_path / "seed=0/dpo"
+  values = made_up.saved(path, "b1.0", "evaluation.json")
+  values["means"][key]["mean"] = None
+  made_up.lines(path / "b1.0/evaluation.json", [values])
+  report.write(tmp_path)
+  (line,) = (m for m in compared.read(tmp_path).missing if "seed 0, dpo" in m)
+  assert "beta=1.0" in line
+
+
+@pytest.mark.parametrize(
+  ("text", "told"),
+  [
+    ('{"best_of": [', "best_of.json"),
+    ("{}", "it has no best_of"),
+    (
+      json.dumps({"best_of": [{"n": 4, "bound": 1.0, "means": {}}]}),
+      f"has no {TRUTH}",
+    ),
+  ],
+)
+def test_a_damaged_best_of_n_is_said(tmp_path, text, told):
+  build(tmp_path, seeds=(0, 1))
+  (tmp_path / "seed=0/best_of/best_of.json").write_text(text)
+  report.write(tmp_path)
+  assert told in "".join(compared.read(tmp_path).missing)
+
+
+def test_best_of_n_of_other_prompts_is_moved_by_what_one_draw_has_there(
+  tmp_path,
+):
+  build(tmp_path)
+  path = tmp_path / "seed=0/best_of/best_of.json"
+  items = json.loads(path.read_text())["best_of"]
+  for item in items:
+    item["means"][TRUTH]["mean"] -= 0.2  # harder beginnings
+  path.write_text(json.dumps({"best_of": items}))
+  points = compared.best_of_points(compared.read(tmp_path), 0)
+  assert [reward for *_, reward in points] == pytest.approx([0.55, 0.9])
+
+
+def test_names_of_files_are_text_on_the_page_and_in_markdown(tmp_path):
+  build(tmp_path, seeds=(0,))
+  path = tmp_path / "seed=0/dpo/sweep.json"
+  about = json.loads(path.read_text())
+  about["points"][0]["name"] = "a|b<script>*y*"
+  path.write_text(json.dumps(about))
+  page = report.write(tmp_path).read_text()
+  assert "<script>" not in page
+  text = (tmp_path / "report.md").read_text()
+  assert "<script>" not in text
+  assert "a\\|b" in text
+
+
+def test_a_reference_alone_says_nothing_yet(tmp_path):
+  build(tmp_path, seeds=(0,), methods=("dpo",))
+  for beta in BETAS:
+    (tmp_path / f"seed=0/dpo/b{beta}/evaluation.json").unlink()
+  with pytest.raises(ValueError, match="has measured a run yet"):
+    report.write(tmp_path)
 
 
 def test_other_methods_may_be_done_before_ours(tmp_path):
@@ -187,5 +297,5 @@ def test_other_methods_may_be_done_before_ours(tmp_path):
 
 def test_nothing_measured_is_an_error(tmp_path):
   (tmp_path / "compared.json").write_text(json.dumps(OPTIONS))
-  with pytest.raises(ValueError, match="no sweep there has measured"):
+  with pytest.raises(ValueError, match="has measured a run yet"):
     report.write(tmp_path)
