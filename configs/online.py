@@ -14,10 +14,6 @@ iteration); `:round=8` makes the policy the reference after every 8 iterations.
 reviews, from its SFT policy; `:smoke` two steps of a micro model. With
 --config.rollout.scorer=implicit:FOLDER the run of that folder, trained on
 comparisons, is the judge. data.eval may name held-out comparisons.
-
-Measured with `:quickstart`, under a minute on a 2-core CPU: mean r* of 512
-samples for held-out beginnings 0.67 before; 4.57, 4.78 and 4.68 (± 0.09) after,
-with rollout.seed = 0, 1 and 2; sequence KL 12.8 to 13.5 nats.
 """
 
 from dpo_jax.configs import base, common, losses, quickstart

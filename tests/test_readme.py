@@ -157,3 +157,40 @@ def test_the_spine_has_as_many_lines_as_the_readme_says():
   assert counted == {path: int(told.replace(",", "")) for path, told in rows}
   (told,) = re.findall(r"about an hour\s+\(([\d,]+) lines", README)
   assert int(told.replace(",", "")) == sum(counted.values()) <= 2100
+
+
+def test_the_table_of_the_papers_claims_is_that_of_the_runs():
+  """Differences, their intervals and verdicts, as frontier_*.json have them."""
+  rows = {
+    cells[0]: cells[1:]
+    for line in README.splitlines()
+    for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
+    if len(cells) == 4
+  }
+  names = {
+    "ppo": "PPO",
+    "ppo_gt": "PPO on r\\* itself",
+    "unlikelihood": "Unlikelihood",
+    "preferred_ft": "Preferred-FT",
+    "best_of": "Best of N",
+  }
+  exact = json.loads((RESULTS / "frontier_exact.json").read_text())
+  labels = ("bradley_terry", "deterministic")
+  for found in exact["comparisons"]:
+    if found["against"] not in names:  # beside the paper's own
+      continue
+    told = rows[names[found["against"]]][labels.index(found["labels"])]
+    assert found["verdict"] in told.replace("*", "")
+    if "p" in found:
+      numbers = (found[key] for key in ("difference", "low", "high"))
+      expected = [f"{x:+.4f}".replace("-", "−") for x in numbers]
+      assert re.findall(r"[+−]\d\.\d{4}", told) == expected
+  for number, trend in enumerate(exact["trends"]):
+    told = rows["β controls the KL"][number].replace("*", "")
+    seeds = f"{trend['strict']} of {len(trend['kl'])} seeds"
+    assert told == f"in {seeds}: {trend['verdict']}"
+  text = json.loads((RESULTS / "frontier_text.json").read_text())
+  for found in text["comparisons"]:
+    told = rows[names[found["against"]]][2]
+    expected = [f"{x:+.3f}".replace("-", "−") for x in found["each"]]
+    assert re.findall(r"[+−]\d\.\d{3}", told) == expected

@@ -2,10 +2,12 @@
 
 A folder has compared.json (config.compared) and the sweeps that it names. Every
 checkpoint of a run is a point between reward and KL, both estimates, and a
-method's envelope E(k) is what the best of its checkpoints of KL ≤ k is worth.
-The best on some prompts seems better than it is, so that it is chosen on half
-of the prompts and measured on the other, and the other way round; E is their
-mean.
+method's envelope E(k) is the upper concave hull of its points and the
+reference's: to answer each prompt by one of two policies, drawn with odds w,
+earns a reward linear in w at a KL of no more than linear. A best checkpoint
+until k alone would say how dense they are. The best on some prompts seems
+better than it is, so that the hull is chosen on half of the prompts and
+measured on the other, and the other way round; E is their mean.
 """
 
 from typing import NamedTuple
@@ -192,18 +194,33 @@ def spots(compared, method, seed):
 
 
 def envelope(points, grid):
-  """E(k) at each k of a grid, of Spots, the first of which is of KL 0.
+  """E(k) at each k of a grid, of Spots, the first of which is the reference.
 
-  See the module docstring. That a KL is at most k, too, is seen on the half
-  that chooses.
+  Args:
+    points: list of Spot.
+    grid: KLs in nats; behind the last of them E is that of the best.
   """
   halves = np.array([spot.halves for spot in points])  # [spots, half, 2]
   out = []
   for chosen, told in ((0, 1), (1, 0)):
-    within = halves[:, chosen, 0] <= np.asarray(grid)[:, None]
-    best = np.argmax(np.where(within, halves[:, chosen, 1], -np.inf), axis=1)
-    out.append(halves[best, told, 1])
+    hull = _hull(*halves[:, chosen].T)
+    out.append(np.interp(grid, halves[hull, chosen, 0], halves[hull, told, 1]))
   return np.mean(out, axis=0)
+
+
+def _hull(kl, reward):
+  """Indices of the upper concave hull, from the first point to the best."""
+  hull = [0]
+  for new in np.lexsort((-reward, kl)):
+    if kl[new] <= kl[0] or reward[new] <= reward[hull[-1]]:
+      continue
+    while len(hull) > 1:
+      (x0, x1), (y0, y1) = kl[hull[-2:]], reward[hull[-2:]]
+      if (y1 - y0) * (kl[new] - x0) > (reward[new] - y0) * (x1 - x0):
+        break
+      hull.pop()
+    hull.append(int(new))
+  return hull
 
 
 def reach(points):

@@ -23,9 +23,10 @@ CAPTION = (
   "Every dot is a checkpoint of a seed and setting: the mean reward r* of its "
   "own samples over their sequence KL(π‖π_ref), with an error over prompts of "
   "{reward:.3f} in reward and {kl:.2f} nats (medians). Crosses are where "
-  "settings end{errors}. Lines are the best until a KL, the reference among "
-  "them, chosen on half of the prompts and measured on the other{bands}; where "
-  "checkpoints are far apart they are steps. Squares: Best of N, at the bound "
+  "settings end{errors}. Lines are what a method reaches at a KL: the concave "
+  "hull of its checkpoints, as drawing one of two policies for each prompt "
+  "has it, chosen on half of the prompts and measured on the other{bands}. "
+  "Squares: Best of N, at the bound "
   "of its KL, log N − (N − 1)/N. All policies continue the same beginnings, so "
   "that errors in the tables are over seeds alone."
 )
@@ -88,7 +89,7 @@ def _sections(found):
   """Yields (title, heads, rows of strings)."""
   ours = methods.shown(found.options["method"])
   rows = [_ahead(found, row) for row in standings.comparisons(found)]
-  yield f"Is {ours} ahead? (mean r* of the best until a KL)", AHEAD, rows
+  yield f"Is {ours} ahead? (mean r* at equal KL)", AHEAD, rows
   if trend := standings.trend(found):
     yield f"How the KL follows {trend['field']}", *_trend(trend)
   yield "Where each setting ends", *_ends(found)

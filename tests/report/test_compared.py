@@ -70,18 +70,41 @@ def build(root, seeds=SEEDS, methods=("dpo", "ppo")):
   return root
 
 
+def spot(*halves):
+  """A Spot of its two halves; the rest is not read."""
+  return compared.Spot(1, (1.0, 0.1), (1.0, 0.1), list(halves))
+
+
 def test_what_is_the_best_on_one_half_is_told_by_the_other():
   spots = [
-    compared.Spot(0, (0, 0), (0, 0), [(0.0, 1.0), (0.0, 1.0)]),
-    # The best of the first half, and worth nothing on the second.
-    compared.Spot(1, (1, 0), (2, 0), [(1.0, 4.0), (1.0, 0.0)]),
-    compared.Spot(2, (1, 0), (2, 0), [(1.0, 2.0), (1.0, 3.0)]),
-    # The second half measures another KL.
-    compared.Spot(3, (2, 0), (6, 0), [(2.0, 6.0), (2.5, 7.0)]),
+    spot((0.0, 1.0), (0.0, 1.0)),
+    spot((1.0, 4.0), (1.0, 0.0)),  # best of the first half alone
+    spot((1.0, 2.0), (1.0, 3.0)),
+    spot((2.0, 4.5), (2.5, 5.0)),  # of another KL on the second half
   ]
-  at = compared.envelope(spots, [0.5, 1.0, 2.0, 2.5])
-  # Chosen on the first and told by the second, and the other way round.
-  np.testing.assert_allclose(at, [1.0, (0 + 2) / 2, (7 + 2) / 2, (7 + 6) / 2])
+  # Chosen on the first: (0, 1), (1, 4), (2, 4.5), told 1, 0, 5.
+  first = [1.0, 0.5, 0.0, 2.5, 5.0, 5.0]
+  # Chosen on the second: (0, 1), (1, 3), (2.5, 5), told 1, 2, 4.5.
+  second = [1.0, 1.5, 2.0, 2.0 + 2.5 / 3, 2.0 + 5.0 / 3, 4.5]
+  at = compared.envelope(spots, [0.0, 0.5, 1.0, 1.5, 2.0, 4.0])
+  np.testing.assert_allclose(at, np.mean([first, second], axis=0))
+
+
+def test_an_envelope_is_the_concave_hull_up_to_the_best():
+  places = [
+    (0, 0),
+    (1, 1),
+    (2, 1.2),
+    (3, 3),
+    (4, 2),
+    (5, 2.9),
+    (0.0, 9),
+    (3, 2),
+  ]
+  spots = [spot(place, place) for place in map(tuple, places)]
+  at = compared.envelope(spots, [0.5, 1, 2, 3, 5])
+  # (1, 1) lies on the line; what is behind the best, or of no KL, counts not.
+  np.testing.assert_allclose(at, [0.5, 1, 2, 3, 3])
 
 
 def test_halves_are_every_other_prompt_with_all_its_draws():
@@ -98,7 +121,7 @@ def test_a_method_is_compared_up_to_the_kl_that_both_reach(tmp_path):
   # Between the first checkpoint, of early reward, and the last.
   assert (ppo["since"], ppo["until"]) == (0.5, 3.0)
   kls = np.linspace(0.5, 3, standings.KLS)
-  share = np.mean(kls >= 1)  # from the first checkpoint of more than 0.5 on
+  share = np.mean(np.minimum(kls, 1))  # linear up to KL 1, then the same
   expected = [share * ahead for ahead in (0.1, 0.2, 0.3)]
   np.testing.assert_allclose(ppo["each"], expected)
   mean = np.mean(expected)
