@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 
 import numpy as np
 from etils import epath
@@ -149,26 +150,26 @@ def _trend(trend):
 
 
 def _ends(found):
-  rows, columns = standings.ends(found), []
-  keys = {"reward": found.reward}
+  body = []
+  for name, rows in itertools.groupby(
+    standings.ends(found), lambda row: row["method"]
+  ):
+    body += _ends_of(name, list(rows), {"reward": found.reward})
+  heads = ["method", "setting", "seeds", *(head for _, head, _ in ENDS)]
+  return heads, body
+
+
+def _ends_of(name, rows, keys):
+  """Lines of a method: losses of others are other functions, of other sizes."""
+  columns = []
   for key, _, decimals in ENDS:
     values = [row.get(keys.get(key, key)) for row in rows]
     texts = cells.column(values, [None] * len(values), decimals)
     columns.append([content.cell(each) for each in texts])
-  names = [
-    [
-      methods.shown(row["method"]),
-      row["setting"] or "–",
-      str(len(row["seeds"])),
-    ]
-    for row in rows
+  return [
+    [methods.shown(name), row["setting"] or "–", str(len(row["seeds"])), *texts]
+    for row, texts in zip(rows, zip(*columns, strict=True), strict=True)
   ]
-  heads = ["method", "setting", "seeds", *(head for _, head, _ in ENDS)]
-  body = [
-    [*name, *texts]
-    for name, texts in zip(names, zip(*columns, strict=True), strict=True)
-  ]
-  return heads, body
 
 
 def draw(found, wide):
