@@ -9,9 +9,9 @@ higher r* wins, and DPO trains on the pairs at four β (arXiv:2305.18290 section
 6, IMDb). `:stage=NAME` is the config of one stage; without it, of DPO, whose β
 is `:beta=`. configs/frontier_text.py adds the other methods and seeds.
 
-Measured on a 2-core CPU: mean r* of 512 samples 0.595 before, then 0.881, 0.872,
-0.636, 0.606 (± 0.007 to 0.013) at β = 0.05, 0.1, 1, 5; sequence KL 11.8, 7.8,
-0.14, 0.01 nats (scripts/results/quickstart.json).
+Measured on a 2-core CPU: mean r* of 512 samples 0.595 before, then 0.881,
+0.872, 0.636, 0.606 (± 0.007 to 0.013) at β = 0.05, 0.1, 1, 5; sequence KL 11.8,
+7.8, 0.14, 0.01 nats (scripts/results/quickstart.json).
 """
 
 from ml_collections import config_dict
