@@ -98,9 +98,9 @@ def read(workdir):
   """
   workdir = epath.Path(workdir)
   options = store.read_json(workdir / "compared.json")
-  lacking = {"seeds", "method", "against", "folder"} - options.keys()
-  if lacking:
-    raise ValueError(f"{workdir / 'compared.json'} is damaged: no {lacking}")
+  for name in ("seeds", "method", "against", "folder"):
+    if name not in options:
+      raise ValueError(f"{workdir / 'compared.json'} is damaged: no {name}")
   sweeps, ranked, missing = {}, {}, []
   for seed in options["seeds"]:
     for method in (options["method"], *options["against"]):

@@ -64,7 +64,7 @@ def text(workdir):
 def _page(found):
   spots = [s for cs in found.curves.values() for c in cs for s in c.spots]
   medians = {
-    key: np.median([getattr(spot, key)[1] for spot in spots])
+    key: np.nanmedian(np.array([getattr(s, key)[1] for s in spots], float))
     for key in ("reward", "kl")
   }
   several = len(found.seeds) > 1

@@ -319,6 +319,9 @@ def test_other_methods_may_be_done_before_ours(tmp_path):
 
 
 def test_nothing_measured_is_an_error(tmp_path):
+  (tmp_path / "compared.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"compared\.json is damaged: no seeds"):
+    report.write(tmp_path)
   (tmp_path / "compared.json").write_text(json.dumps(OPTIONS))
   with pytest.raises(ValueError, match="has measured a run yet"):
     report.write(tmp_path)
