@@ -93,7 +93,9 @@ def test_all_of_it_in_small_ends_in_a_report_and_is_not_done_twice(
     *("dpo", "ppo", "ppo_gt", "unlikelihood", "preferred_ft")
   }
   for run in summary["runs"]:
-    assert [spot["step"] for spot in run["checkpoints"]] == [1, 2]
+    # Inside an iteration of PPO nothing is saved: its draws would be lost.
+    steps = [2] if run["method"].startswith("ppo") else [1, 2]
+    assert [spot["step"] for spot in run["checkpoints"]] == steps
   assert [best["n"] for best in summary["best_of"]["0"]] == [1, 4]
   page = (tmp_path / "report.html").read_text()
   assert "seconds" in page
