@@ -23,6 +23,7 @@ from dpo_jax.report import (
   on_text,
   page,
   study,
+  tables,
 )
 
 TRUTH = "r*"
@@ -53,12 +54,12 @@ def write(workdir):
 
   Args:
     workdir: folder of `dpo-jax sweep`; of a study, see report.study; of
-      compared sweeps, see report.compared.
+      compared sweeps, see report.on_text.
   Returns: path of report.html.
   Raises: ValueError if the folder holds no sweep, or nothing of its runs.
   """
   if own := _own(workdir):
-    return own.write(workdir)
+    return tables.write(own.page(workdir), workdir)
   sweep, workdir = folder.read(workdir), epath.Path(workdir)
   pictures = content.draw(sweep)
   for name, picture in pictures.items():
@@ -88,7 +89,7 @@ def text(workdir):
   Args, Raises: as `write`.
   """
   if own := _own(workdir):
-    return own.text(workdir)
+    return tables.text(own.page(workdir))
   return table(rows(workdir), "text")
 
 

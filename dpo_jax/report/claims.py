@@ -4,7 +4,6 @@ A study's folder has study.json (what was asked, and the exact facts of every
 seed) and LABELS/METHOD.json, the curves of a method.
 """
 
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -294,9 +293,3 @@ def _envelopes(study, key):
     statistics.envelope(*points, study.claims["grid"]).tolist()
     for points in points_of(study, *key)
   ]
-
-
-def write(study, path):
-  """Writes `summary` as JSON."""
-  content = statistics.plain(summary(study))
-  store.write(path, (json.dumps(content, indent=1) + "\n").encode())

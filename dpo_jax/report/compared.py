@@ -16,9 +16,9 @@ import numpy as np
 from etils import epath
 
 from dpo_jax import store
-from dpo_jax.report import folder
+from dpo_jax.report import claims, folder
 
-BEST_OF = "best_of"
+BEST_OF = claims.BEST_OF
 _HALVES = "or not on halves of the prompts (sample.checkpoints=True)"
 
 

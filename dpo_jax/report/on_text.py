@@ -1,13 +1,9 @@
-"""The report of methods compared on text: the figure and its tables.
-
-`write` makes frontier.png, frontier.json, report.md and report.html.
-"""
+"""The report of methods compared on text: the figure and its tables."""
 
 import functools
 import itertools
 
 import numpy as np
-from etils import epath
 
 from dpo_jax.report import (
   cells,
@@ -27,9 +23,9 @@ CAPTION = (
   "settings end{errors}. Lines are what a method reaches at a KL: the concave "
   "hull of its checkpoints, as drawing one of two policies for each prompt "
   "has it, chosen on half of the prompts and measured on the other{bands}. "
-  "Squares: Best of N, at the bound "
-  "of its KL, log N − (N − 1)/N. All policies continue the same beginnings, so "
-  "that errors in the tables are over seeds alone."
+  "Squares: Best of N, at the bound of its KL, log N − (N − 1)/N. All policies "
+  "continue the same beginnings, so that errors in the tables are over seeds "
+  "alone."
 )
 AHEAD = (
   *("against", "checkpoints", "KL, nats", "r*", "their r*", "difference"),
@@ -49,19 +45,9 @@ ENDS = (
 )
 
 
-def write(workdir):
-  """Writes the report of a folder; returns the path of report.html."""
+def page(workdir):
+  """The tables.Page of a folder of compared sweeps."""
   found = compared.read(workdir)
-  standings.write(found, epath.Path(workdir) / "frontier.json")
-  return tables.write(_page(found), workdir)
-
-
-def text(workdir):
-  """The tables, for a console."""
-  return tables.text(_page(compared.read(workdir)))
-
-
-def _page(found):
   spots = [s for cs in found.curves.values() for c in cs for s in c.spots]
   medians = {
     key: np.nanmedian(np.array([getattr(s, key)[1] for s in spots], float))
@@ -83,6 +69,7 @@ def _page(found):
     sections=list(_sections(found)),
     draw=functools.partial(draw, found),
     made_with=compared.made_with(found),
+    summary=standings.summary(found),
   )
 
 

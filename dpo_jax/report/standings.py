@@ -1,10 +1,7 @@
 """What compared sweeps say: who is ahead, what β does, where settings end."""
 
-import json
-
 import numpy as np
 
-from dpo_jax import store
 from dpo_jax.config import saved
 from dpo_jax.eval import statistics
 from dpo_jax.report import compared, measures, provenance
@@ -16,8 +13,8 @@ def comparisons(found):
   """A dict for each method that ours is compared with.
 
   "against"; "since" and "until", the KLs in nats between which both have
-  checkpoints in every seed: below the first one an envelope is the reference's
-  reward, and says how dense checkpoints are; "ours" and "theirs", the mean of E
+  checkpoints in every seed: below its first one an envelope is a chord, and
+  says how near to the reference it was measured; "ours" and "theirs", the mean of E
   over the KLs between ({"mean", "se"} over seeds); "each", the difference in
   each of "seeds", and "difference"; "dominated", the share of their checkpoints
   that one of ours beats on both axes, and "dominates", of ours by theirs. Of a
@@ -97,17 +94,19 @@ def _beaten(ours, theirs):
 def _against_best_of(found, ours):
   """At the KLs of the N that ours reaches; that of Best of N is a bound."""
   seeds = [s for s in _both(found, ours) if s in found.best_of]
-  points = [compared.best_of_points(found, seed) for seed in seeds]
   own = [compared.spots(found, ours, seed) for seed in seeds]
   reach = min((compared.reach(spots)[1] for spots in own), default=0.0)
-  kls = sorted({kl for each in points for _, kl, _ in each if kl <= reach})
+  theirs = [
+    {kl: reward for _, kl, reward in compared.best_of_points(found, seed)}
+    for seed in seeds
+  ]
+  shared = set.intersection(*map(set, theirs)) if theirs else set()
+  kls = sorted(kl for kl in shared if kl <= reach)
   if not kls:
     return {"against": compared.BEST_OF}
   reached = [
     (compared.envelope(spots, kls).mean(), np.mean([at[kl] for kl in kls]))
-    for spots, at in zip(
-      own, [{kl: r for _, kl, r in each} for each in points], strict=True
-    )
+    for spots, at in zip(own, theirs, strict=True)
   ]
   return _row(compared.BEST_OF, (kls[0], kls[-1]), seeds, reached)
 
@@ -230,9 +229,3 @@ def summary(found):
     "best_of": {str(seed): items for seed, items in found.best_of.items()},
     "runs": runs,
   }
-
-
-def write(found, path):
-  """Writes `summary` as JSON."""
-  content = statistics.plain(summary(found))
-  store.write(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,11 +1,6 @@
-"""The report of a study: the figure, the claims, the facts.
-
-`write` makes frontier.png, frontier.json, report.md and report.html.
-"""
+"""The report of a study: the figure, the claims, the facts."""
 
 import functools
-
-from etils import epath
 
 from dpo_jax import progress
 from dpo_jax.report import claims, methods, tables
@@ -26,19 +21,9 @@ TREND = (
 )
 
 
-def write(workdir):
-  """Writes the report of a study's folder; returns the path of report.html."""
+def page(workdir):
+  """The tables.Page of a study's folder."""
   study = claims.read(workdir)
-  claims.write(study, epath.Path(workdir) / "frontier.json")
-  return tables.write(_page(study), workdir)
-
-
-def text(workdir):
-  """The claims and their verdicts, for a console."""
-  return tables.text(_page(claims.read(workdir)))
-
-
-def _page(study):
   return tables.Page(
     title=TITLE,
     caption=CAPTION.format(seeds=len(study.seeds)),
@@ -46,6 +31,7 @@ def _page(study):
     sections=list(_sections(study)),
     draw=functools.partial(methods.draw, study),
     made_with=study.about["made_with"],
+    summary=claims.summary(study),
   )
 
 

@@ -1,11 +1,14 @@
 """A page of one figure and some tables: of a study, or of methods on text."""
 
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jinja2
 from etils import epath
 
+from dpo_jax import store
+from dpo_jax.eval import statistics
 from dpo_jax.report import figures, markdown
 
 
@@ -19,6 +22,7 @@ class Page(NamedTuple):
     sections: list of (title, heads, rows of strings).
     draw: wide -> matplotlib Figure, or None where there is nothing.
     made_with: {what: version}.
+    summary: all of it as plain values, for frontier.json.
   """
 
   title: str
@@ -27,11 +31,17 @@ class Page(NamedTuple):
   sections: list
   draw: Callable
   made_with: dict
+  summary: dict
 
 
 def write(page, workdir):
-  """Writes frontier.png, report.md and report.html; returns the last's path."""
+  """Writes frontier.json, frontier.png, report.md and report.html.
+
+  Returns: path of report.html.
+  """
   workdir = epath.Path(workdir)
+  summary = json.dumps(statistics.plain(page.summary), indent=1) + "\n"
+  store.write(workdir / "frontier.json", summary.encode())
   drawings = [page.draw(wide) for wide in (True, False)]
   if drawings[0] is not None:
     (workdir / "frontier.png").write_bytes(figures.png(drawings[0]))

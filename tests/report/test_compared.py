@@ -270,6 +270,17 @@ def test_a_damaged_best_of_n_is_said(tmp_path, text, told):
   assert told in "".join(compared.read(tmp_path).missing)
 
 
+def test_seeds_are_compared_at_the_n_that_all_of_them_have(tmp_path):
+  build(tmp_path)
+  path = tmp_path / "seed=0/best_of/best_of.json"
+  items = json.loads(path.read_text())["best_of"]
+  more = {**items[1], "n": 2, "bound": 0.2}
+  path.write_text(json.dumps({"best_of": [*items, more]}))
+  report.write(tmp_path)
+  *_, row = standings.comparisons(compared.read(tmp_path))
+  assert (row["since"], row["until"]) == (1.5, 1.5)
+
+
 def test_best_of_n_of_other_prompts_is_moved_by_what_one_draw_has_there(
   tmp_path,
 ):
