@@ -14,11 +14,12 @@ def comparisons(found):
 
   "against"; "since" and "until", the KLs in nats between which both have
   checkpoints in every seed: below its first one an envelope is a chord, and
-  says how near to the reference it was measured; "ours" and "theirs", the mean of E
-  over the KLs between ({"mean", "se"} over seeds); "each", the difference in
-  each of "seeds", and "difference"; "dominated", the share of their checkpoints
-  that one of ours beats on both axes, and "dominates", of ours by theirs. Of a
-  method that has no KL or seed in common with ours, the first alone.
+  says how near to the reference it was measured; "ours" and "theirs", the mean
+  of E over the KLs between ({"mean", "se"} over seeds); "each", the difference
+  in each of "seeds", and "difference"; "dominated", the share of their
+  checkpoints that one of ours beats on both axes, and "dominates", of ours by
+  theirs. Of a method that has no KL or seed in common with ours, the first
+  alone.
   """
   ours, rows = found.options["method"], []
   for name in found.options["against"]:
