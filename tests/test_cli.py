@@ -234,6 +234,7 @@ def test_a_sweep_whose_point_failed_has_its_report_all_the_same(
   page.write_bytes(before)
 
 
+@pytest.mark.slow
 def test_methods_and_seeds_are_points_of_a_command(tmp_path, capsys):
   words = ["sweep", "--config=dpo:smoke", f"--workdir={tmp_path}"]
   words += ["--config.train.steps=1", "--config.data.eval=None"]

@@ -1,6 +1,7 @@
 """A loop written in a notebook is the run of `fit`; what it reads of a run."""
 
 import builtins
+import itertools
 import json
 
 import jax
@@ -22,14 +23,10 @@ def built():
   return dj.build(load())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("arg", "mode"),
-  [
-    ("smoke", "pmap"),
-    pytest.param("lora,smoke", "jit", marks=pytest.mark.slow),
-    pytest.param("smoke", "jit", marks=pytest.mark.slow),
-    pytest.param("lora,smoke", "pmap", marks=pytest.mark.slow),
-  ],
+  itertools.product(("smoke", "lora,smoke"), ("jit", "pmap")),
 )
 def test_steps_in_a_notebook_log_what_fit_logs(arg, mode, tmp_path):
   overrides = (f"mesh.mode={mode}", "train.steps=3", "log.every=1")

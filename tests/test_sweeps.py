@@ -147,6 +147,7 @@ def test_more_points_and_other_samples_train_only_what_is_new(copied):
     assert there["samples"] == 16
 
 
+@pytest.mark.slow
 def test_checkpoints_on_the_way_are_measured_as_runs_that_end_there(tmp_path):
   """That of step 1 of 3 is the policy of a run of one step."""
   longer = load(
@@ -305,6 +306,7 @@ def kinds(workdir):
   return {path for path in found if "ocdbt" not in path and "/d/" not in path}
 
 
+@pytest.mark.slow
 def test_points_in_one_program_leave_the_folders_of_runs_alone(swept, together):
   alone, _ = swept
   assert kinds(together) == kinds(alone)

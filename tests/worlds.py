@@ -4,13 +4,15 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.batch import rows
 from dpo_jax.data.tokens import comparisons
 from dpo_jax.data.tokens import examples as examples_lib
+from dpo_jax.models import axes, decoder
 from dpo_jax.models import config as model_config
-from dpo_jax.models import decoder
+from dpo_jax.ops import logprobs
 
 VOCAB = 61  # not a multiple of 128: the padded columns are always in play
 
@@ -129,3 +131,28 @@ def arranged(items, kind, with_scores=False):
   if kind == "mismatched":
     return list(comparisons.mismatched(items, "these"))
   return items
+
+
+@functools.cache
+def tables():
+  """Parameters of `tables_apply`: an embedding, positions and a head."""
+  rng, vocab, embed = np.random.default_rng(0), 128, 16
+  shapes = {
+    "embed": {"tokens": (vocab, embed), "positions": (64, embed)},
+    "head": {"kernel": (embed, vocab)},
+  }
+  return jax.tree.map(
+    lambda shape: jnp.float32(rng.normal(scale=0.5, size=shape)),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def tables_apply(params, batch, chunk=None):
+  """A decoder.Model.apply that sees one token and its position alone."""
+  table = params["embed"]
+  tokens = axes.constrain(table["tokens"], "vocab", None)[batch["tokens"]]
+  hidden = jnp.tanh(tokens + table["positions"][batch["positions"]])
+  hidden = axes.constrain(hidden, "rows", None, None)
+  head = logprobs.Head(params["head"]["kernel"], None, VOCAB, chunk=chunk)
+  return hidden, head

@@ -41,10 +41,7 @@ WAYS = {
 
 @pytest.mark.parametrize(
   "way",
-  [
-    pytest.param(w, marks=() if w in ("ppo", "rloo-hot") else slow)
-    for w in WAYS
-  ],
+  [pytest.param(w, marks=() if w == "ppo" else slow) for w in WAYS],
 )
 def test_in_the_first_epoch_the_ratio_is_one(way):
   arg, overrides = WAYS[way]
@@ -212,6 +209,7 @@ def test_ppo_warms_up_its_critic_and_stops_at_a_kl(critic):
       assert [moved[name] for moved, _ in steps] == [True, True, False, False]
 
 
+@slow
 def test_ppo_s_policy_begins_after_the_warm_up_as_if_there_were_none():
   """Its optimiser is as at step 0, and its first update is Adam's first."""
   run = rewarded.alone(
@@ -484,15 +482,12 @@ def after_an_iteration(run):
   return jax.device_get(state.params), found
 
 
+@slow
 @pytest.mark.parametrize(
   ("way", "loss"),
   [
     ("2x2x2-accumulation", "ppo"),
-    *(
-      pytest.param(way, loss, marks=slow)
-      for way in list(MESHES)[1:]
-      for loss in ("ppo", "rloo")
-    ),
+    *((way, loss) for way in list(MESHES)[1:] for loss in ("ppo", "rloo")),
   ],
 )
 def test_an_update_is_the_same_on_every_mesh(way, loss):

@@ -174,7 +174,7 @@ def test_a_reward_that_is_read_elsewhere_is_found(wrong, monkeypatch):
 
 def test_a_reward_of_seven_tenths_stays_one():
   """It never takes the type of the ids, nor is written into their array."""
-  apply, params = every_loss.apply, with_head(every_loss.tables())
+  apply, params = worlds.tables_apply, with_head(worlds.tables())
   zero = jnp.zeros_like(params["reward"]["kernel"])
   head = {"kernel": zero, "bias": jnp.float32(0.7)}
   with warnings.catch_warnings():
@@ -186,8 +186,8 @@ def test_a_reward_of_seven_tenths_stays_one():
 # ── What is learned of it ────────────────────────────────────────────────────
 
 
-def terms_of(items, config, apply=every_loss.apply, params=None):
-  params = with_head(every_loss.tables()) if params is None else params
+def terms_of(items, config, apply=worlds.tables_apply, params=None):
+  params = with_head(worlds.tables()) if params is None else params
   algorithm = algos.make(config, apply)
   items = worlds.arranged(items, algorithm.data, "scores" in algorithm.needs)
   hparams = {
@@ -199,7 +199,7 @@ def terms_of(items, config, apply=every_loss.apply, params=None):
 
 def table_scores(e):
   """Rewards of the completions of an example by the model of tables, in f64."""
-  params = with_head(every_loss.tables())
+  params = with_head(worlds.tables())
   embed, head = params["model"]["embed"], params["reward"]
   out = []
   for ids in e.completions:
@@ -321,7 +321,7 @@ def test_a_loss_of_ones_own_is_trained_and_its_code_is_known(monkeypatch):
   config = config_of("mine")
   terms, _ = terms_of(ITEMS, config)
   assert float(reduce.means(terms.losses)["mine"]) > 0
-  assert "LOSSES['mine']" in algos.make(config, every_loss.apply).code
+  assert "LOSSES['mine']" in algos.make(config, worlds.tables_apply).code
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def truth(loss, model="tables"):
 
 
 MODELS = {
-  "tables": lambda: (every_loss.apply, with_head(every_loss.tables())),
+  "tables": lambda: (worlds.tables_apply, with_head(worlds.tables())),
   "llama": llama,
 }
 OF_REWARDS = [n for n, loss in losses.LOSSES.items() if loss.of_rewards]
@@ -413,9 +413,15 @@ def assert_equal(got, want):
     )
 
 
-@pytest.mark.parametrize("model", ["tables", pytest.param("llama", marks=SLOW)])
 @pytest.mark.parametrize(
-  "cut", [pytest.param(c, marks=() if c in FAST else SLOW) for c in CUT]
+  ("model", "cut"),
+  [
+    *(
+      pytest.param("tables", cut, marks=() if cut in FAST else SLOW)
+      for cut in CUT
+    ),
+    pytest.param("llama", FAST[0], marks=SLOW),
+  ],
 )
 @pytest.mark.parametrize("loss", OF_REWARDS)
 def test_a_reward_model_learns_the_same_wherever_the_batch_is_cut(
@@ -464,10 +470,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-  "way",
-  [pytest.param(w, marks=SLOW if w != "whole" else ()) for w in WAYS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(way, tmp_path):
   """With gain and bias that are measured once all steps are done."""
   arg, more = WAYS[way]

@@ -259,13 +259,8 @@ WAYS = {  # and one device, in processes of their own
 }
 
 
-@pytest.mark.parametrize(
-  "way",
-  [
-    pytest.param(w, marks=pytest.mark.slow if w != "accumulation" else ())
-    for w in WAYS
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_ends_between_boundaries_goes_on_to_the_same_bits(
   way, tmp_path
 ):

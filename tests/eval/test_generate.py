@@ -213,6 +213,7 @@ def test_batches_by_length_hold_each_prompt_once_and_come_window_by_window():
   assert set(padded) == {100}
 
 
+@pytest.mark.slow
 def test_draws_of_prompts_sorted_by_length_come_in_order_and_unchanged(
   setup, params
 ):

@@ -9,17 +9,14 @@ from tests.exact import on_policy
 from tests.exact import world as world_lib
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("overrides", "within"),
   [
     # 16 answers and 150 steps of one noisy label a pair: .04 to .06 seen.
     (("train.steps=150",), 0.1),
-    pytest.param(
-      # Three times the pairs, four times the steps: .007 and .011 seen.
-      ("train.steps=600", "rollout.draws=48", "rollout.seed=1"),
-      0.03,
-      marks=pytest.mark.slow,
-    ),
+    # Three times the pairs, four times the steps: .007 and .011 seen.
+    (("train.steps=600", "rollout.draws=48", "rollout.seed=1"), 0.03),
   ],
 )
 def test_training_on_draws_reaches_the_exact_optimum(

@@ -47,7 +47,13 @@ def program(name):
   return functools.partial(both, params)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("window", "llama"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "neox")),
+  ],
+)
 def test_decoding_with_a_cache_equals_the_full_forward_pass(name):
   model, params = worlds.model(name)
   tokens = jax.random.randint(jax.random.key(3), (2, 12), 0, worlds.VOCAB)

@@ -1,6 +1,7 @@
 """Which device holds what decides nothing of what an adapter learns."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +48,10 @@ def learned(run, order):
   return start, jax.device_get(state.params), metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("rule", "zero"),
-  [
-    ("rmsprop", "b"),
-    pytest.param("rmsprop", "a", marks=pytest.mark.slow),
-    pytest.param("adamw", "b", marks=pytest.mark.slow),
-    pytest.param("adamw", "a", marks=pytest.mark.slow),
-  ],
+  itertools.product(("rmsprop", "adamw"), ("a", "b")),
 )
 def test_a_permutation_of_devices_leaves_the_first_ten_updates_alone(
   rule, zero

@@ -1,11 +1,12 @@
 """Every loss through the real step: it trains, wherever the batch is cut.
 
 What a loss does with the log-probs of a batch does not depend on what computes
-them: the fast tier takes a model of two tables that compiles in a moment, the
-slow tier a decoder.
+them, so every loss meets every cut with a model of two tables, which compiles
+in a moment; and with a decoder each that depends on the cut meets one, in turn.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,7 @@ import pytest
 from configs import losses as fields
 from dpo_jax.algos import base, preference
 from dpo_jax.algos import terms as terms_lib
-from dpo_jax.models import axes
-from dpo_jax.ops import logprobs, losses, reduce
+from dpo_jax.ops import losses, reduce
 from dpo_jax.train import step as step_lib
 from tests import worlds
 from tests.parallel import test_topology as topology
@@ -48,33 +48,6 @@ def items_of(loss):
   return worlds.arranged(items, kind, loss == "odpo")
 
 
-@functools.cache
-def tables():
-  """Parameters of `apply`: an embedding, positions and a head."""
-  rng, vocab, embed = np.random.default_rng(0), 128, 16
-  shapes = {
-    "embed": {"tokens": (vocab, embed), "positions": (64, embed)},
-    "head": {"kernel": (embed, vocab)},
-  }
-  return jax.tree.map(
-    lambda shape: rng.normal(scale=0.5, size=shape).astype(np.float32),
-    shapes,
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
-
-
-def apply(params, batch, chunk=None):
-  """A decoder.Model.apply that sees one token and its position alone."""
-  tables = params["embed"]
-  tokens = axes.constrain(tables["tokens"], "vocab", None)[batch["tokens"]]
-  hidden = jnp.tanh(tokens + tables["positions"][batch["positions"]])
-  hidden = axes.constrain(hidden, "rows", None, None)
-  head = logprobs.Head(
-    params["head"]["kernel"], None, worlds.VOCAB, chunk=chunk
-  )
-  return hidden, head
-
-
 def compute(loss, name, *, chunk=None, **how):
   """(gradient, metrics, parameters after a step) of a loss and a model."""
   config = config_of(loss)
@@ -86,7 +59,9 @@ def compute(loss, name, *, chunk=None, **how):
   how["hparams"] = {k: jnp.float32(v) for k, v in hparams.items()}
   if name == "tables":
     return topology.compute_of(
-      functools.partial(apply, chunk=chunk), tables(), **how
+      functools.partial(worlds.tables_apply, chunk=chunk),
+      worlds.tables(),
+      **how,
     )
   return topology.compute(name, chunk=chunk, **how)
 
@@ -96,10 +71,6 @@ def truth(loss, name):
   return compute(loss, name, packed=False, shared=False)
 
 
-MODELS = ["tables", pytest.param("llama", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("name", MODELS)
 # The fast tier takes the gradient of the others in tests/ops, and names them in
 # tests/test_switching.py.
 @pytest.mark.parametrize(
@@ -111,8 +82,8 @@ MODELS = ["tables", pytest.param("llama", marks=pytest.mark.slow)]
     for loss in TRAINED
   ],
 )
-def test_every_loss_trains_a_step(loss, name):
-  gradient, metrics, _ = truth(loss, name)
+def test_every_loss_trains_a_step(loss):
+  gradient, metrics, _ = truth(loss, "tables")
   assert np.isfinite(metrics["loss"])
   assert metrics["grad_norm"] > 1e-3
   for leaf in jax.tree.leaves(gradient):
@@ -136,17 +107,14 @@ def slow_but(*fast):
   ]
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("cut", slow_but("pmap, accumulation"))
 @pytest.mark.parametrize("loss", COUPLED)
-def test_a_coupled_loss_is_that_of_the_global_batch(loss, cut, name):
+def test_a_coupled_loss_is_that_of_the_global_batch(loss, cut):
   """Sorted ranks, reference points and δ see all of it: two stages where the
   batch is cut."""
-  got, want = compute(loss, name, **CUT[cut]), truth(loss, name)
-  topology.assert_equal_up_to_rounding(got, want)
+  assert_cut_changes_nothing(loss, cut, "tables")
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("cut", slow_but("mesh, accumulation"))
 # tdpo1 needs what tdpo2 needs, and mpo what nll and rpo need.
 @pytest.mark.parametrize(
@@ -158,7 +126,21 @@ def test_a_coupled_loss_is_that_of_the_global_batch(loss, cut, name):
     for loss in NEEDY
   ],
 )
-def test_what_a_loss_needs_does_not_depend_on_the_cut(loss, cut, name):
+def test_what_a_loss_needs_does_not_depend_on_the_cut(loss, cut):
+  assert_cut_changes_nothing(loss, cut, "tables")
+
+
+# Each with another cut than the one before it.
+DECODED = list(zip((*NEEDY, *COUPLED), itertools.cycle(CUT), strict=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "cut"), DECODED)
+def test_of_a_decoder_too(loss, cut):
+  assert_cut_changes_nothing(loss, cut, "llama")
+
+
+def assert_cut_changes_nothing(loss, cut, name):
   got, want = compute(loss, name, **CUT[cut]), truth(loss, name)
   topology.assert_equal_up_to_rounding(got, want)
 
@@ -192,13 +174,14 @@ def test_a_mixture_is_the_weighted_sum_of_its_terms():
 
 def test_bco_keeps_the_mean_of_its_rewards_between_steps():
   """δ is the mean over steps of the batches' mean rewards."""
-  algorithm = preference.make(config_of("bco"), apply)
+  algorithm = preference.make(config_of("bco"), worlds.tables_apply)
   step = jax.jit(
     step_lib.make(
       algorithm, topology.recording_sgd(), accumulation=1, axis_name=None
     )
   )
-  state = topology.make_state(tables(), algorithm.extra(tables()))
+  params = worlds.tables()
+  state = topology.make_state(params, algorithm.extra(params))
   hparams = {"beta": jnp.float32(0.1), "learning_rate": jnp.float32(0.05)}
   batch, rewards = worlds.batch(items_of("bco")), []
   for count in range(1, 4):

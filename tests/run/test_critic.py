@@ -35,6 +35,7 @@ def ppo(folder, *overrides):
   )
 
 
+@pytest.mark.slow
 def test_a_critic_starts_as_the_reward_model_on_the_one_base(reward_model):
   config = ppo(reward_model)
   run = build.prepare(config)

@@ -158,7 +158,7 @@ CASES = {
     ("ref_every=2",),
   ),
 }
-FAST = list(CASES)[1:3]
+FAST = ("models of other seeds, mesh",)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_policy_equals_reference_until_the_adapter_has_learned(run):
   assert state_lib.fingerprint(state.frozen["base"]) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "overrides",
   [
@@ -129,7 +130,7 @@ def test_policy_equals_reference_until_the_adapter_has_learned(run):
       *("lora.base=nf4", "lora.rank_stabilised=True"),
     ],
     # tests/parallel/test_adapters has the adapter of pmap itself.
-    pytest.param(["mesh.mode=pmap"], marks=pytest.mark.slow),
+    ["mesh.mode=pmap"],
   ],
 )
 def test_a_run_with_an_adapter_learns_whatever_its_reference(
