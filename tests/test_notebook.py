@@ -26,7 +26,7 @@ def built():
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("arg", "mode"),
-  itertools.product(("smoke", "lora,smoke"), ("jit", "pmap")),
+  list(itertools.product(("smoke", "lora,smoke"), ("jit", "pmap"))),
 )
 def test_steps_in_a_notebook_log_what_fit_logs(arg, mode, tmp_path):
   overrides = (f"mesh.mode={mode}", "train.steps=3", "log.every=1")

@@ -112,6 +112,7 @@ def pictures(book):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_the_first_dpo_learns_and_draws_its_curves(tmp_path, monkeypatch):
   book = executed("1_first_dpo", tmp_path, monkeypatch)
   text = shown(book)
@@ -124,6 +125,7 @@ def test_the_first_dpo_learns_and_draws_its_curves(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_loss_of_ones_own_logs_margins_and_is_refused_when_changed(
   tmp_path, monkeypatch
 ):
@@ -134,6 +136,7 @@ def test_a_loss_of_ones_own_logs_margins_and_is_refused_when_changed(
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_smaller_beta_goes_further_along_the_frontier(tmp_path, monkeypatch):
   book = executed("3_sweep_beta", tmp_path, monkeypatch)
   lines = re.findall(r"beta=(\S+) +reward +(\S+), KL +(\S+),", shown(book))
@@ -150,6 +153,7 @@ def test_a_smaller_beta_goes_further_along_the_frontier(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_eight_fake_devices_compute_what_one_does(tmp_path, monkeypatch):
   text = shown(executed("4_sharding", tmp_path, monkeypatch))
   assert len(re.findall(r"one device +\S+ +eight devices", text)) == 3
@@ -157,6 +161,7 @@ def test_eight_fake_devices_compute_what_one_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_an_adapter_is_exported_as_transformers_reads_it(tmp_path, monkeypatch):
   text = shown(executed("5_adapter_export", tmp_path, monkeypatch))
   assert "model.safetensors" in text

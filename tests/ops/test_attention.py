@@ -11,8 +11,6 @@ from dpo_jax.ops import attention
 from dpo_jax.ops.attention import blockwise, cudnn, rule, splash, tiled
 from tests import worlds
 
-pytestmark = pytest.mark.products
-
 ITEMS = worlds.examples(6, seed=3, completions=4)
 LAYOUTS = [(p, s) for p in (True, False) for s in (True, False)]
 

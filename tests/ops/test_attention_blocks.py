@@ -12,8 +12,6 @@ from dpo_jax.ops import attention
 from dpo_jax.ops.attention import blockwise, rule
 from tests import worlds
 
-pytestmark = pytest.mark.products
-
 BLOCK = 16
 
 

@@ -19,8 +19,6 @@ from dpo_jax.parallel import mesh as mesh_lib
 from dpo_jax.parallel import run
 from tests import worlds
 
-pytestmark = pytest.mark.products
-
 ITEMS = worlds.examples(8, seed=6, completions=4)
 MESH = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 KERNELS = {

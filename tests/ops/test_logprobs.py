@@ -12,8 +12,6 @@ from dpo_jax import compat
 from dpo_jax.ops import logprobs
 from dpo_jax.parallel import mesh as mesh_lib
 
-pytestmark = pytest.mark.products
-
 R, T, S, D, V, REAL = 4, 12, 10, 16, 128, 61
 
 

@@ -12,8 +12,6 @@ from configs import losses as losses_config
 from dpo_jax.ops import losses
 from tests.ops import loss_cases, oracles
 
-pytestmark = pytest.mark.products
-
 each_case = pytest.mark.parametrize("case", loss_cases.CASES, ids=str)
 # What compiles a program for each: the fast tier has every divergence of DPO,
 # and of the other losses of h the one that has two more for its ends.

@@ -9,8 +9,6 @@ from dpo_jax.ops import losses
 from dpo_jax.ops.losses import ranking
 from tests.ops import loss_cases
 
-pytestmark = pytest.mark.products
-
 LOGPS = ("policy_logps", "prefix_logps", "common_logps")
 ONES = np.ones((2, 3, 2))
 

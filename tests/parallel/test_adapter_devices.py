@@ -51,7 +51,7 @@ def learned(run, order):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("rule", "zero"),
-  itertools.product(("rmsprop", "adamw"), ("a", "b")),
+  list(itertools.product(("rmsprop", "adamw"), ("a", "b"))),
 )
 def test_a_permutation_of_devices_leaves_the_first_ten_updates_alone(
   rule, zero

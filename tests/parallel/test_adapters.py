@@ -12,8 +12,6 @@ from dpo_jax.config import load
 from dpo_jax.run import build, trained
 from tests import conftest
 
-pytestmark = pytest.mark.products
-
 DEVICES = {
   "2x2x2": ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
   "pmap": ["mesh.mode=pmap"],

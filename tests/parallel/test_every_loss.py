@@ -21,8 +21,6 @@ from dpo_jax.train import step as step_lib
 from tests import worlds
 from tests.parallel import test_topology as topology
 
-pytestmark = pytest.mark.products
-
 TRAINED = [n for n, loss in losses.LOSSES.items() if not loss.of_rewards]
 COUPLED = [n for n in TRAINED if losses.LOSSES[n].batch_level]
 NEEDY = [

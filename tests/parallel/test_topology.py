@@ -29,8 +29,6 @@ from dpo_jax.train import state as state_lib
 from dpo_jax.train import step as step_lib
 from tests import worlds
 
-pytestmark = pytest.mark.products
-
 ITEMS = worlds.examples(16, seed=1, completions=4)
 HPARAMS = {
   name: jnp.float32(value)

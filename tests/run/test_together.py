@@ -15,8 +15,6 @@ from dpo_jax.train import checkpoint
 from dpo_jax.train import state as state_lib
 from tests import conftest
 
-pytestmark = pytest.mark.products
-
 slow = pytest.mark.slow
 STEPS = 3
 # All that may differ between points of one program.

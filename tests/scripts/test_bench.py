@@ -294,6 +294,7 @@ def run(out, *options):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_ours_and_the_padded_step_run_by_turns_and_agree(tmp_path):
   out = tmp_path / "results.json"
   assert "agree with ours" in run(out, "--smoke")
@@ -312,6 +313,7 @@ def test_ours_and_the_padded_step_run_by_turns_and_agree(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_the_accelerator_set_runs_on_a_cpu(tmp_path):
   out = tmp_path / "results.json"
   run(out, "--device", "--smoke", "--rounds", "1")

@@ -23,6 +23,7 @@ def test_the_needed_work_counts_each_token_once_and_the_weights_by_token():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_the_command_says_the_ratio_and_the_distance_to_the_bound(capsys):
   arguments = ["--model=micro", "--tokens=4", "--rounds=1", "--prompts=4"]
   sampling.main(arguments)
