@@ -40,6 +40,7 @@ OTHERS = (
   "frontier_exact.py",  # a study: enumerable/test_study.py
   "frontier_text.py",  # stages: test_frontier_text.py
   "judge.py",  # eval/test_judge.py
+  "smollm2.py",  # stages: test_smollm2.py
 )
 CONFIGS = sorted(
   path.name
@@ -245,7 +246,8 @@ def values_of(workdir):
   }
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=slow)])
+@slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_a_killed_run_resumes_bit_for_bit_in_a_new_process(
   tmp_path, devices, start
 ):
