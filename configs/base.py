@@ -105,7 +105,7 @@ def get_config():
   t.epochs = 1.0  # passes over the data when train.steps is None
   t.accumulation = 1  # microbatches per update
   t.max_noise = 0.1  # largest |reward| at step 0, where policy = reference
-  t.max_skipped = 10  # stop after so many non-finite updates in a row
+  t.max_skipped = 10  # non-finite updates in a row that end the run
 
   c.mesh = m = config_dict.ConfigDict()
   m.mode = "jit"  # jit over the mesh, or pmap (data parallelism only)

@@ -451,6 +451,12 @@ def test_a_run_that_ended_in_nothing_finite_is_named(tmp_path):
   lines(tmp_path / "b1.0/metrics.jsonl", rows)
   (said,) = content.missing(folder.read(tmp_path))[:1]
   assert said == "beta=1.0: its last 3 updates were not finite"
+  last = {**rows[-1], "skipped": 0, "skipped/total": 5, "skipped/longest": 3}
+  lines(tmp_path / "b1.0/metrics.jsonl", [rows[0], last])
+  (said,) = content.missing(folder.read(tmp_path))[:1]  # nothing lacks
+  assert said == (
+    "beta=1.0: updates refused for not being finite: 5, at most 3 in a row"
+  )
 
 
 def test_of_what_was_not_compared_no_pairs_and_no_accuracy_are_told(tmp_path):

@@ -179,7 +179,7 @@ FIELDS = {
   "train.epochs": Field(LENGTH),
   "train.accumulation": Field(POLICY),  # bit-equal, as data.packed
   "train.max_noise": Field(HOW),
-  "train.max_skipped": Field(POLICY),
+  "train.max_skipped": Field(HOW),
   "mesh.mode": Field(HOW),
   "mesh.data": Field(HOW, optional=True),
   "mesh.fsdp": Field(HOW),

@@ -176,5 +176,5 @@ def _held_out(run, params, base, workdir):
   start = setup.trained.init(base, jax.random.key(setup.source.seed))
   extra, zero = held_out.algorithm.extra(start), jnp.zeros((), jnp.int32)
   frozen = setup.trained.frozen(base)
-  state = state_lib.TrainState(zero, params, {}, frozen, extra, zero)
+  state = state_lib.TrainState(zero, params, {}, frozen, extra, {})
   return held_out_lib.evaluate(setup, held_out, state)

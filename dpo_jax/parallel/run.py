@@ -17,6 +17,9 @@ from dpo_jax.ops import reduce
 
 PMAP_AXIS = "data"
 MODES = ("jit", "pmap")
+# Steps that may be under way when the next is started, at most: what came of
+# those before them is there, on every kind of device and in every process.
+AHEAD = 2
 _TO_FREE = 1e-3  # seconds in which XLA's CPU backend has freed a step's memory
 
 
@@ -69,7 +72,8 @@ class _Started:
 
   def __init__(self, mesh):
     self._cpu = mesh.devices.flat[0].platform == "cpu"
-    self._ahead, self._results = 0 if self._cpu else 2, collections.deque()
+    self._ahead = 0 if self._cpu else AHEAD
+    self._results = collections.deque()
 
   def add(self, results):
     """Waits until at most so many steps are under way, the new one too."""

@@ -172,12 +172,27 @@ def missing(sweep):
       lines.append(f"{run.name}: its last {count} not finite")
   if lines:
     lines.append("The same dpo-jax sweep command goes on where it stopped.")
+  for run in sweep.everyone:
+    lines += [f"{run.name}: {line}" for line in _refused(run)]
   if not sweep.sampled:
     lines.append(
       "No samples, no reward and no KL: the sweep names no prompts "
       "(sample.prompts)."
     )
   return lines
+
+
+def _refused(run):
+  """Lines on the updates that a run refused."""
+
+  def last(name):
+    return run.metrics.get(f"skipped/{name}", ((), (0,)))[1][-1]
+
+  if last("total"):
+    yield (
+      f"updates refused for not being finite: {last('total'):.0f}, at most "
+      f"{last('longest'):.0f} in a row"
+    )
 
 
 def _measured(config):

@@ -87,7 +87,7 @@ class Rhythm(NamedTuple):
     log, evaluate, save: steps between.
     keep: checkpoints that stay.
     max_noise: largest |reward| at step 0.
-    max_skipped: updates in a row that may be refused.
+    max_skipped: updates in a row that are not finite and end the run.
     reports: the fields of config.log: trackers, and whether to trace.
   """
 

@@ -1,19 +1,22 @@
 """What a run leaves in its folder while it trains."""
 
+import collections
 import contextlib
 import functools
 import json
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from dpo_jax import store, tree
 from dpo_jax.data.read import files
 from dpo_jax.models import config as model_config
 from dpo_jax.parallel import mesh as mesh_lib
+from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import held_out
-from dpo_jax.train import health, log, profile, trackers
+from dpo_jax.train import guard, health, log, profile, trackers
 from dpo_jax.train import state as state_lib
 
 
@@ -87,6 +90,7 @@ class Recorder:
       followed = trackers.make(run.rhythm.reports, asked, workdir, start)
     self._run, self._workdir, self._checkpoints = run, workdir, checkpoints
     self._evaluation = self._failure = None
+    self._unread = collections.deque()  # (number, metrics) of the last steps
     self._name = name
     self._raised, self._alarmed = set(), set()  # last time, and so far
     steps = (row for row in history(workdir) if row["kind"] == "train")
@@ -148,12 +152,15 @@ class Recorder:
       self._logger.say(f"{self._name}{line}")
     flops = step_flops(run, stats)
     self._check(self._logger.step(number, metrics, stats, flops))
+    self._unread.append((number, metrics))
+    self._judge(run_lib.AHEAD)
 
   @contextlib.contextmanager
   def paused(self):
     """What happens inside does not count as training time."""
     if not self.failed:
       self._check(self._logger.flush())
+      self._judge(0)
     with self._logger.paused():
       yield
 
@@ -181,6 +188,8 @@ class Recorder:
       of = f"{number} of {self._run.total}"
       line = f"stopped at step {of}, saved; the same command resumes"
     if not self.failed:
+      refused = guard.told(state.skipped)
+      line += f"; {refused}" if refused else ""
       self._logger.say(f"{self._name}{line}")
     code = stop.exit_code if stop else 0  # a sweep must not go on to others
     workdir = epath.Path(self._workdir)
@@ -200,13 +209,27 @@ class Recorder:
     for name in sorted(lasting - self._alarmed):
       self._logger.say(f"{self._name}LOOK: {alarms[name]}")
     self._raised, self._alarmed = set(alarms), self._alarmed | lasting
+
+  def _judge(self, unread):
+    """Fails after train.max_skipped refused updates in a row.
+
+    It reads every step but the last `unread`, which may not be done: which ones
+    follows from the number of the step alone, so all processes fail at one.
+    """
     limit = self._run.rhythm.max_skipped
-    if logged["skipped"] >= limit:
+    while len(self._unread) > unread and not self.failed:
+      number, metrics = self._unread.popleft()
+      row = int(np.asarray(metrics["skipped"]))
+      if row < limit:
+        continue
       saved = self._checkpoints.steps()
       kept = f"step {saved[0]} is kept" if saved else "nothing was saved yet"
+      total = int(np.asarray(metrics["skipped/total"]))
       self._failure = FloatingPointError(
-        f"{logged['skipped']:.0f} updates in a row were not finite; {kept} in "
-        f"{self._workdir}"
+        f"{row} updates in a row were not finite, up to step {number} ({total} "
+        f"of all {number}); {kept} in {self._workdir}. Lower "
+        "optim.learning_rate in a new --workdir, or go on from there with a "
+        f"train.max_skipped above {limit}"
       )
 
 

@@ -13,6 +13,7 @@ from etils import epath
 
 from dpo_jax import tree
 from dpo_jax.config import saved as saved_lib
+from dpo_jax.train import guard
 from dpo_jax.train import state as state_lib
 
 
@@ -127,13 +128,14 @@ class Checkpointer:
   def _read(self, step, target, identity):
     meta = _read_meta(self._manager, step)
     saved_lib.check_config(meta["config"], identity, self._path)
+    target = guard.as_saved(target, meta["leaves"])
     _check_leaves(meta["leaves"], _leaves(target), self._path)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
     restore = ocp.args.StandardRestore(shapes)
     values = _read_item(self._manager, step, "state", restore)
     if state_lib.fingerprint(values) != meta["checksums"]:
       raise _Damaged("checksums do not match")
-    return values, meta
+    return guard.upgraded(values), meta
 
   def __enter__(self):
     return self

@@ -121,6 +121,7 @@ class Logger:
     self._clock = None
     self._begin = None  # (time, number) after the first step
     self._tokens = self._flops = 0
+    self._refused = {}  # {metric: count} of updates, in the last line
     if loud:
       self._drop_later_than(start)
     if start:
@@ -209,8 +210,7 @@ class Logger:
     self._clock = now, number, *counts
     self.write("train", number, values)
     parts = _shown(values, {**_METRICS, **_STEP})
-    if values.get("skipped"):
-      parts.append(f"SKIPPED {values['skipped']:.0f} (not finite)")
+    parts += self._refused_since(values)
     if "tokens_per_second" in values:
       parts.append(f"{values['steps_per_second']:.3g} steps/s")
       parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
@@ -223,6 +223,17 @@ class Logger:
     parts.append(f"{elapsed} at {at}")
     self.say(f"{self._name}{self._line(number, *parts)}")
     return values
+
+  def _refused_since(self, values):
+    """What of the updates since the line before was refused."""
+    names = {"skipped/total": "not finite"}
+    parts = []
+    for key, why in names.items():
+      count, before = values.get(key, 0), self._refused.get(key, 0)
+      self._refused[key] = count
+      if count > before:
+        parts.append(f"SKIPPED {count - before:.0f} ({why})")
+    return parts
 
   def evaluation(self, number, values):
     """Logs metrics of held-out data after step `number`."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import tree
+from dpo_jax.train import guard
 
 
 @flax.struct.dataclass
@@ -21,7 +22,7 @@ class TrainState:
     frozen: {"ref": params}, or {"base": params} under an adapter; never
       differentiated, never saved, never donated.
     extra: what an algorithm keeps between steps.
-    skipped: i32, updates in a row refused for not being finite.
+    skipped: counts of the updates that were refused, see guard.create.
   """
 
   step: jax.Array
@@ -29,16 +30,15 @@ class TrainState:
   opt_state: Any
   frozen: Any
   extra: Any
-  skipped: jax.Array
+  skipped: Any
 
 
 def create(params, optimizer, frozen, extra):
   """A state at step 0."""
   trained, _ = tree.split(params, optimizer.trains)
-  zero = jnp.zeros((), jnp.int32)
-  return TrainState(
-    zero, params, optimizer.tx.init(trained), frozen, extra, zero.copy()
-  )
+  zero, opt_state = jnp.zeros((), jnp.int32), optimizer.tx.init(trained)
+  skipped = guard.create()
+  return TrainState(zero, params, opt_state, frozen, extra, skipped)
 
 
 def saved(state):

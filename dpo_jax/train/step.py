@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from dpo_jax import tree
 from dpo_jax.algos import base, diagnostics
 from dpo_jax.ops import reduce
+from dpo_jax.train import guard
 
 _LOSSES = "loss/"  # before the name of a term of the loss, where all are summed
 
@@ -53,12 +54,13 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     # ── Guard: chosen on the device, since the host sees a step's numbers late
     loss = metrics["loss"]
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(moved)
-    applies = finite & algorithm.applies(state.extra, state.step)
+    accepted, skipped = guard.judge(state.skipped, finite)
+    applies = accepted & algorithm.applies(state.extra, state.step)
 
-    def guard(new, old, when=finite):
+    def guarded(new, old, when=accepted):
       return jax.tree.map(lambda n, o: jnp.where(when, n, o), new, old)
 
-    params = tree.graft(rest, guard(updated, trained, applies))
+    params = tree.graft(rest, guarded(updated, trained, applies))
     metrics |= {"grad_norm": norm, "learning_rate": rate}
     # After the metrics, so that a coefficient can follow them.
     extra = {**state.extra, **kept}
@@ -66,11 +68,11 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     state = state.replace(
       step=state.step + 1,
       params=params,
-      opt_state=guard(opt_state, state.opt_state, applies),
-      extra=guard(extra, state.extra),
-      skipped=jnp.where(finite, 0, state.skipped + 1),
+      opt_state=guarded(opt_state, state.opt_state, applies),
+      extra=guarded(extra, state.extra),
+      skipped=skipped,
     )
-    return state, {**metrics, "skipped": state.skipped.astype(jnp.float32)}
+    return state, metrics | guard.metrics(skipped)
 
   return step
 

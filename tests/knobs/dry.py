@@ -19,7 +19,6 @@ import zlib
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import openai
 
@@ -31,7 +30,7 @@ from dpo_jax.eval.judge import asking
 from dpo_jax.run import base as plain
 from dpo_jax.run import build, forward, gain, held_out
 from dpo_jax.run import trained as trained_lib
-from dpo_jax.train import checkpoint, log
+from dpo_jax.train import checkpoint, guard, log
 from dpo_jax.train import state as state_lib
 from tests.knobs import drawn
 from tests.knobs import plan as plan_lib
@@ -146,8 +145,8 @@ def training(plan):
 
 
 def _state(number):
-  zero = jnp.zeros((), jnp.int32)
-  return state_lib.TrainState(number, {}, {}, {}, {}, zero)
+  skipped = guard.create()
+  return state_lib.TrainState(number, {}, {}, {}, {}, skipped)
 
 
 def _free_step(run, peaks):
@@ -162,8 +161,8 @@ def _free_step(run, peaks):
   loss = 0.0 if bounds is None else bounds[1]
 
   def step(state, batch, hparams):
-    skipped = state.step + 1.0
-    metrics = {"loss": loss, "skipped": skipped, **dict.fromkeys(peaks, NOISE)}
+    skipped = dict.fromkeys(guard.METRICS, state.step + 1.0)
+    metrics = {"loss": loss, **skipped, **dict.fromkeys(peaks, NOISE)}
     return _state(state.step + 1), metrics
 
   return step

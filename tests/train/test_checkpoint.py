@@ -25,7 +25,7 @@ def make_state(step=0, seed=0, dtype=jnp.float32):
     opt_state={"nu": jax.random.normal(keys[2], (4, 8))},
     frozen={"ref": {"kernel": jnp.ones((4, 8))}},
     extra={"delta": jnp.float32(step + 0.5)},
-    skipped=jnp.int32(step % 2),
+    skipped={k: jnp.int32(step % 2) for k in ("row", "longest", "total")},
   )
 
 
