@@ -18,9 +18,10 @@ def optim(name):
   """config.optim for an optimiser: the common fields and its own."""
   kind = lookup.lookup(optimizers.OPTIMIZERS, name, "optim")
   fields = {"name": name, **kind.defaults, **optimizers.COMMON}
-  optional = {"clip_norm": config_dict.placeholder(float)}
+  names = "clip_norm", "max_spike"
+  optional = {name: config_dict.placeholder(float) for name in names}
   o = config_dict.ConfigDict(fields | optional)
-  o.clip_norm = fields["clip_norm"]
+  o.update({name: fields[name] for name in names})
   return o
 
 

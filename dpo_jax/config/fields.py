@@ -78,6 +78,7 @@ FIELDS = {
   "optim.b2": Field(POLICY, least=0, below=1),
   "optim.warmup": Field(POLICY, least=0),
   "optim.clip_norm": Field(POLICY, optional=True),
+  "optim.max_spike": Field(POLICY, optional=True, least=1),
   "optim.weight_decay": Field(POLICY, least=0),
   "precision": Field(POLICY),
   "data.train": Field(POLICY, optional=True),

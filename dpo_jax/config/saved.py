@@ -76,6 +76,7 @@ def upgraded(config):
     config["sample"] = {**LATER, **config["sample"]}
   if "export" in config:
     config["export"] = {"public": False, **config["export"]}
+  config["optim"] = {"max_spike": None, **config["optim"]}
   if config["optim"]["name"] != "sgd":
     config["optim"] = {"moments": "float32", **config["optim"]}
   if "head_chunk" in config:

@@ -193,6 +193,8 @@ def _refused(run):
       f"updates refused for not being finite: {last('total'):.0f}, at most "
       f"{last('longest'):.0f} in a row"
     )
+  if last("spikes"):
+    yield f"updates refused as spikes: {last('spikes'):.0f}"
 
 
 def _measured(config):

@@ -7,23 +7,44 @@ run that resumes goes on counting.
 import jax
 import jax.numpy as jnp
 
+_WINDOW = 50  # norms that the running mean looks back on
+_TRUSTED = 20  # norms before which it is no measure
 
-def create():
+
+def create(max_spike):
   """The counts of a run that begins, zeros.
 
+  Args:
+    max_spike: of optim.Optimizer.
   Returns: {"row", "longest", "total"}, i32: updates refused for not being
-    finite: those in a row up to now, the most in a row, and all.
+    finite: those in a row up to now, the most in a row, and all. With
+    `max_spike` also {"spikes": i32, all that were refused for it; "norm": f32,
+    the running mean of gradient norms; "seen": i32, norms in it}.
   """
-  names = "row", "longest", "total"
-  return {name: jnp.zeros((), jnp.int32) for name in names}
+  names = ["row", "longest", "total"]
+  if max_spike is None:
+    return {name: jnp.zeros((), jnp.int32) for name in names}
+  names += ["spikes", "seen"]
+  counts = {name: jnp.zeros((), jnp.int32) for name in names}
+  return {**counts, "norm": jnp.zeros((), jnp.float32)}
 
 
-def judge(skipped, finite):
+def judge(skipped, finite, norm, max_spike):
   """Whether an update is made, and the counts after it.
+
+  A spike is a finite gradient whose norm is above s · mean, s = max_spike:
+
+      mean ← mean + (min(norm, s · mean) − mean) / min(n, 50)
+
+  It counts in the mean as far as it is allowed: a spike moves the mean by
+  little, and norms that stay r times as large are taken after about
+  50 · ln(r / s) / (s − 1) refused updates, so that no run stands still.
 
   Args:
     skipped: as of `create`.
     finite: bool, whether all of the update is.
+    norm: of the gradient, before it is cut.
+    max_spike: of optim.Optimizer.
   Returns: (bool, counts).
   """
   row = jnp.where(finite, 0, skipped["row"] + 1)
@@ -32,7 +53,19 @@ def judge(skipped, finite):
     "longest": jnp.maximum(row, skipped["longest"]),
     "total": skipped["total"] + ~finite,
   }
-  return finite, counts
+  if max_spike is None:
+    return finite, counts
+  mean, bound = skipped["norm"], max_spike * skipped["norm"]
+  before = jnp.where(mean > 0, skipped["seen"], 0)  # zeros measure nothing
+  spike = finite & (before >= _TRUSTED) & (norm > bound)
+  seen = jnp.minimum(before + 1, _WINDOW)
+  moved = mean + (jnp.where(spike, bound, norm) - mean) / seen
+  counts |= {
+    "spikes": skipped["spikes"] + spike,
+    "seen": jnp.where(finite, seen, skipped["seen"]),
+    "norm": jnp.where(finite, moved, mean),
+  }
+  return finite & ~spike, counts
 
 
 # The counts among the metrics, by the names that they have there.
@@ -40,6 +73,7 @@ METRICS = {
   "skipped": "row",
   "skipped/longest": "longest",
   "skipped/total": "total",
+  "skipped/spikes": "spikes",
 }
 
 
@@ -55,12 +89,15 @@ def metrics(skipped):
 def told(skipped):
   """What a run refused from its first step on, or "" for nothing."""
   counts = {name: int(x) for name, x in jax.device_get(skipped).items()}
-  if not counts["total"]:
-    return ""
-  return (
-    f"updates refused for not being finite: {counts['total']}, at most "
-    f"{counts['longest']} in a row"
-  )
+  parts = []
+  if counts["total"]:
+    parts.append(
+      f"updates refused for not being finite: {counts['total']}, at most "
+      f"{counts['longest']} in a row"
+    )
+  if counts.get("spikes"):
+    parts.append(f"updates refused as spikes: {counts['spikes']}")
+  return "; ".join(parts)
 
 
 def as_saved(values, leaves):

@@ -226,7 +226,7 @@ class Logger:
 
   def _refused_since(self, values):
     """What of the updates since the line before was refused."""
-    names = {"skipped/total": "not finite"}
+    names = {"skipped/total": "not finite", "skipped/spikes": "spikes"}
     parts = []
     for key, why in names.items():
       count, before = values.get(key, 0), self._refused.get(key, 0)

@@ -24,11 +24,14 @@ class Optimizer(NamedTuple):
       `still`, see `_apart`.
     factor: step -> factor on the learning rate.
     trains: path -> whether the parameter is trained.
+    max_spike: a gradient whose norm is above so many times the running mean of
+      norms is refused; None: none is.
   """
 
   tx: optax.GradientTransformationExtraArgs
   factor: Callable
   trains: Callable
+  max_spike: float | None
 
 
 class _Rounded(NamedTuple):
@@ -193,4 +196,5 @@ def make(options, total_steps, rests=None):
     optax.with_extra_args_support(optax.chain(clip, tx)),
     factor,
     lambda path: not tree.matches(freeze, path),
+    options.max_spike,
   )

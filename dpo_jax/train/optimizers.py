@@ -48,5 +48,7 @@ COMMON = {
   "warmup": 150,  # steps of linear warm-up
   "schedule": "constant",  # after warm-up: constant, linear or cosine
   "clip_norm": 10.0,  # global norm, None: no clipping
+  # A norm above so many times the running mean of them is refused; None: none.
+  "max_spike": None,
   "freeze": (),  # path regexes of parameters that are not trained
 }

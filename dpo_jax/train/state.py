@@ -37,7 +37,7 @@ def create(params, optimizer, frozen, extra):
   """A state at step 0."""
   trained, _ = tree.split(params, optimizer.trains)
   zero, opt_state = jnp.zeros((), jnp.int32), optimizer.tx.init(trained)
-  skipped = guard.create()
+  skipped = guard.create(optimizer.max_spike)
   return TrainState(zero, params, opt_state, frozen, extra, skipped)
 
 

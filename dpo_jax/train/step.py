@@ -4,7 +4,7 @@ denominators   Σ weights of every term, over the global batch
 gradient       of Σ_terms Σ w·v / denominator, summed over microbatches
                and devices
 update         optimiser, learning rate, what keeps still, and a guard against
-               non-finite
+               what is not finite and against spikes
 """
 
 import jax
@@ -54,7 +54,9 @@ def make(algorithm, optimizer, *, accumulation, axis_name):
     # ── Guard: chosen on the device, since the host sees a step's numbers late
     loss = metrics["loss"]
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(moved)
-    accepted, skipped = guard.judge(state.skipped, finite)
+    accepted, skipped = guard.judge(
+      state.skipped, finite, norm, optimizer.max_spike
+    )
     applies = accepted & algorithm.applies(state.extra, state.step)
 
     def guarded(new, old, when=accepted):

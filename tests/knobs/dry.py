@@ -145,7 +145,7 @@ def training(plan):
 
 
 def _state(number):
-  skipped = guard.create()
+  skipped = guard.create(None)
   return state_lib.TrainState(number, {}, {}, {}, {}, skipped)
 
 

@@ -39,6 +39,7 @@ VALUES = {
   "model.attention": ("xla",),
   "model.remat": ("full",),
   "optim.moments": ("bfloat16",),
+  "optim.max_spike": (3.0,),
   "loss.dialect": ("trl_1",),
   "loss.bco.dialect": ("trl_1",),
   "lora.targets": ((r"attn/\w+/kernel$",),),

@@ -53,7 +53,7 @@ def recording_sgd():
     lambda params: params, lambda grads, _, params=None: (grads, grads)
   )
   record = optax.with_extra_args_support(record)
-  return optim.Optimizer(record, lambda step: 1.0, lambda path: True)
+  return optim.Optimizer(record, lambda step: 1.0, lambda path: True, None)
 
 
 def make_state(params, extra=None):

@@ -206,4 +206,4 @@ def test_a_checkpoint_with_the_count_in_a_row_alone_resumes(tmp_path):
   state = loop.fit(config, tmp_path, run).state
   counts = {k: int(x) for k, x in state.skipped.items()}
   assert counts == {"row": 0, "longest": 2, "total": 2}
-  assert counts.keys() == guard.create().keys()
+  assert counts.keys() == guard.create(None).keys()
