@@ -14,7 +14,7 @@ import re
 from typing import NamedTuple
 
 from dpo_jax.data.read import fields, records
-from dpo_jax.data.tokens import unread
+from dpo_jax.data.tokens import limit, unread
 
 
 class Rendered(NamedTuple):
@@ -46,6 +46,7 @@ class Prompt(NamedTuple):
 # Where templates write the date. Llama 3's own writes this without a clock.
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _DAY = datetime.date(2024, 7, 26)
+_SECONDS = 10.0  # that a template may take; milliseconds are usual
 _ASKED = [{"role": "user", "content": "question"}]  # of a probe
 
 
@@ -63,13 +64,19 @@ def template(hf):
     return _NOW.sub(lambda found: repr(_DAY.strftime(found[2])), text)
 
   def apply(messages, add_generation_prompt, tools=None):
-    return hf.apply_chat_template(
-      messages,
-      tools=tools,
-      tokenize=False,
-      chat_template=source(tools is not None),
-      add_generation_prompt=add_generation_prompt,
-    )
+    with limit.seconds(
+      _SECONDS,
+      f"the chat template of {hf.name_or_path} is not done after "
+      f"{_SECONDS:.0f} seconds: does it loop for ever? Mend 'chat_template' in "
+      "the tokenizer's folder, or give prompt and completions as text",
+    ):
+      return hf.apply_chat_template(
+        messages,
+        tools=tools,
+        tokenize=False,
+        chat_template=source(tools is not None),
+        add_generation_prompt=add_generation_prompt,
+      )
 
   return apply
 
@@ -258,6 +265,8 @@ def end_ids(apply_template, encode, added):
     return ()
   try:
     end = end_of_turn(apply_template).strip()
+  except limit.TooLong:
+    raise
   except (fields.BadRecord, ValueError):  # it refuses the probe
     return ()
   ids = encode([end])[0] if end else []
@@ -274,6 +283,8 @@ def marks_turns(bos, apply_template):
   messages = [*_ASKED, {"role": "assistant", "content": "reply"}]
   try:
     return _apply(apply_template, messages, False).count(bos) > 1
+  except limit.TooLong:
+    raise
   except (fields.BadRecord, ValueError):  # it refuses the probe
     return False
 
@@ -286,6 +297,8 @@ def _reads_parts(apply_template):
     text = apply_template(
       [{"role": "user", "content": parts}], add_generation_prompt=False
     )
+  except limit.TooLong:
+    raise
   except Exception:  # a template raises anything
     return False
   written = all(part["text"] in text for part in parts)
@@ -309,6 +322,8 @@ def _apply(apply_template, messages, add_generation_prompt, tools=None):
     raise ValueError(
       "chat templates need jinja2: pip install jinja2"
     ) from error
+  except limit.TooLong:  # of no one record: how long depends on the machine
+    raise
   except Exception as error:  # a template raises anything
     raise fields.BadRecord(
       "template", f"the chat template refuses the messages: {error}"

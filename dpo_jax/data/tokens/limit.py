@@ -1,0 +1,73 @@
+"""A time limit on code that a model brings, in whatever thread it runs."""
+
+import contextlib
+import ctypes
+import threading
+import time
+
+_POLL = 0.1  # seconds between looks at what is running
+_lock = threading.Lock()
+_watchers = []  # the thread that watches, if one does
+_running = {}  # {object: [thread, when it has to be done, whether it was told]}
+
+
+class TooLong(ValueError):
+  """Code that went on for longer than it may."""
+
+
+class _Stop(BaseException):
+  """Raised in a thread from outside; no `except Exception` there takes it."""
+
+
+@contextlib.contextmanager
+def seconds(limit, message):
+  """Ends what goes on inside after `limit` seconds, between two of its steps.
+
+  Signals reach the main thread alone, and a thread cannot be ended; an
+  exception can be raised in it. One call of C, such as copying a long string,
+  is waited for.
+
+  Args:
+    limit: seconds.
+    message: of the error.
+  Raises: TooLong.
+  """
+  mine = object()
+  with _lock:
+    # One that sleeps is alive; in a fork of this process it is not.
+    if not any(watcher.is_alive() for watcher in _watchers):
+      _watchers[:] = [threading.Thread(target=_watch, daemon=True)]
+      _watchers[0].start()
+    _running[mine] = [threading.get_ident(), time.monotonic() + limit, False]
+  try:
+    try:
+      yield
+    finally:
+      with _lock:
+        thread, _, told = _running.pop(mine)
+        if told:  # it may have been done before the exception got there
+          _raise_in(thread, None)
+  except _Stop:
+    _running.pop(mine, None)
+    raise TooLong(message) from None
+
+
+def _watch():
+  """Tells those whose time is over, until nothing is running."""
+  while True:
+    time.sleep(_POLL)
+    with _lock:
+      if not _running:
+        _watchers.clear()
+        return
+      for each in _running.values():
+        thread, end, told = each
+        if not told and time.monotonic() > end:
+          each[2] = True
+          _raise_in(thread, ctypes.py_object(_Stop))
+
+
+def _raise_in(thread, exception):
+  """Has a thread raise an exception at its next step; None takes it back."""
+  number = ctypes.c_ulong(thread)
+  ctypes.pythonapi.PyThreadState_SetAsyncExc(number, exception)
