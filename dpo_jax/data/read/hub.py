@@ -41,7 +41,9 @@ def load(argument):
       found = datasets.load_from_disk(str(folder))
     else:
       found = datasets.load_dataset(
-        str(folder) if folder.exists() else name, config
+        str(folder) if folder.exists() else name,
+        config,
+        trust_remote_code=False,  # before version 4 a data set could bring code
       )
   except Exception as error:  # the library raises anything
     reason = " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,55 @@
+"""Where each danger of files that others wrote is tested."""
+
+import ast
+
+import pytest
+
+from tests import conftest
+
+# What is refused or made harmless -> file of tests/ and the test that shows it.
+TESTED = {
+  "code that a tokenizer brings": (
+    "data/tokens/test_vocabulary.py",
+    "test_code_that_a_tokenizer_brings_is_never_run",
+  ),
+  "calls that would allow such code, pickles, eval and exec": (
+    "security/test_code.py",
+    "test_no_file_runs_code_of_what_it_reads",
+  ),
+  "an index of weights that leads out of its folder": (
+    "models/test_hf.py",
+    "test_an_index_that_leads_out_of_its_folder_is_refused",
+  ),
+  "pickled weights": (
+    "models/test_hf.py",
+    "test_pickled_weights_are_refused_with_the_way_to_convert_them",
+  ),
+  "a chat template that never ends": (
+    "security/test_templates.py",
+    "test_a_template_without_an_end_is_an_error_that_names_it",
+  ),
+  "scripts in what a report shows": (
+    "test_report.py",
+    "test_samples_are_shown_as_text_whatever_they_hold",
+  ),
+  "scripts in what a comparison of sweeps shows": (
+    "report/test_compared.py",
+    "test_names_of_files_are_text_on_the_page_and_in_markdown",
+  ),
+  "the key of a judge": (
+    "eval/test_judge_endpoint.py",
+    "test_an_answer_with_the_key_in_it_is_kept_without",
+  ),
+  "an upload that everybody sees": (
+    "test_export.py",
+    "test_a_push_uploads_the_folder_and_a_failed_one_keeps_it",
+  ),
+}
+
+
+@pytest.mark.parametrize("danger", TESTED)
+def test_it_is_tested(danger):
+  file, name = TESTED[danger]
+  tree = ast.parse((conftest.ROOT / "tests" / file).read_text())
+  defined = {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
+  assert name in defined
