@@ -12,6 +12,7 @@ as it is.
 import contextlib
 import hashlib
 import json
+import pathlib
 import shutil
 import time
 import uuid
@@ -78,6 +79,24 @@ def read_json(path):
   if not isinstance(content, dict):
     raise ValueError(f"{path} is damaged: it holds no JSON object")
   return content
+
+
+def inside(folder, name, where):
+  """The path of what a file says is in a folder.
+
+  Args:
+    folder: epath.Path.
+    name: what the file says.
+    where: the file, for the message.
+  Raises: ValueError for a name that leads out of the folder, or is none.
+  """
+  parts = pathlib.PurePosixPath(name).parts if isinstance(name, str) else ()
+  if not parts or {"/", "//", ".."} & set(parts) or "\0" in name:
+    raise ValueError(
+      f"{where} names the folder {name!r}, which is none inside {folder}; put "
+      "the name of the point's folder there"
+    )
+  return folder / name
 
 
 def write(path, content):

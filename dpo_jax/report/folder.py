@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from dpo_jax import store
 from dpo_jax.config import load
 from dpo_jax.data.read import files
 
@@ -143,7 +144,7 @@ def read(workdir):
   groups = _groups(points, workdir)
   runs = [run for group in groups for run in group.runs]
   start = about.get("reference")
-  start = _run(workdir / start, "reference") if start else None
+  start = _run(_point(workdir, start), "reference") if start else None
   sampled = start is not None or any(run.samples for run in runs)
   notes = [clean(note) for note in about.get("notes", [])]
   sweep = Sweep(clean(about["title"]), notes, groups, start, axis, sampled)
@@ -187,12 +188,17 @@ def _groups(points, workdir):
     alike.setdefault(key, []).append(point)
   groups = []
   for same in alike.values():
-    runs = [_run(workdir / p["folder"], p["name"]) for p in same]
+    runs = [_run(_point(workdir, p["folder"]), p["name"]) for p in same]
     name = runs[0].name
     if len(runs) > 1:
       name = clean(load.point_name(_without_seeds(same[0]))) or "all"
     groups.append(Group(name, runs))
   return groups
+
+
+def _point(workdir, name):
+  """The folder of a point, or of the reference, that sweep.json names."""
+  return store.inside(workdir, name, workdir / "sweep.json")
 
 
 def _axis(points):

@@ -85,7 +85,8 @@ def best_point(folder):
     return folder
   accuracies = {}
   for point in store.read_json(path / "sweep.json")["points"]:
-    evaluation = path / point["folder"] / "evaluation.json"
+    own = store.inside(path, point["folder"], path / "sweep.json")
+    evaluation = own / "evaluation.json"
     if evaluation.exists():
       measured = store.read_json(evaluation).get("comparisons", {})
       accuracies[point["folder"]] = measured.get("rewards/accuracies")
