@@ -6,9 +6,11 @@ import importlib.util
 import os
 import pathlib
 import socket
+import stat
 import sys
 import urllib.parse
 import urllib.request
+import warnings
 
 # Options of glibc's mallopt (malloc.h), and Linux's MADV_HUGEPAGE.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -86,6 +88,24 @@ def keep():
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   folder = pathlib.Path(home) / "dpo_jax" / "programs" / _processor()
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+  _warn_of_writers(os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def _warn_of_writers(folder):
+  """Warns if others can put programs into a folder, which would be run."""
+  off = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower()
+  path = pathlib.Path(folder)
+  if off in ("0", "false") or not path.is_dir():  # gs://… is none, either
+    return
+  about = path.stat()
+  others = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+  if others or about.st_uid not in (os.getuid(), 0):
+    warnings.warn(
+      f"JAX_COMPILATION_CACHE_DIR = {folder}: others can write there, and what "
+      "they write is run as you; take a folder of your own (chmod go-w), or "
+      "set JAX_ENABLE_COMPILATION_CACHE=0",
+      stacklevel=3,
+    )
 
 
 def _processor():

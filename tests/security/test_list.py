@@ -28,6 +28,14 @@ TESTED = {
     "security/test_templates.py",
     "test_a_template_without_an_end_is_an_error_that_names_it",
   ),
+  "a sweep that names folders elsewhere": (
+    "security/test_folders.py",
+    "test_a_sweep_that_names_a_folder_elsewhere_is_refused",
+  ),
+  "kept programs that others can write": (
+    "security/test_programs.py",
+    "test_a_folder_of_programs_that_others_can_write_is_warned_of",
+  ),
   "scripts in what a report shows": (
     "test_report.py",
     "test_samples_are_shown_as_text_whatever_they_hold",
