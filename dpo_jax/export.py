@@ -116,6 +116,10 @@ def _write(config, workdir, folder, about):
   raw = _config_json(setup)
   base = trained.initial(setup) if setup.trained.on_base else None
   params = trained.restored(setup, base, workdir)
+  # Of an older checkpoint, if the newest one proved damaged.
+  about = {**about, **checkpoint.identity(workdir)}
+  if "gain" in about:
+    gain.read(workdir, config.to_dict(), about["step"])
   partial = folder.parent / f"{folder.name}.part"
   if partial.exists():
     partial.rmtree()

@@ -189,7 +189,7 @@ class Folder:
     return report.training(self.workdir.name, self.metrics)
 
   def __repr__(self):
-    step = checkpoint.latest_step(self.workdir)
+    step = max(checkpoint.steps(self.workdir), default=None)
     names = ("metrics", "evaluation", "samples")
     parts = [name for name in names if getattr(self, name)]
     about = f"step {step}" if step is not None else "no checkpoint"

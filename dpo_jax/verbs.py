@@ -84,11 +84,11 @@ def sample(config, workdir, _source):
   from dpo_jax.train import state as state_lib
 
   setup = build.prepare_model(config)
-  step = checkpoint.latest_step(workdir)
-  if step is not None:
+  if checkpoint.steps(workdir):
     base = trained.initial(setup)
     params = trained.restored(setup, base, workdir)
     policy = setup.trained.model(base, params)
+    step = checkpoint.latest_step(workdir)
     print(f"the policy of {workdir}, step {step}")
   elif config.init_from is not None:
     policy = trained.initial(setup)

@@ -1,24 +1,25 @@
 """Checkpoints with exact resume: Orbax, checksums and the run's config."""
 
-import contextlib
-import functools
-import inspect
-import re
-import sys
+import json
 import warnings
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dpo_jax import tree
+from dpo_jax import store
 from dpo_jax.config import saved as saved_lib
-from dpo_jax.train import guard
+from dpo_jax.train import guard, intact
 from dpo_jax.train import state as state_lib
 
 
 class Checkpointer:
-  """Saves and restores the train state under `workdir/checkpoints`."""
+  """Saves and restores the train state under `workdir/checkpoints`.
+
+  Beside it saved.json tells the newest step that is known to be on the disk.
+  A folder that lacks that step has lost it and is refused; a run that was
+  killed before its first save has no such file, and starts again.
+  """
 
   def __init__(self, workdir, *, keep):
     """Args:
@@ -32,46 +33,103 @@ class Checkpointer:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, enable_async_checkpointing=True
     )
-    self._manager = _manager(self._path, options)
+    self._manager = intact.manager(self._path, options)
     self._frozen = None  # fingerprint of what is never trained, taken once
+    self._writing = None  # step that is being saved in the background
+    self.lost = 0  # saves that failed
 
   def steps(self):
     """Steps on disk, newest first."""
-    return sorted(self._manager.all_steps(), reverse=True)
+    return intact.listed(self._manager)[::-1]
 
   def save(self, state, identity, *, wait=False):
     """Saves a state in the background, or durably with `wait`.
 
-    Waits for the save before this one. If that failed, it is a warning: this
-    one takes its place.
+    Waits for the save before this one. One that fails is a warning and is
+    counted in `lost`: the next one takes its place.
 
     Args:
       state: TrainState.
       identity: plain dict of what a run that resumes must share.
-    Raises: OSError and the like if `wait` and it cannot be written.
+    Returns: whether it is saved, as far as that is known yet.
     """
     step = int(state.step)
-    try:
-      self._manager.wait_until_finished()
-    except Exception as error:  # whatever the store raised
-      warnings.warn(f"a checkpoint was not written: {error}", stacklevel=2)
-      self._manager.reload()
+    self._settle()
     if step in self._manager.all_steps():
-      return
+      return True
     values = state_lib.saved(state)
     meta = {
       "config": identity,
       "checksums": state_lib.fingerprint(values),
       "frozen": self._fingerprint_frozen(state),
-      "leaves": _leaves(values),
+      "leaves": intact.leaves(values),
     }
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(values), meta=ocp.args.JsonSave(meta)
+      state=ocp.args.StandardSave(values),
+      meta=ocp.args.JsonSave(intact.sealed(meta)),
     )
-    if not self._manager.save(step, args=args):
-      raise OSError(f"{self._path}: step {step} was not accepted for saving")
-    if wait:
+    self._writing = step
+    try:
+      if not self._manager.save(step, args=args):
+        raise OSError(f"{self._path}: step {step} was not accepted for saving")
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+      self._failed(error)
+      return False
+    return self._settle() if wait else True
+
+  def _settle(self):
+    """Waits for what is being saved; whether that is on the disk now."""
+    step = self._writing
+    try:
       self._manager.wait_until_finished()
+    except Exception as error:  # whatever the store raised
+      self._failed(error)
+      return False
+    if step is not None:
+      intact.trust(self._path, step)
+      self._record(step)
+      self._writing = None
+    return True
+
+  def _failed(self, error):
+    """Counts a save that failed and removes what it left: the disk is full."""
+    step, self._writing = self._writing, None
+    self.lost += 1
+    reason = str(error).partition("\n")[0].partition(" [")[0][:200]
+    at = "" if step is None else f"step {step}: "
+    warnings.warn(f"a checkpoint was not written: {at}{reason}", stacklevel=4)
+    if jax.process_index() == 0:
+      for path in self._path.glob("*.orbax-checkpoint-tmp*"):
+        store.remove(path)
+    self._manager.reload()
+
+  def _record(self, step):
+    if jax.process_index() > 0:
+      return
+    try:
+      text = json.dumps({"step": step}) + "\n"
+      store.write(self._folder / "saved.json", text.encode())
+    except OSError as error:  # it tells of an older step then, which is true
+      warnings.warn(f"saved.json was not written: {error}", stacklevel=3)
+
+  def _check_there(self, steps):
+    """Raises ValueError if a step that was on the disk is gone."""
+    path = self._folder / "saved.json"
+    if not path.exists():
+      return
+    try:
+      saved = store.read_json(path).get("step")
+    except ValueError as error:
+      saved = None
+      warnings.warn(f"{error}; it is written anew", stacklevel=3)
+    newest = max(steps, default=-1)
+    if isinstance(saved, int) and saved > newest:
+      there = f"step {newest}" if steps else "nothing"
+      ways = f"go on from step {newest}" if steps else "start afresh"
+      raise ValueError(
+        f"{self._path}: step {saved} was saved here and is gone, {there} is "
+        f"left; put it back, or delete {path} to {ways}"
+      )
 
   def restore(self, state, identity):
     """The newest intact checkpoint in the shape of `state`.
@@ -84,13 +142,15 @@ class Checkpointer:
       state: placed TrainState; its frozen part is kept.
       identity: plain dict; must equal the saved one but for the free fields.
     Returns: TrainState, or None if nothing was ever saved here.
-    Raises: ValueError naming the differing field or leaf.
+    Raises: ValueError naming the differing field or leaf, or the step that was
+      saved here and is gone.
     """
-    steps, damaged = self.steps(), []
+    steps, damaged = sorted(self._manager.all_steps(), reverse=True), []
+    self._check_there(steps)
     for step in steps:
       try:
         values, meta = self._read(step, state_lib.saved(state), identity)
-      except _Damaged as error:
+      except intact.Damaged as error:
         text = f"checkpoint {step}: {error}; trying an older one"
         warnings.warn(text, stacklevel=2)
         damaged.append(step)
@@ -100,12 +160,13 @@ class Checkpointer:
           f"{self._path}: the reference of this run is not the one it was "
           "started with; restore what init_from named, or use a new --workdir"
         )
+      self._record(step)  # first: what is set aside is not lost
       self._set_aside(damaged)
       return state.replace(**values)
     if steps:
       raise ValueError(
         f"{self._path}: no checkpoint of {steps} is intact; move the folder "
-        "away to start afresh"
+        f"and {self._folder / 'saved.json'} away to start afresh"
       )
     return None
 
@@ -126,15 +187,15 @@ class Checkpointer:
     return self._frozen
 
   def _read(self, step, target, identity):
-    meta = _read_meta(self._manager, step)
+    meta = intact.metadata(self._manager, step)
     saved_lib.check_config(meta["config"], identity, self._path)
     target = guard.as_saved(target, meta["leaves"])
-    _check_leaves(meta["leaves"], _leaves(target), self._path)
+    intact.check_leaves(meta["leaves"], intact.leaves(target), self._path)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
     restore = ocp.args.StandardRestore(shapes)
-    values = _read_item(self._manager, step, "state", restore)
+    values = intact.item(self._manager, step, "state", restore)
     if state_lib.fingerprint(values) != meta["checksums"]:
-      raise _Damaged("checksums do not match")
+      raise intact.Damaged("checksums do not match")
     return guard.upgraded(values), meta
 
   def __enter__(self):
@@ -142,75 +203,8 @@ class Checkpointer:
 
   def __exit__(self, *_):
     """Waits for the last save."""
+    self._settle()
     self._manager.close()
-
-
-def _manager(path, options=None):
-  """Orbax's manager of a folder of checkpoints."""
-  try:
-    return ocp.CheckpointManager(path, options=options)
-  except (ValueError, TypeError) as error:  # of files beside the checkpoints
-    raise ValueError(f"{path} is damaged: {error}") from error
-
-
-class _Damaged(Exception):
-  """A checkpoint that must be passed over."""
-
-
-# What Orbax and TensorStore raise for files that are missing, cut or changed.
-# Others, such as running out of memory, say nothing about the checkpoint.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-
-
-def _read_item(manager, step, name, restore):
-  args = ocp.args.Composite(**{name: restore})
-  hook = sys.unraisablehook
-  # At the first array that cannot be read Orbax closes its event loop; what was
-  # being read meanwhile fails in threads and coroutines of its own, or later.
-  sys.unraisablehook = functools.partial(_leave_out_reads, hook)
-  try:
-    item = manager.restore(step, args=args)[name]
-  except Exception as error:
-    # Of an array that lacks a file Orbax raises an Exception of no other kind.
-    if type(error) is not Exception and not isinstance(error, _UNREADABLE):
-      raise
-    # TensorStore tells all that it knows of an array behind what happened.
-    reason = re.split(r" \[|: \{|\. See", str(error).partition("\n")[0])[0]
-    raise _Damaged(f"unreadable ({reason[:200]})") from error
-  sys.unraisablehook = hook
-  return item
-
-
-def _leave_out_reads(hook, unraisable):
-  """Gives `hook` what did not come of reads that nobody waits for."""
-  closed = "Event loop is closed" in str(unraisable.exc_value)
-  if not closed and not inspect.iscoroutine(unraisable.object):
-    hook(unraisable)
-
-
-def _read_meta(manager, step):
-  meta = _read_item(manager, step, "meta", ocp.args.JsonRestore())
-  wanted = ("config", "checksums", "frozen", "leaves")
-  parts = meta if isinstance(meta, dict) else {}
-  lost = [name for name in wanted if not isinstance(parts.get(name), dict)]
-  if lost:
-    raise _Damaged(f"unreadable (its metadata has no {lost[0]})")
-  return meta
-
-
-def _leaves(values):
-  """{path: "float32[4, 8]"}."""
-  return {path: f"{x.dtype}{list(x.shape)}" for path, x in tree.named(values)}
-
-
-def _check_leaves(saved, wanted, where):
-  """Raises ValueError naming the first leaf that differs."""
-  for path in sorted(saved.keys() | wanted.keys()):
-    if saved.get(path) != wanted.get(path):
-      raise ValueError(
-        f"{where}: {path} is {saved.get(path, 'missing')} there, the config "
-        f"asks for {wanted.get(path, 'none of it')}"
-      )
 
 
 def check_run(workdir, config, ref):
@@ -220,63 +214,55 @@ def check_run(workdir, config, ref):
     workdir: run folder with a checkpoint.
     config: plain dict.
     ref: parameters of what is taken for its reference.
-  Returns: {"step", "data_fingerprint", "identity"} of the newest checkpoint.
+  Returns: {"step", "data_fingerprint", "identity"} of the checkpoint that
+    `load_params` reads.
   Raises: ValueError naming the field, or init_from.
   """
   path = _path(workdir)
-  with _opened(workdir) as (_, step, meta):
-    about = {k: v for k, v in meta["config"].items() if k not in config}
-    saved_lib.check_config(meta["config"], {**config, **about}, path)
-    # "ref/…", or "base/…" under an adapter
-    frozen = {k.partition("/")[2]: v for k, v in meta["frozen"].items()}
-    trained_with = about.get("reference") or frozen
-    if trained_with and trained_with != state_lib.fingerprint(ref):
-      raise ValueError(
-        f"{path}: init_from = {config['init_from']} is not the reference that "
-        "this run was trained with; was it trained on? Put it back"
-      )
-    data = about["data_fingerprint"]
-    return {"step": step, "data_fingerprint": data, "identity": about}
+  step, meta = _newest(workdir, path)
+  about = {k: v for k, v in meta["config"].items() if k not in config}
+  saved_lib.check_config(meta["config"], {**config, **about}, path)
+  # "ref/…", or "base/…" under an adapter
+  frozen = {k.partition("/")[2]: v for k, v in meta["frozen"].items()}
+  trained_with = about.get("reference") or frozen
+  if trained_with and trained_with != state_lib.fingerprint(ref):
+    raise ValueError(
+      f"{path}: init_from = {config['init_from']} is not the reference that "
+      "this run was trained with; was it trained on? Put it back"
+    )
+  data = about["data_fingerprint"]
+  return {"step": step, "data_fingerprint": data, "identity": about}
 
 
 def _path(workdir):
   return epath.Path(workdir).absolute() / "checkpoints"
 
 
-@contextlib.contextmanager
-def _opened(workdir, where=None, step=None):
-  """Yields (CheckpointManager, step, metadata) of a run's checkpoint.
-
-  Args:
-    workdir: run folder.
-    where: what names it, for messages; None is its path.
-    step: None is the newest.
-  """
-  where = where or _path(workdir)
-  with _manager(_path(workdir)) as manager:
-    step = manager.latest_step() if step is None else step
-    if step is None:
-      raise ValueError(f"{where} holds no finished checkpoint")
-    try:
-      yield manager, step, _read_meta(manager, step)
-    except _Damaged as error:
-      raise ValueError(f"{where}: step {step}: {error}") from error
+def _newest(workdir, where):
+  """(step, metadata) of the checkpoint that `load_params` reads."""
+  path = _path(workdir)
+  return intact.first(path, where, lambda *read: read[1:], again=False)
 
 
 def identity(workdir):
-  """{"step", "checksums"} of the newest checkpoint of a run folder.
+  """{"step", "checksums"} of the checkpoint that `load_params` reads.
+
+  Of its values this knows what is wrong once they were read.
 
   Raises: ValueError if there is none.
   """
-  if latest_step(workdir) is None:
+  if not steps(workdir):
     raise ValueError(f"{workdir} holds no finished checkpoint; train it first")
-  with _opened(workdir) as (_, step, meta):
-    return {"step": step, "checksums": meta["checksums"] | meta["frozen"]}
+  step, meta = _newest(workdir, _path(workdir))
+  return {"step": step, "checksums": meta["checksums"] | meta["frozen"]}
 
 
 def latest_step(workdir):
-  """The newest step saved in a run folder, or None."""
-  return max(steps(workdir), default=None)
+  """The step that `load_params` reads in a run folder, or None.
+
+  Raises: ValueError if no step there is intact.
+  """
+  return _newest(workdir, _path(workdir))[0] if steps(workdir) else None
 
 
 def steps(workdir):
@@ -284,8 +270,8 @@ def steps(workdir):
   path = _path(workdir)
   if not path.exists():
     return []
-  with _manager(path) as manager:
-    return sorted(manager.all_steps())
+  with intact.manager(path) as manager:
+    return intact.listed(manager)
 
 
 def load_params(workdir, target, field="init_from", step=None):
@@ -294,7 +280,7 @@ def load_params(workdir, target, field="init_from", step=None):
   Args:
     target: tree of arrays, or of ShapeDtypeStructs with shardings.
     field: what named the folder, for messages.
-    step: None is the last.
+    step: None is the newest that is intact.
   Raises: ValueError if there is none, or its parameters do not fit.
   """
   where = f"{field} = {workdir!s}"
@@ -302,18 +288,21 @@ def load_params(workdir, target, field="init_from", step=None):
     raise ValueError(
       f"{where} holds no checkpoints/ folder; train that run first"
     )
-  with _opened(workdir, where, step) as (manager, step, meta):
+  shapes = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, target)}
+  restore = ocp.args.PyTreeRestore(
+    shapes,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+    partial_restore=True,
+  )
+
+  def read(manager, step, meta):
     leaves = meta["leaves"].items()
     saved = {k: leaf for k, leaf in leaves if k.startswith("params/")}
-    _check_leaves(saved, _leaves({"params": target}), where)
-    shapes = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, target)}
-    restore = ocp.args.PyTreeRestore(
-      shapes,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
-      partial_restore=True,
-    )
-    values = _read_item(manager, step, "state", restore)
+    intact.check_leaves(saved, intact.leaves({"params": target}), where)
+    values = intact.item(manager, step, "state", restore)
     sums = state_lib.fingerprint(values)
     if any(meta["checksums"][k] != value for k, value in sums.items()):
-      raise _Damaged("checksums do not match")
-  return values["params"]
+      raise intact.Damaged("checksums do not match")
+    return values["params"]
+
+  return intact.first(_path(workdir), where, read, step)
