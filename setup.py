@@ -19,6 +19,7 @@ setuptools.setup(
     "datasets",
     "etils[epath]",
     "flax>=0.12",
+    "fsspec",
     "gguf",
     "huggingface_hub",
     # 0.10 is the newest JAX for Python 3.11; 0.11 and 0.12 need 3.12.
@@ -47,6 +48,7 @@ setuptools.setup(
     "parity": ["torch==2.13.0", "peft"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    "gcs": ["gcsfs"],
     "plan": ["libtpu"],
     "log": ["tensorboard", "tensorboardX", "wandb"],
     "launch": ["submitit"],

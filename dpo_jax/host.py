@@ -108,6 +108,16 @@ def _warn_of_writers(folder):
     )
 
 
+def see_what_others_write():
+  """Has clients of object stores ask each time what is there.
+
+  They would remember what they once listed, and not see what other processes
+  wrote since. To be called before fsspec is imported.
+  """
+  for store in ("GS", "S3", "ABFS"):
+    os.environ.setdefault(f"FSSPEC_{store}", '{"use_listings_cache": false}')
+
+
 def _processor():
   """A name for what this processor can do."""
   about, info = list(os.uname()[4:]), pathlib.Path("/proc/cpuinfo")

@@ -46,6 +46,11 @@ def explained(problem, hint):
     raise ValueError(f"{problem} ({reason}); {hint}") from error
 
 
+def is_local(path):
+  """Whether a path is of a disk, and not of an object store (gs://…)."""
+  return "://" not in str(path)
+
+
 def partial(path):
   """Where to write a file or a folder until it is complete.
 
@@ -65,6 +70,19 @@ def publish(partial, path):
   except OSError:
     if not path.is_dir():
       raise
+
+
+def move_folder(path, target):
+  """Gives a folder another name; of objects, each gets one in turn."""
+  if is_local(path):
+    path.rename(target)
+    return
+  for part in path.iterdir():
+    if part.is_dir():
+      move_folder(part, target / part.name)
+    else:
+      part.copy(target / part.name, overwrite=True)
+      part.unlink()
 
 
 def read_json(path):
@@ -101,6 +119,9 @@ def inside(folder, name, where):
 
 def write(path, content):
   """Writes the bytes of a file; complete or absent, also when interrupted."""
+  if not is_local(path):  # so is an object; it cannot be renamed
+    path.write_bytes(content)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   written = partial(path)
   try:
@@ -121,7 +142,7 @@ def read(path, dtype, size, checksum, start=0):
     start: what the checksum began with.
   Raises: ValueError for another size or checksum; OSError.
   """
-  if "://" in str(path):
+  if not is_local(path):
     values = np.frombuffer(path.read_bytes(), dtype)
   elif path.stat().length:
     # Plain views: slices of the memmap type cost more and do no more.
@@ -188,7 +209,9 @@ def remove_abandoned(folder):
 
 def remove(path):
   """Removes a file or a folder, as far as it is there."""
-  if path.is_dir():
+  if not path.is_dir():
+    path.unlink(missing_ok=True)
+  elif is_local(path):
     shutil.rmtree(path, ignore_errors=True)
   else:
-    path.unlink(missing_ok=True)
+    path.rmtree(missing_ok=True)

@@ -275,6 +275,7 @@ def run(name, options, overrides):
   if config is not None:
     preflight.reach([config])
   host.keep_pages()
+  host.see_what_others_write()
   host.claim_devices()
   host.leave_triton_out()
   host.keep()

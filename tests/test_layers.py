@@ -10,6 +10,7 @@ PACKAGE = conftest.ROOT / "dpo_jax"
 LAYERS = (
   ("compat", "tree", "lookup", "host", "progress"),
   ("store",),
+  ("lines",),
   ("config",),
   ("ops",),
   ("models", "data", "parallel"),

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dpo_jax import progress, store
+from dpo_jax import lines, progress, store
 from dpo_jax.data.read import fields, files, pairs
 from dpo_jax.eval import best_of, generate, prompting, rewards, statistics
 
@@ -44,17 +44,18 @@ def write(setup, params, identity, workdir):
   total = len(given) * options.draws
   rows = _agreed(path, identity, options.batch_size, total)
   if len(rows) < total:
+    written = lines.Writer(path)
     batches = generate.draws(setup, params, given, skip=len(rows))
     count = -(-(total - len(rows)) // options.batch_size)
     for batch in progress.over(batches, count, "batches drawn", loud=first):
       batch = prompting.stopped(setup, batch)
       new = describe(batch, scorers, options.draws, setup.tokenizer.bos_id)
       if first:
-        with path.open("a") as file:
-          file.write("".join(json.dumps(row) + "\n" for row in new))
+        written.append("".join(json.dumps(row) + "\n" for row in new))
       rows += new
   if not first:
     return rows
+  lines.join(path)
   if options.best_of:
     measured = best_of.measure(rows, options.best_of, ranking(options, scorers))
     text = json.dumps(statistics.plain(measured), indent=2) + "\n"
@@ -139,7 +140,7 @@ def _agreed(path, identity, batch_size, total):
 
 def _continue(path, identity, batch_size, total):
   """The rows of whole batches that are there; the file is cut to them."""
-  about, resumed = path.parent / "completions.json", path.exists()
+  about, resumed = path.parent / "completions.json", lines.exists(path)
   if resumed:
     saved = store.read_json(about) if about.exists() else None
     if saved != json.loads(json.dumps(identity)):
@@ -148,8 +149,7 @@ def _continue(path, identity, batch_size, total):
         "it, or use a new --workdir (and name the policy's run by "
         "--config.init_from)"
       )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  about.write_text(json.dumps(identity))
+  store.write(about, json.dumps(identity).encode())
   rows = []
   for _, row in files.jsonl(path) if resumed else ():
     if isinstance(row, fields.BadRecord):
@@ -157,5 +157,6 @@ def _continue(path, identity, batch_size, total):
     rows.append(row)
   if len(rows) < total:
     rows = rows[: len(rows) // batch_size * batch_size]
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  lines.replace(path, text.encode())
   return rows

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from dpo_jax import store
+from dpo_jax import lines, store
 from dpo_jax.config import load
 from dpo_jax.data.read import files
 
@@ -215,7 +215,7 @@ def _run(folder, name):
   found = {
     file: read(folder / file)
     for file, read in _READERS.items()
-    if (folder / file).exists()
+    if lines.exists(folder / file)
   }
   evaluation = found.get("evaluation.json", {})
   config = evaluation.get("config")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dpo_jax import store, tree
+from dpo_jax import lines, store, tree
 from dpo_jax.data.read import files
 from dpo_jax.models import config as model_config
 from dpo_jax.parallel import mesh as mesh_lib
@@ -61,7 +61,7 @@ def history(workdir):
   what was not finite. `pandas.DataFrame` takes the list as it is.
   """
   path = epath.Path(workdir) / "metrics.jsonl"
-  rows = [row for _, row in files.jsonl(path)] if path.exists() else []
+  rows = [row for _, row in files.jsonl(path)] if lines.exists(path) else []
   # A line that is none of a logger was cut short by a kill.
   return [r for r in rows if isinstance(r, dict) and {"step", "kind"} <= {*r}]
 

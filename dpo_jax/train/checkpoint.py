@@ -28,8 +28,7 @@ class Checkpointer:
     """
     if keep < 2:
       raise ValueError(f"checkpoint.keep = {keep} must be at least 2")
-    self._folder = epath.Path(workdir).absolute()
-    self._path = self._folder / "checkpoints"
+    self._path = _path(workdir)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, enable_async_checkpointing=True
     )
@@ -108,13 +107,13 @@ class Checkpointer:
       return
     try:
       text = json.dumps({"step": step}) + "\n"
-      store.write(self._folder / "saved.json", text.encode())
+      store.write(self._path.parent / "saved.json", text.encode())
     except OSError as error:  # it tells of an older step then, which is true
       warnings.warn(f"saved.json was not written: {error}", stacklevel=3)
 
   def _check_there(self, steps):
     """Raises ValueError if a step that was on the disk is gone."""
-    path = self._folder / "saved.json"
+    path = self._path.parent / "saved.json"
     if not path.exists():
       return
     try:
@@ -166,18 +165,18 @@ class Checkpointer:
     if steps:
       raise ValueError(
         f"{self._path}: no checkpoint of {steps} is intact; move the folder "
-        f"and {self._folder / 'saved.json'} away to start afresh"
+        f"and {self._path.parent / 'saved.json'} away to start afresh"
       )
     return None
 
   def _set_aside(self, steps):
     """Moves damaged steps out of the way: they would block new ones."""
     for step in steps:
-      target = self._folder / "damaged" / str(step)
+      target = self._path.parent / "damaged" / str(step)
       target.parent.mkdir(parents=True, exist_ok=True)
       if target.exists():
         target.rmtree()
-      (self._path / str(step)).rename(target)
+      store.move_folder(self._path / str(step), target)
     if steps:
       self._manager.reload()
 
@@ -235,7 +234,10 @@ def check_run(workdir, config, ref):
 
 
 def _path(workdir):
-  return epath.Path(workdir).absolute() / "checkpoints"
+  path = epath.Path(workdir)
+  if store.is_local(path):  # which Orbax wants to be whole
+    path = path.absolute()
+  return path / "checkpoints"
 
 
 def _newest(workdir, where):

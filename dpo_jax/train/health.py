@@ -9,6 +9,8 @@ import threading
 
 from etils import epath
 
+from dpo_jax import store
+from dpo_jax.train import lease
 from dpo_jax.train import state as state_lib
 
 EXIT_INTERRUPTED = 130  # Ctrl-C; everything is saved
@@ -19,14 +21,15 @@ EXIT_REQUEUE = 42  # SIGTERM or SIGUSR2; everything is saved, run it again
 def lock(workdir):
   """Holds the run folder for this process; the system frees it on any exit.
 
-  A folder on an object store (gs://…) cannot be locked and is not.
+  On an object store (gs://…) that is a lease, see `lease`.
 
   Raises: ValueError if another process holds it.
   """
   workdir = epath.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  if "://" in str(workdir):
-    yield
+  if not store.is_local(workdir):
+    with lease.held(workdir / ".lock"):
+      yield
     return
   with open(workdir / ".lock", "w") as file:
     try:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpo_jax import progress, store
+from dpo_jax import lines, progress
 from dpo_jax.train import compiles
 
 # Peak bf16 matmul FLOP/s of one device, by a part of its device_kind.
@@ -109,6 +109,7 @@ class Logger:
     trackers: of train.trackers; get what metrics.jsonl gets.
     """
     self._path = epath.Path(workdir) / "metrics.jsonl"
+    self._lines = lines.Writer(self._path)
     self._every, self._total, self._start = every, total, start
     self._loud, self._name, self._trackers = loud, name, trackers
     self._live = loud and sys.stdout.isatty()
@@ -254,8 +255,7 @@ class Logger:
       # JSON has no NaN: what is not finite is null.
       numbers = {k: v if np.isfinite(v) else None for k, v in values.items()}
       row = {"step": number, "kind": kind, **numbers}
-      with self._path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+      self._lines.append(json.dumps(row) + "\n")
     for tracker in self._trackers:
       tracker.write(kind, number, values)
 
@@ -280,11 +280,11 @@ class Logger:
 
   def _drop_later_than(self, step):
     """After a resume, lines beyond the checkpoint are written anew."""
-    if not self._path.exists():
+    if not lines.exists(self._path):
       return
     kept, damaged = [], []
-    *lines, last = self._path.read_bytes().split(b"\n")  # it is b"", or cut
-    for line in lines:
+    *whole, last = lines.read(self._path).split(b"\n")  # it is b"", or cut
+    for line in whole:
       try:
         if json.loads(line)["step"] <= step:
           kept.append(line)
@@ -297,4 +297,4 @@ class Logger:
       aside.write_bytes(b"".join(line + b"\n" for line in damaged))
       count = f"{len(damaged)} damaged line{'s' if len(damaged) > 1 else ''}"
       self.say(f"{self._path}: {count} left out, kept in {aside}")
-    store.write(self._path, b"".join(line + b"\n" for line in kept))
+    lines.replace(self._path, b"".join(line + b"\n" for line in kept))

@@ -12,7 +12,7 @@ import itertools
 
 from etils import epath
 
-from dpo_jax import store
+from dpo_jax import lines, store
 from dpo_jax.data.read import fields, wording
 
 # Columns of a .csv whose cells are JSON, as they hold no text.
@@ -55,7 +55,7 @@ def _read_bytes(path):
 
 def jsonl(path):
   """One JSON object a line; blank lines are passed over."""
-  with _readable(path), epath.Path(path).open("rb") as file:
+  with _readable(path), lines.opened(path) as file:
     for number, line in enumerate(file, 1):
       if number == 1 and line.strip() == b"[":
         raise ValueError(
