@@ -36,6 +36,10 @@ TESTED = {
     "security/test_programs.py",
     "test_a_folder_of_programs_that_others_can_write_is_warned_of",
   ),
+  "a small Parquet file that is large in memory": (
+    "security/test_parquet.py",
+    "test_a_small_file_of_many_equal_rows_is_read_in_parts",
+  ),
   "scripts in what a report shows": (
     "test_report.py",
     "test_samples_are_shown_as_text_whatever_they_hold",

@@ -22,6 +22,9 @@ _JSON_COLUMNS = {
   *("probability", "probabilities"),
 }
 
+_ROWS = 256  # of a Parquet file that are in memory at once
+_GROUP = 2**32  # bytes, decompressed, that one of its row groups may have
+
 
 def content(path):
   """What a file holds, wherever it is; reads it once, block by block.
@@ -154,23 +157,45 @@ def _parquet_rows(path):
 
 
 def parquet(path):
-  """Rows of a table, numbered from 1, without the nulls that fill it up."""
-  import pyarrow as pa
-  import pyarrow.parquet as pq
+  """Rows of a table, numbered from 1, without the nulls that fill it up.
 
-  try:
-    table = pq.ParquetFile(pa.BufferReader(_read_bytes(path))).read()
-    table.validate(full=True)
-  except (pa.ArrowException, OSError) as error:
-    raise ValueError(
-      f"{path}: not a whole Parquet file: {' '.join(str(error).split())}"
-    ) from error
-  _check_names(path, table.column_names)
-  batches = table.to_batches(max_chunksize=1024)
+  It is read some rows at a time: a value that every row has stands in the file
+  once, and 100 KB may be gigabytes of rows.
+  """
   # A map is an object, not a list of its items.
-  parts = (b.to_pylist(maps_as_pydicts="strict") for b in batches)
+  parts = (b.to_pylist(maps_as_pydicts="strict") for b in _batches(path))
   try:
     for number, row in enumerate(itertools.chain.from_iterable(parts), 1):
       yield f"{path}:{number}", fields.without_nulls(row)
   except KeyError as error:
     raise ValueError(f"{path}: a map has a key twice: {error}") from error
+
+
+def _batches(path):
+  """The record batches of a Parquet file, each checked."""
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  try:
+    file = pq.ParquetFile(pa.BufferReader(_read_bytes(path)))
+    _check_names(path, file.schema_arrow.names)
+    _check_groups(path, file.metadata)
+    for batch in file.iter_batches(_ROWS):
+      batch.validate(full=True)
+      yield batch
+  except (pa.ArrowException, OSError) as error:
+    raise ValueError(
+      f"{path}: not a whole Parquet file: {' '.join(str(error).split())}"
+    ) from error
+
+
+def _check_groups(path, about):
+  """Refuses a row group that is too large to be decoded, by its own account."""
+  for number in range(about.num_row_groups):
+    size = about.row_group(number).total_byte_size
+    if size > _GROUP:
+      raise ValueError(
+        f"{path}: row group {number} has {size / 2**30:.1f} GiB when it is "
+        f"decompressed, more than {_GROUP / 2**30:.0f} GiB; write it in "
+        "smaller ones (pyarrow: row_group_size=10_000)"
+      )
