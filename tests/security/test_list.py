@@ -40,13 +40,29 @@ TESTED = {
     "security/test_parquet.py",
     "test_a_small_file_of_many_equal_rows_is_read_in_parts",
   ),
-  "scripts in what a report shows": (
+  "scripts in the samples that a report shows": (
     "test_report.py",
     "test_samples_are_shown_as_text_whatever_they_hold",
+  ),
+  "scripts in what else a report shows": (
+    "security/test_pages.py",
+    "test_no_text_of_a_run_is_a_tag_on_the_page_or_in_markdown",
   ),
   "scripts in what a comparison of sweeps shows": (
     "report/test_compared.py",
     "test_names_of_files_are_text_on_the_page_and_in_markdown",
+  ),
+  "formulas in a form for people": (
+    "eval/test_judge_form.py",
+    "test_a_cell_is_no_formula",
+  ),
+  "a completion that says what the judge is to say": (
+    "eval/test_judge_question.py",
+    "test_a_verdict_inside_a_text_is_none_when_it_is_repeated",
+  ),
+  "keys of the environment": (
+    "security/test_keys.py",
+    "test_no_key_is_in_any_file_or_line_of_a_run",
   ),
   "the key of a judge": (
     "eval/test_judge_endpoint.py",
