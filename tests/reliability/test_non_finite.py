@@ -14,7 +14,7 @@ from dpo_jax.parallel import run as run_lib
 from dpo_jax.run import build
 from dpo_jax.train import checkpoint, guard
 from dpo_jax.train import state as state_lib
-from tests import conftest
+from tests import conftest, processes
 from tests.algos import rewarded
 
 HOW = {
@@ -207,3 +207,19 @@ def test_a_checkpoint_with_the_count_in_a_row_alone_resumes(tmp_path):
   counts = {k: int(x) for k, x in state.skipped.items()}
   assert counts == {"row": 0, "longest": 2, "total": 2}
   assert counts.keys() == guard.create(None).keys()
+
+
+@pytest.mark.slow
+def test_two_processes_end_at_one_step_for_one_reason(tmp_path):
+  """R12: though one of them is slower, and logs what it has when it has it."""
+  module = "tests.reliability.non_finite_driver"
+  processes.assert_both_succeed(processes.together(module, tmp_path))
+  one, two = (
+    json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2)
+  )
+  assert one == two
+  assert one["said"].startswith(
+    "3 updates in a row were not finite, up to step"
+  )
+  assert one["done"] == list(range(1, 9 + run_lib.AHEAD + 1))
+  assert checkpoint.latest_step(tmp_path / "run") == 8

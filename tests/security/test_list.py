@@ -12,6 +12,14 @@ TESTED = {
     "data/tokens/test_vocabulary.py",
     "test_code_that_a_tokenizer_brings_is_never_run",
   ),
+  "code that a scorer brings": (
+    "eval/test_rewards.py",
+    "test_code_that_a_scorer_brings_is_never_run",
+  ),
+  "pickled weights of a scorer": (
+    "eval/test_rewards.py",
+    "test_pickled_weights_of_a_scorer_are_not_read",
+  ),
   "calls that would allow such code, pickles, eval and exec": (
     "security/test_code.py",
     "test_no_file_runs_code_of_what_it_reads",
