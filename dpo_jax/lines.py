@@ -64,18 +64,33 @@ def join(path):
 
 
 class Writer:
-  """Appends to a file of lines; each append is there when it returns."""
+  """Appends to a file of lines; each append is there when it returns.
+
+  One that raises may have left a part of its line: the next begins a line of
+  its own.
+  """
 
   def __init__(self, path):
     self._path, self._part = path, None
+    self._whole = False  # whether the file is known to end with a line
     self._content = b""  # of the part, where there are parts
 
   def append(self, text):
-    """Appends whole lines."""
-    if store.is_local(self._path):
-      with self._path.open("a") as file:
-        file.write(text)
+    """Appends whole lines.
+
+    Raises: OSError if they cannot be written.
+    """
+    if not store.is_local(self._path):
+      with store.as_oserror(self._path):
+        self._append_part(text.encode())
       return
+    begin = "" if self._whole or _ends_whole(self._path) else "\n"
+    self._whole = False
+    with self._path.open("a") as file:
+      file.write(begin + text)
+    self._whole = True
+
+  def _append_part(self, text):
     if self._part is None:
       if self._path.exists():  # joined before
         replace(self._path, self._path.read_bytes())
@@ -85,9 +100,19 @@ class Writer:
     elif len(self._content) >= _FULL:
       self._part = self._part[0], self._part[1] + 1
       self._content = b""
-    content = self._content + text.encode()
+    content = self._content + text
     _part(self._path, *self._part).write_bytes(content)
-    self._content = content  # a write that failed is done again by the next
+    self._content = content
+
+
+def _ends_whole(path):
+  """Whether a file is empty, absent, or ends with a whole line."""
+  if not path.exists():
+    return True
+  with path.open("rb") as file:
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 1))
+    return file.read() in (b"", b"\n")
 
 
 def _part(path, begun, number):

@@ -51,6 +51,17 @@ def is_local(path):
   return "://" not in str(path)
 
 
+@contextlib.contextmanager
+def as_oserror(path):
+  """Makes of what a client of an object store raises an OSError."""
+  try:
+    yield
+  except OSError:
+    raise
+  except Exception as error:  # each client has its own
+    raise OSError(f"{path}: {error}") from error
+
+
 def partial(path):
   """Where to write a file or a folder until it is complete.
 
@@ -120,7 +131,8 @@ def inside(folder, name, where):
 def write(path, content):
   """Writes the bytes of a file; complete or absent, also when interrupted."""
   if not is_local(path):  # so is an object; it cannot be renamed
-    path.write_bytes(content)
+    with as_oserror(path):
+      path.write_bytes(content)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   written = partial(path)

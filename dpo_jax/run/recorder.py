@@ -26,7 +26,8 @@ class Result(NamedTuple):
   Attributes:
     state: the last TrainState.
     evaluation: metrics of the last evaluation, or None.
-    exit_code: 0, or the code of the signal that stopped it.
+    exit_code: 0, the code of the signal that stopped it, or 1 if its last step
+      could not be saved.
     failure: FloatingPointError that ended it, or None.
     workdir: its folder.
   """
@@ -91,6 +92,8 @@ class Recorder:
     self._run, self._workdir, self._checkpoints = run, workdir, checkpoints
     self._evaluation = self._failure = None
     self._unread = collections.deque()  # (number, metrics) of the last steps
+    self._described = not first  # whether config.json is there
+    self._unsaved = False  # whether the last step could not be saved
     self._name = name
     self._raised, self._alarmed = set(), set()  # last time, and so far
     steps = (row for row in history(workdir) if row["kind"] == "train")
@@ -104,9 +107,7 @@ class Recorder:
       name=name,
       trackers=followed,
     )
-    if first:
-      resolved = json.dumps(asked, indent=2) + "\n"
-      store.write(epath.Path(workdir) / "config.json", resolved.encode())
+    self._write_config()
     self._logger.say(f"{name}{run.about[0]}")
 
   @property
@@ -116,6 +117,21 @@ class Recorder:
     A run that failed gets nothing more.
     """
     return self._failure is not None
+
+  def _write_config(self):
+    """Writes config.json unless it is there; a full disk ends no run."""
+    if self._described:
+      return
+    path = epath.Path(self._workdir) / "config.json"
+    text = json.dumps(self._run.setup.asked, indent=2) + "\n"
+    try:
+      store.write(path, text.encode())
+      self._described = True
+    except OSError as error:
+      reason = error.strerror or error
+      self._logger.say(
+        f"{path} cannot be written ({reason}); tried again later"
+      )
 
   def describe(self, state, start, count=1):
     """Says what is trained on what; `count` runs are, in one program."""
@@ -179,7 +195,9 @@ class Recorder:
       # Once the reference has proved to be what it was.
       for params in state.frozen.values():
         health.reference_is(params, run.identity["reference"])
-      self._checkpoints.save(state, run.identity, wait=last)
+      saved = self._checkpoints.save(state, run.identity, wait=last)
+      self._unsaved = last and not saved
+      self._write_config()
 
   def end(self, number, state, stop):
     """The Result after step `number`; says how the run ended."""
@@ -187,13 +205,33 @@ class Recorder:
     if stop and number < self._run.total:
       of = f"{number} of {self._run.total}"
       line = f"stopped at step {of}, saved; the same command resumes"
+    code = stop.exit_code if stop else 0  # a sweep must not go on to others
+    if self._unsaved:
+      saved = self._checkpoints.steps()
+      kept = f"step {saved[0]} is kept" if saved else "nothing is"
+      line = (
+        f"step {number} could not be saved in {self._workdir}, {kept}; make "
+        "room, and the same command goes on"
+      )
+      code = 1
+    for lost in self._not_written():
+      self._logger.say(f"{self._name}NOT WRITTEN: {lost}")
     if not self.failed:
       refused = guard.told(state.skipped)
       line += f"; {refused}" if refused else ""
       self._logger.say(f"{self._name}{line}")
-    code = stop.exit_code if stop else 0  # a sweep must not go on to others
     workdir = epath.Path(self._workdir)
     return Result(state, self._evaluation, code, self._failure, workdir)
+
+  def _not_written(self):
+    """What the disk did not take, a line each."""
+    lines, saves = self._logger.unwritten, self._checkpoints.lost
+    if lines:
+      yield f"{lines} line{'s' * (lines > 1)} of metrics.jsonl"
+    if saves:
+      yield f"{saves} checkpoint{'s' * (saves > 1)}, each when it was due"
+    if not self._described:
+      yield "config.json"
 
   def close(self):
     """Waits until the trackers have written all."""

@@ -1,6 +1,7 @@
 """Checkpoints with exact resume: Orbax, checksums and the run's config."""
 
 import json
+import time
 import warnings
 
 import jax
@@ -11,6 +12,8 @@ from dpo_jax import store
 from dpo_jax.config import saved as saved_lib
 from dpo_jax.train import guard, intact
 from dpo_jax.train import state as state_lib
+
+_TRIES = 20  # of removing what a failed save goes on writing
 
 
 class Checkpointer:
@@ -29,10 +32,10 @@ class Checkpointer:
     if keep < 2:
       raise ValueError(f"checkpoint.keep = {keep} must be at least 2")
     self._path = _path(workdir)
-    options = ocp.CheckpointManagerOptions(
+    self._options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, enable_async_checkpointing=True
     )
-    self._manager = intact.manager(self._path, options)
+    self._manager = intact.manager(self._path, self._options)
     self._frozen = None  # fingerprint of what is never trained, taken once
     self._writing = None  # step that is being saved in the background
     self.lost = 0  # saves that failed
@@ -53,6 +56,7 @@ class Checkpointer:
     Returns: whether it is saved, as far as that is known yet.
     """
     step = int(state.step)
+    intact.leave_out_late()
     self._settle()
     if step in self._manager.all_steps():
       return True
@@ -97,10 +101,24 @@ class Checkpointer:
     reason = str(error).partition("\n")[0].partition(" [")[0][:200]
     at = "" if step is None else f"step {step}: "
     warnings.warn(f"a checkpoint was not written: {at}{reason}", stacklevel=4)
-    if jax.process_index() == 0:
-      for path in self._path.glob("*.orbax-checkpoint-tmp*"):
+    # Orbax's manager keeps errors of what it writes beside the state, and would
+    # raise them once more after the next save, which may be whole.
+    _close(self._manager)
+    self._clean()
+    self._manager = intact.manager(self._path, self._options)
+
+  def _clean(self):
+    """Removes what failed saves left.
+
+    Threads that Orbax no longer waits for may still be writing there.
+    """
+    for _ in range(_TRIES if jax.process_index() == 0 else 0):
+      left = list(self._path.glob("*.orbax-checkpoint-tmp*"))
+      if not left:
+        return
+      for path in left:
         store.remove(path)
-    self._manager.reload()
+      time.sleep(0.1)
 
   def _record(self, step):
     if jax.process_index() > 0:
@@ -203,7 +221,17 @@ class Checkpointer:
   def __exit__(self, *_):
     """Waits for the last save."""
     self._settle()
-    self._manager.close()
+    _close(self._manager)
+    if self.lost:
+      self._clean()
+
+
+def _close(manager):
+  """Closes a manager; what it could not write was said already."""
+  try:
+    manager.close()
+  except (OSError, ValueError):
+    return
 
 
 def check_run(workdir, config, ref):

@@ -34,6 +34,10 @@ _PASSED = set()
 
 def manager(path, options=None):
   """Orbax's manager of a folder of checkpoints."""
+  logging.getLogger("absl").addFilter(_is_no_trace)
+  # asyncio tells of reads and writes that nobody waited for, as they are
+  # collected.
+  logging.getLogger("asyncio").addFilter(_is_not_late)
   try:
     return ocp.CheckpointManager(path, options=options)
   except (ValueError, TypeError) as error:  # of files beside the checkpoints
@@ -134,15 +138,10 @@ def item(manager, step, name, restore):
     running out of memory.
   """
   args = ocp.args.Composite(**{name: restore})
-  hook = sys.unraisablehook
-  # At the first array that cannot be read Orbax closes its event loop; what was
-  # being read meanwhile fails in threads and coroutines of its own, or later.
-  sys.unraisablehook = functools.partial(_leave_out_reads, hook)
+  leave_out_late()
   try:
     found = manager.restore(step, args=args)[name]
   except Exception as error:
-    # asyncio tells of those reads when they are collected.
-    logging.getLogger("asyncio").addFilter(_is_no_read)
     # Of an array that lacks a file Orbax raises an Exception of no other kind.
     if type(error) is not Exception and not isinstance(error, _UNREADABLE):
       raise
@@ -151,7 +150,6 @@ def item(manager, step, name, restore):
     # TensorStore tells all that it knows of an array behind what happened.
     reason = re.split(r" \[|: \{|\. See", str(error).partition("\n")[0])[0]
     raise Damaged(f"unreadable ({reason[:200]})") from error
-  sys.unraisablehook = hook
   return found
 
 
@@ -166,19 +164,34 @@ def _short(error):
   return False
 
 
-def _leave_out_reads(hook, unraisable):
-  """Gives `hook` what did not come of reads that nobody waits for."""
+def leave_out_late():
+  """Has Python say nothing of reads and writes that nobody waits for.
+
+  At the first file that fails Orbax closes its event loop and raises; what was
+  on its way meanwhile fails in threads and coroutines of its own, or later.
+  """
+  hook = sys.unraisablehook
+  if getattr(hook, "func", None) is not _leave_out:
+    sys.unraisablehook = functools.partial(_leave_out, hook)
+
+
+def _leave_out(hook, unraisable):
+  """Gives `hook` what did not come of reads or writes."""
   closed = "Event loop is closed" in str(unraisable.exc_value)
   if not closed and not inspect.iscoroutine(unraisable.object):
     hook(unraisable)
 
 
-def _is_no_read(record):
-  """Whether a line of asyncio's log is not of a read that nobody waits for."""
-  failed = record.exc_info[1] if record.exc_info else ""
-  return "never retrieved" not in record.getMessage() or (
-    "tensorstore" not in str(failed)
-  )
+def _is_not_late(record):
+  """Whether a line of asyncio's log is not of a file nobody waits for."""
+  failed = record.exc_info[1] if record.exc_info else None
+  late = "never retrieved" in record.getMessage()
+  return not (late and isinstance(failed, _UNREADABLE))
+
+
+def _is_no_trace(record):
+  """Whether a line of a log is not Orbax's traceback of what it raises, too."""
+  return not (record.exc_info and "orbax" in record.pathname)
 
 
 def leaves(values):

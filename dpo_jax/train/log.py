@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpo_jax import lines, progress
+from dpo_jax import lines, progress, store
 from dpo_jax.train import compiles
 
 # Peak bf16 matmul FLOP/s of one device, by a part of its device_kind.
@@ -123,6 +123,7 @@ class Logger:
     self._begin = None  # (time, number) after the first step
     self._tokens = self._flops = 0
     self._refused = {}  # {metric: count} of updates, in the last line
+    self.unwritten = 0  # lines that a full disk did not take
     if loud:
       self._drop_later_than(start)
     if start:
@@ -243,7 +244,7 @@ class Logger:
     self.say(f"{self._name}eval at {number}: {shown}")
 
   def write(self, kind, number, values):
-    """Appends one JSON line."""
+    """Appends one JSON line; one that the disk does not take is counted."""
     # A source that this batch has nothing of is left out.
     absent = {
       k for k in values if k.startswith("source") and np.isnan(values[k])
@@ -255,9 +256,18 @@ class Logger:
       # JSON has no NaN: what is not finite is null.
       numbers = {k: v if np.isfinite(v) else None for k, v in values.items()}
       row = {"step": number, "kind": kind, **numbers}
-      self._lines.append(json.dumps(row) + "\n")
+      self._append(json.dumps(row) + "\n")
     for tracker in self._trackers:
       tracker.write(kind, number, values)
+
+  def _append(self, line):
+    try:
+      self._lines.append(line)
+    except OSError as error:
+      if not self.unwritten:
+        reason = error.strerror or error
+        self.say(f"{self._path} cannot be written ({reason}); training goes on")
+      self.unwritten += 1
 
   def close(self):
     """Waits until the trackers have written all."""
@@ -283,18 +293,37 @@ class Logger:
     if not lines.exists(self._path):
       return
     kept, damaged = [], []
-    *whole, last = lines.read(self._path).split(b"\n")  # it is b"", or cut
+    found = lines.read(self._path)
+    *whole, last = found.split(b"\n")  # it is b"", or cut
     for line in whole:
-      try:
-        if json.loads(line)["step"] <= step:
-          kept.append(line)
-      except (ValueError, KeyError, TypeError):
+      number = _step_of(line)
+      if number is None and line.strip():
         damaged.append(line)
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-      kept += [last] if json.loads(last)["step"] <= step else []
-    if damaged:
-      aside = self._path.parent / "metrics.jsonl.damaged"
-      aside.write_bytes(b"".join(line + b"\n" for line in damaged))
-      count = f"{len(damaged)} damaged line{'s' if len(damaged) > 1 else ''}"
-      self.say(f"{self._path}: {count} left out, kept in {aside}")
-    lines.replace(self._path, b"".join(line + b"\n" for line in kept))
+      elif number is not None and number <= step:
+        kept.append(line)
+    number = _step_of(last)
+    kept += [last] if number is not None and number <= step else []
+    try:
+      if damaged:
+        aside = self._path.parent / "metrics.jsonl.damaged"
+        store.write(aside, b"".join(line + b"\n" for line in damaged))
+        count = f"{len(damaged)} damaged line{'s' * (len(damaged) > 1)}"
+        self.say(f"{self._path}: {count} left out, kept in {aside}")
+      content = b"".join(line + b"\n" for line in kept)
+      if content != found:
+        lines.replace(self._path, content)
+    except OSError as error:
+      reason = error.strerror or error
+      self.say(
+        f"{self._path} cannot be written ({reason}): what it has of damaged "
+        f"lines, and of steps after {step}, stays there"
+      )
+
+
+def _step_of(line):
+  """The step of a line of metrics.jsonl, or None if it is damaged."""
+  try:
+    number = json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError, RecursionError):
+    return None
+  return number if type(number) in (int, float) else None

@@ -110,7 +110,7 @@ def test_a_write_that_failed_loses_no_line(bucket, path):
     400, {"error": {"message": "refused"}}
   )
   try:
-    with pytest.raises(Exception, match="refused"):
+    with pytest.raises(OSError, match="refused"):
       writer.append("b\n")
   finally:
     bucket.answer = answer
