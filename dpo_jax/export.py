@@ -139,7 +139,8 @@ def _write(config, workdir, folder, about):
   generation = _generation(setup, tokenizer)
   write.write_json(partial / "generation_config.json", generation)
   write.write_json(partial / "dpo_jax.json", about)
-  (partial / "README.md").write_text(_card(config, about["step"]))
+  card = _card(config, about["step"])
+  store.write(partial / "README.md", card.encode())
   partial.rename(folder)
 
 

@@ -176,6 +176,6 @@ def tokenizer(config, workdir):
   sources.refuse_messages(records, "the tokenizer's data.train")
   texts = [r.prompt + c for r in records for c in r.completions]
   size = bpe.train(texts, config.vocab_size, workdir)
-  about.write_text(config.to_json())
+  store.write(about, config.to_json().encode())
   print(f"{size} tokens from {len(texts)} texts in {workdir}")
   return 0

@@ -12,6 +12,7 @@ as it is.
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -129,8 +130,11 @@ def inside(folder, name, where):
 
 
 def write(path, content):
-  """Writes the bytes of a file; complete or absent, also when interrupted."""
-  if not is_local(path):  # so is an object; it cannot be renamed
+  """Writes the bytes of a file; complete or absent, also when interrupted.
+
+  On a local disk they are there when this returns, also if the power fails.
+  """
+  if not is_local(path):  # an object is whole; it cannot be renamed
     with as_oserror(path):
       path.write_bytes(content)
     return
@@ -138,9 +142,20 @@ def write(path, content):
   written = partial(path)
   try:
     written.write_bytes(content)
+    _sync(written)
     publish(written, path)
+    _sync(path.parent)
   finally:
     remove(written)
+
+
+def _sync(path):
+  """Has a local disk keep a file's content, or the names in a folder."""
+  number = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  finally:
+    os.close(number)
 
 
 def read(path, dtype, size, checksum, start=0):

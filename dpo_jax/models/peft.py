@@ -73,7 +73,7 @@ def write(folder, adapter, table, config, shapes, vocab_size, about):
     tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair[1]
     ranks[module] = len(pair[0])
   content = safetensors.numpy.save(tensors, {"format": "pt"})
-  (folder / "adapter_model.safetensors").write_bytes(content)
+  store.write(folder / "adapter_model.safetensors", content)
   rank, stabilised = about["rank"], about["rank_stabilised"]
   other = {m: r for m, r in ranks.items() if r != rank}
   power = 0.5 if stabilised else 1.0

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from dpo_jax import tree
+from dpo_jax import store, tree
 from dpo_jax.config import origin
 from dpo_jax.models import config as config_lib
 from dpo_jax.models import families, fields, keys, tables
@@ -52,7 +52,7 @@ def write(folder, params, config, vocab_size, raw, dtype):
       for name in names
     }
     content = safetensors.numpy.save(tensors, {"format": "pt"})
-    (folder / file).write_bytes(content)
+    store.write(folder / file, content)
   if split.is_sharded:
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     write_json(folder / "model.safetensors.index.json", index)
@@ -136,4 +136,4 @@ def describe(config, vocab_size):
 
 def write_json(path, value):
   """Writes plain values, as a person would read them."""
-  path.write_text(json.dumps(value, indent=2) + "\n")
+  store.write(path, (json.dumps(value, indent=2) + "\n").encode())

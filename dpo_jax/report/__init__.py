@@ -10,7 +10,7 @@ import types
 
 from etils import epath
 
-from dpo_jax import lookup
+from dpo_jax import lookup, store
 from dpo_jax.report import (
   cells,
   claims,
@@ -65,14 +65,14 @@ def write(workdir):
   for name, picture in pictures.items():
     path = workdir / f"{name}.png"
     if picture:
-      path.write_bytes(picture.png)
+      store.write(path, picture.png)
     elif path.exists():
       path.unlink()
   table_rows = _rows(sweep)
   text = markdown.markdown(sweep, grid(table_rows, "page"), pictures)
-  (workdir / "report.md").write_bytes(text.encode())
+  store.write(workdir / "report.md", text.encode())
   text = page.html(sweep, grid(table_rows, "page"), pictures)
-  (workdir / "report.html").write_bytes(text.encode())
+  store.write(workdir / "report.html", text.encode())
   return workdir / "report.html"
 
 

@@ -44,9 +44,9 @@ def write(page, workdir):
   store.write(workdir / "frontier.json", summary.encode())
   drawings = [page.draw(wide) for wide in (True, False)]
   if drawings[0] is not None:
-    (workdir / "frontier.png").write_bytes(figures.png(drawings[0]))
-  (workdir / "report.md").write_bytes(_markdown(page, drawings).encode())
-  (workdir / "report.html").write_bytes(_html(page, drawings).encode())
+    store.write(workdir / "frontier.png", figures.png(drawings[0]))
+  store.write(workdir / "report.md", _markdown(page, drawings).encode())
+  store.write(workdir / "report.html", _html(page, drawings).encode())
   return workdir / "report.html"
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from etils import epath
 
+from dpo_jax import store
+
 
 class Tracker(NamedTuple):
   """Somewhere else that metrics go.
@@ -57,7 +59,7 @@ def _wandb(project, asked, workdir):
   wandb = _module("wandb", "wandb")
   name = workdir / "wandb_run"  # a resumed run goes on under its own name
   if not name.exists():
-    name.write_text(uuid.uuid4().hex)
+    store.write(name, uuid.uuid4().hex.encode())
   run = wandb.init(
     project=project,
     name=workdir.name,

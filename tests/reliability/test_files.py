@@ -1,5 +1,6 @@
 """Full disks and damaged files: the run goes on, and says what it lost."""
 
+import ast
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from dpo_jax import store
 from dpo_jax.run import recorder
 from dpo_jax.train import log
 from tests import conftest
@@ -171,3 +173,67 @@ def test_what_cannot_be_saved_is_counted_and_the_older_step_stays(
     assert manager.save(small.make_state(step=3), small.CONFIG, wait=True)
     assert manager.steps() == [3, 1]
   assert int(small.restore(tmp_path).step) == 3
+
+
+# Who may open a file to write it in place, and why that loses nothing.
+IN_PLACE = {
+  "store.py",  # what writes by rename
+  "data/tokens/cache.py",  # in a folder that is named when it is complete
+  "train/health.py",  # the lock, which is empty
+  "train/log.py",  # os.devnull
+}
+
+
+def writes_in_place(path):
+  """Lines of a module that write a file where it will be read."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if not isinstance(node, ast.Call):
+      continue
+    called = node.func
+    name = getattr(called, "attr", getattr(called, "id", ""))
+    if name in ("write_text", "write_bytes", "savez", "tofile"):
+      yield node.lineno
+    if name == "open":
+      modes = [
+        x.value
+        for x in (*node.args, *(k.value for k in node.keywords))
+        if isinstance(x, ast.Constant) and isinstance(x.value, str)
+      ]
+      if any(
+        set(mode) <= set("rwxbt+") and set(mode) & set("wx+") for mode in modes
+      ):
+        yield node.lineno
+
+
+def test_nothing_is_written_in_place():
+  """What is read later is written by rename (store.write), or line by line."""
+  package = conftest.ROOT / "dpo_jax"
+  found = {
+    str(path.relative_to(package)): list(writes_in_place(path))
+    for path in package.rglob("*.py")
+  }
+  found = {name: lines for name, lines in found.items() if lines}
+  assert found.keys() == IN_PLACE, found
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(
+  tmp_path, monkeypatch
+):
+  """The content first, then the name: else a name may be left without it."""
+  events, sync, replace = [], os.fsync, store.publish
+
+  def synced(number):
+    events.append(os.readlink(f"/proc/self/fd/{number}"))
+    sync(number)
+
+  def published(partial, path):
+    events.append("named")
+    replace(partial, path)
+
+  monkeypatch.setattr(os, "fsync", synced)
+  monkeypatch.setattr(store, "publish", published)
+  store.write(tmp_path / "a.json", b"{}")
+  content, named, folder = events
+  assert content.startswith(str(tmp_path / "a.json"))
+  assert (named, folder) == ("named", str(tmp_path))
+  assert (tmp_path / "a.json").read_bytes() == b"{}"

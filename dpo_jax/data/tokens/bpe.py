@@ -4,6 +4,8 @@ import json
 
 from etils import epath
 
+from dpo_jax import store
+
 BOS, EOS = "<|bos|>", "<|eos|>"
 
 
@@ -40,11 +42,11 @@ def train(texts, vocab_size, folder):
   tokenizer.train_from_iterator(texts, trainer)
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "tokenizer.json").write_text(tokenizer.to_str())
+  store.write(folder / "tokenizer.json", tokenizer.to_str().encode())
   kind = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": BOS,
     "eos_token": EOS,
   }
-  (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+  store.write(folder / "tokenizer_config.json", json.dumps(kind).encode())
   return tokenizer.get_vocab_size()

@@ -81,7 +81,8 @@ def write(hf, folder):
   about = store.read_json(path)
   named = [k for k in about if k.endswith(("_path", "_file", "_dir"))]
   about = {k: v for k, v in about.items() if k not in named}
-  path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+  text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+  store.write(path, text.encode())
 
 
 def _bytes():
