@@ -36,6 +36,12 @@ them all, with --config those of that config. eval, sample, export and audit
 take the config of the run folder unless --config names another, and judge the
 one of its name. --workdir may be left out where the config has one, and for
 audit. --version says which dpo_jax this is.
+
+train and sample run as several processes, one on each machine, all given the
+same command and --coordinator HOST:PORT --processes N --process K: HOST is that
+of process 0, K counts from 0. DPO_JAX_COORDINATOR, DPO_JAX_PROCESSES and
+DPO_JAX_PROCESS say the same; srun's tasks and a TPU slice's workers need
+neither.
 """
 
 import logging
@@ -48,7 +54,8 @@ from dpo_jax import lookup, progress, verbs
 from dpo_jax.config import load
 
 _FLAGS = ("profile", "verbose")  # they take no value
-_OPTIONS = ("config", "sweep", "workdir", *_FLAGS)
+_PROCESSES = ("coordinator", "processes", "process")
+_OPTIONS = ("config", "sweep", "workdir", *_PROCESSES, *_FLAGS)
 
 
 def _parse(argv):
@@ -86,10 +93,10 @@ def _help(words):
   if not words:
     return usage
   lookup.lookup(verbs.VERBS, words[0], "verb")
-  *_, closing = usage.strip().split("\n\n")
+  *_, closing, several = usage.strip().split("\n\n")
   own = re.search(rf"^{words[0]} .*(?:\n .*)*", usage, re.MULTILINE)[0]
   fields = verbs.fields(words[0], *_parse(words[1:]))
-  return "\n\n".join(["", own, closing, *fields])[2:]
+  return "\n\n".join(["", own, closing, several, *fields])[2:]
 
 
 def main(argv=None):

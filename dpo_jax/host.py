@@ -1,4 +1,4 @@
-"""What must be set before JAX starts: memory, compiler, kept programs."""
+"""What must be set before JAX starts: memory, compiler, other processes."""
 
 import ctypes
 import hashlib
@@ -11,6 +11,7 @@ import sys
 import urllib.parse
 import urllib.request
 import warnings
+from typing import NamedTuple
 
 # Options of glibc's mallopt (malloc.h), and Linux's MADV_HUGEPAGE.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -164,3 +165,92 @@ def hub_or_cache(timeout=3.0):
     os.environ["HF_HUB_OFFLINE"] = "1"
     return f"{url.hostname} cannot be reached ({error.strerror or error})"
   return None
+
+
+class Processes(NamedTuple):
+  """Which of several processes this one is.
+
+  Attributes:
+    coordinator: HOST:PORT where process 0 listens; None: JAX finds it out, as
+      it does the other two.
+    count: of processes.
+    process: this one, from 0.
+  """
+
+  coordinator: str | None
+  count: int | None
+  process: int | None
+
+
+_PARTS = ("coordinator", "processes", "process")
+
+
+def processes(options):
+  """The Processes that flags, else the environment, name; None is one alone.
+
+  DPO_JAX_COORDINATOR, DPO_JAX_PROCESSES and DPO_JAX_PROCESS are for launchers
+  and say what the flags do. Without any, several tasks of one SLURM step, or
+  the workers of a slice of TPUs that TPU_WORKER_HOSTNAMES lists, are together.
+
+  Args:
+    options: {"coordinator", "processes", "process"}, strings as far as given.
+  Raises: ValueError naming what is missing or wrong.
+  """
+  named = {f"--{name}": options.get(name) for name in _PARTS}
+  if not any(value is not None for value in named.values()):
+    variables = [f"DPO_JAX_{name.upper()}" for name in _PARTS]
+    named = {name: os.environ.get(name) for name in variables}
+  given = {name: value for name, value in named.items() if value is not None}
+  if not given:
+    return Processes(None, None, None) if _detected() else None
+  missing = [name for name in named if name not in given]
+  if missing:
+    raise ValueError(
+      f"{', '.join(given)} without {', '.join(missing)}: each of several "
+      "processes needs all three, as --coordinator HOST:PORT --processes 2 "
+      "--process 0; one alone needs none"
+    )
+  (where, coordinator), (total, count), (own, process) = named.items()
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise ValueError(
+      f"{where} = {coordinator} must be HOST:PORT of process 0, as "
+      "localhost:8476"
+    )
+  if not count.isdecimal() or int(count) < 1:
+    raise ValueError(f"{total} = {count} must be a number of processes, from 1")
+  if not process.isdecimal() or int(process) >= int(count):
+    raise ValueError(
+      f"{own} = {process} must be one of 0 to {int(count) - 1} ({total} = "
+      f"{count})"
+    )
+  if int(count) == 1:
+    return None
+  return Processes(coordinator, int(count), int(process))
+
+
+def _detected():
+  """Whether this is one of several tasks that JAX knows how to bring together.
+
+  A script of sbatch sees the number of tasks too, and is none of them: only a
+  step of srun has a list of nodes of its own.
+  """
+  tasks = os.environ.get("SLURM_NTASKS", "1")
+  if "SLURM_STEP_NODELIST" in os.environ and tasks.isdecimal():
+    return int(tasks) > 1
+  return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def join(several):
+  """Meets the other processes; to be called before JAX has its devices.
+
+  Args:
+    several: Processes.
+  """
+  import jax
+
+  if several.coordinator is None:
+    jax.distributed.initialize()
+  else:
+    # What else a cluster's environment says is not to be mixed with it.
+    jax.distributed.initialize(*several, cluster_detection_method="deactivate")

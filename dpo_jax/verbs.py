@@ -28,6 +28,7 @@ class Verb(NamedTuple):
     reads: fields that name the sources it reads; None: its config is not
       checked.
     default: the config that it takes without --config, by its name.
+    several: it runs as several processes too.
   """
 
   run: Callable
@@ -36,6 +37,7 @@ class Verb(NamedTuple):
   config: bool = True
   reads: tuple[str, ...] | None = None
   default: str | None = None
+  several: bool = False
 
 
 def train(config, workdir, source):
@@ -198,9 +200,9 @@ def losses(_config, _workdir, _source):
 _DATA = ("data.train", "data.eval")
 _PROMPTS = ("sample.prompts", "sample.shots_from")
 VERBS = {
-  "train": Verb(train, saved=False, reads=_DATA),
+  "train": Verb(train, saved=False, reads=_DATA, several=True),
   "eval": Verb(evaluate, saved=True, reads=("data.eval", *_PROMPTS)),
-  "sample": Verb(sample, saved=True, reads=_PROMPTS),
+  "sample": Verb(sample, saved=True, reads=_PROMPTS, several=True),
   "sweep": Verb(sweep, saved=False, reads=()),  # its points say of what
   "report": Verb(write_report, saved=True, config=False),
   "audit": Verb(audit, saved=True, folder=False, reads=_DATA),
@@ -240,12 +242,27 @@ def _judged(config, name):
     judge_options.check(config.judge)
 
 
+def _several(name, verb, options):
+  """The host.Processes of a verb, or None; refuses them where one must do."""
+  several = host.processes(options)
+  if several is not None and not verb.several:
+    able = ", ".join(v for v, about in VERBS.items() if about.several)
+    raise ValueError(
+      f"{name} runs as one process, and this is one of several (its flags, "
+      f"DPO_JAX_PROCESSES, srun or TPU_WORKER_HOSTNAMES say so); {able} run "
+      "as several: start this on one machine alone, or with --coordinator "
+      "localhost:1 --processes 1 --process 0"
+    )
+  return several
+
+
 def run(name, options, overrides):
   """Runs a verb.
 
   Args:
     name: of the verb.
-    options: {"config", "workdir"} and {"sweep": axes}, as far as given.
+    options: {"config", "workdir"}, {"sweep": axes} and those of
+      host.processes, as far as given.
     overrides: "loss.beta=0.2" and the like.
   Returns: exit code.
   """
@@ -253,6 +270,7 @@ def run(name, options, overrides):
   workdir, spec = options.get("workdir"), options.get("config", verb.default)
   if "sweep" in options and name != "sweep":
     raise ValueError(f"--sweep is of `dpo-jax sweep`, not of {name}")
+  several = _several(name, verb, options)
   if spec is None and verb.saved and workdir is not None:
     spec = str(epath.Path(workdir) / "config.json")
   if not verb.config and "config" not in options:
@@ -279,6 +297,8 @@ def run(name, options, overrides):
   host.claim_devices()
   host.leave_triton_out()
   host.keep()
+  if several is not None:
+    host.join(several)
   begin = time.perf_counter()
   code = verb.run(config, workdir, source)
   minutes, seconds = divmod(round(time.perf_counter() - begin), 60)
