@@ -3,6 +3,7 @@
 They are injected by a learning rate of NaN, which every algorithm has.
 """
 
+import functools
 import json
 
 import numpy as np
@@ -17,29 +18,33 @@ from dpo_jax.train import state as state_lib
 from tests import conftest, processes
 from tests.algos import rewarded
 
+# (argument of the config, overrides). In the fast tier tests/train/test_step.py
+# counts single steps on several devices and under accumulation.
 HOW = {
-  "jit": (),
-  "pmap": ("mesh.mode=pmap",),
-  "accumulation": ("train.accumulation=2",),
+  "jit": ("smoke",),
+  "pmap": ("smoke", "mesh.mode=pmap"),
+  "accumulation": ("smoke", "train.accumulation=2"),
+  "ema": ("smoke,ref=ema",),
+  "adapter": ("smoke,lora",),
 }
+EVERY_HOW = [
+  pytest.param(how, marks=() if how == "jit" else pytest.mark.slow)
+  for how in HOW
+]
 
 
-def load(*overrides):
+def load(*overrides, arg="smoke"):
   """A config that logs its first and last step alone."""
-  spec = str(conftest.ROOT / "configs/dpo.py:smoke")
+  spec = str(conftest.ROOT / f"configs/dpo.py:{arg}")
   given = "train.steps=12", "data.eval=None", "log.every=1000"
   return load_lib.load_config(spec, (*given, *overrides))
 
 
-_PREPARED = {}
-
-
-def prepared(*overrides):
+@functools.cache
+def prepared(arg="smoke", *overrides):
   """(config, base.Run); what is compiled is shared by the tests."""
-  config = load(*overrides)
-  if overrides not in _PREPARED:
-    _PREPARED[overrides] = build.prepare(config)
-  return config, _PREPARED[overrides]
+  config = load(*overrides, arg=arg)
+  return config, build.prepare(config)
 
 
 def broken(run, bad, done=None, **rhythm):
@@ -66,7 +71,7 @@ def rows_of(workdir):
   return [row for row in map(json.loads, lines) if row["kind"] == "train"]
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", EVERY_HOW)
 def test_every_second_update_refused_is_counted_and_told(how, tmp_path, capsys):
   """R12: none of them is logged, and no two are in a row."""
   config, run = prepared(*HOW[how])
@@ -87,7 +92,7 @@ def test_a_run_without_any_says_nothing_of_them(tmp_path, capsys):
   assert "refused" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", ["jit", "pmap"])
+@pytest.mark.parametrize("how", EVERY_HOW)
 def test_a_run_ends_after_so_many_in_a_row_whatever_is_logged(how, tmp_path):
   """R12: at most run.AHEAD steps later, and the good checkpoint is kept."""
   config, run = prepared(*HOW[how])
@@ -168,6 +173,7 @@ def test_which_step_is_read_follows_from_the_count_alone(tmp_path):
   assert {n: judged[n] for n in ahead} == {**ahead, 7: 8, 8: 8}
 
 
+@pytest.mark.slow
 def test_a_run_of_several_in_one_program_ends_alone(tmp_path, capsys):
   """R12: the others go on to their end."""
   config = load("sweep.together=2", "train.max_skipped=3")

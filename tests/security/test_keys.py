@@ -28,6 +28,7 @@ def run(tmp_path, monkeypatch, capsys):
   return folder, printed.out + printed.err
 
 
+@pytest.mark.slow
 def test_no_key_is_in_any_file_or_line_of_a_run(run):
   folder, printed = run
   held = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
