@@ -90,11 +90,13 @@ def train(run, step, hparams, state, record, start, stop):
       # ── Evaluate and save ──────────────────────────────────────────────────
       # Only where the feed can start again: what is drawn between boundaries is
       # in memory alone, so a checkpoint there would lose it. A signal is
-      # therefore obeyed at the next one (a loader has one at every step); a run
-      # that failed saves nothing and leaves at once.
+      # therefore obeyed at the next one (a loader has one at every step), where
+      # all processes ask whether any has one; a run that failed saves nothing
+      # and leaves at once.
       last = number == run.total
       boundary = run.feed.boundary(number)
-      leaving = last or record.failed or (boundary and bool(stop))
+      stopping = boundary and stop.agreed(number, last=last)
+      leaving = last or stopping or record.failed
       evaluates = run.held_out is not None and (
         last or number % run.rhythm.evaluate == 0
       )

@@ -7,14 +7,19 @@ import os
 import signal
 import threading
 
+import jax
 from etils import epath
 
 from dpo_jax import store
+from dpo_jax.parallel import processes
 from dpo_jax.train import lease
 from dpo_jax.train import state as state_lib
 
 EXIT_INTERRUPTED = 130  # Ctrl-C; everything is saved
-EXIT_REQUEUE = 42  # SIGTERM or SIGUSR2; everything is saved, run it again
+EXIT_REQUEUE = 42  # another signal; everything is saved, run it again
+# Steps after which several processes ask one another for signals: they wait for
+# all steps begun then, so neither each step nor later than a preemption allows.
+_ASK_EVERY = 8
 
 
 @contextlib.contextmanager
@@ -43,10 +48,16 @@ def lock(workdir):
 
 
 class Stop:
-  """Set by a signal; the loop saves and leaves at the next step."""
+  """Set by a signal; the loop saves and leaves at the next step.
+
+  Of several processes, all are set at the step where `agreed` finds that one
+  has a signal, and none before: they would wait for one another forever.
+  """
 
   def __init__(self):
     self.signal = None
+    self._own = 0  # signal of this process; 0 without one
+    self._asked = 0  # step of the last question to all
     self._at_once = False
 
   def __bool__(self):
@@ -66,11 +77,27 @@ class Stop:
     finally:
       self._at_once = False
 
+  def agreed(self, step, *, last):
+    """Whether all processes stop after `step`; each must ask at the same ones.
+
+    Args:
+      step: number of steps done.
+      last: nothing follows, so a signal counts now or never.
+    """
+    due = last or step // _ASK_EVERY > self._asked // _ASK_EVERY
+    if jax.process_count() > 1 and self.signal is None and due:
+      self._asked = step
+      self.signal = processes.largest(self._own) or None
+    return bool(self)
+
   def set(self, number):
     """Takes signal `number`.
 
-    Raises: Stopped inside `at_once`.
+    Raises: Stopped inside `at_once`, of a process alone.
     """
+    self._own = number
+    if jax.process_count() > 1:
+      return
     self.signal = number
     if self._at_once:
       raise Stopped(self.exit_code)
@@ -86,16 +113,19 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stop_on_signal():
-  """Yields a Stop raised by SIGINT, SIGTERM or SIGUSR2.
+  """Yields a Stop raised by SIGINT, SIGTERM, SIGHUP or SIGUSR2.
 
-  A second signal takes its usual effect at once. Outside the main thread
-  (where Python has no signals) the Stop is never raised.
+  A SIGHUP that is ignored stays so: `nohup` asked for it. A second signal
+  takes its usual effect at once. Outside the main thread (where Python has no
+  signals) the Stop is never raised.
   """
   stop = Stop()
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
-  signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+  signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2]
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    signals.append(signal.SIGHUP)
   before = {s: signal.getsignal(s) for s in signals}
 
   def restore():
