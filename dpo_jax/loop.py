@@ -5,6 +5,7 @@ import contextlib
 import jax
 from etils import epath
 
+from dpo_jax.parallel import processes
 from dpo_jax.run import build, feed, forward, recorder, trained
 from dpo_jax.train import checkpoint, health
 from dpo_jax.train import state as state_lib
@@ -152,11 +153,23 @@ def begin(run, workdir, stop=None):
 
 @contextlib.contextmanager
 def held(workdirs):
-  """Holds run folders for this process; yields the health.Stop."""
+  """Holds run folders for this process and those with it.
+
+  Yields the health.Stop. Of several processes the first holds the folders, and
+  what it is refused the others are too: they would wait for it.
+  """
   with contextlib.ExitStack() as locks:
+    refused = None
     if jax.process_index() == 0:
-      for workdir in workdirs:
-        locks.enter_context(health.lock(workdir))
+      try:
+        for workdir in workdirs:
+          locks.enter_context(health.lock(workdir))
+      except (ValueError, OSError) as error:
+        refused = error
+    if processes.largest(refused is not None):
+      raise refused or ValueError(
+        f"the first process cannot hold --workdir {workdirs[0]}: see there"
+      )
     yield locks.enter_context(health.stop_on_signal())
 
 

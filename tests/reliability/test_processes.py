@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from dpo_jax import cli, host
+from dpo_jax import cli, host, loop
+from dpo_jax.train import health
 from tests import conftest
 
 VARIABLES = (
@@ -151,3 +152,24 @@ def test_two_processes_from_the_command_line_train_as_one(tmp_path):
   assert one.keys() == two.keys() == {1, 2, 3}
   for step, loss in one.items():
     np.testing.assert_allclose(two[step], loss, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused_by_both_at_once(tmp_path):
+  """R16: the second does not wait for the heartbeat of the first."""
+  with health.lock(tmp_path):
+    got = ends(start(tmp_path, "train.steps=3"))
+  assert [code for code, _ in got] == [2, 2], got
+  assert "in use by another running process" in got[0][1]
+  assert "the first process cannot hold --workdir" in got[1][1]
+
+
+def test_what_the_first_is_refused_ends_the_others(tmp_path, monkeypatch):
+  """R16: none trains in a folder that the first does not hold."""
+  monkeypatch.setattr(loop.jax, "process_index", lambda: 1)
+  monkeypatch.setattr(loop.processes, "largest", lambda own: 1 - own)
+  with (
+    pytest.raises(ValueError, match="first process cannot hold --workdir"),
+    loop.held([tmp_path]),
+  ):
+    pass
