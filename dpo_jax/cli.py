@@ -27,6 +27,10 @@ audit    --config dpo --config.data.train=my.jsonl
          shows what would be trained on, token by token, and counts what is
          wrong with it; exit code 1 above the limits of config.audit
 
+launch   local --processes 2 -- train --config dpo --workdir DIR
+         runs a command as several processes on this machine's CPU, as several
+         machines would; lines of the second begin with [1]
+         --restarts N starts all again when one died, or exits with 42
 losses   prints every loss: formula, source, needs, dialects, defaults
 
 --config names a file, configs/mine.py, or a config that comes with dpo_jax:
@@ -50,7 +54,7 @@ import re
 import sys
 
 import dpo_jax
-from dpo_jax import lookup, progress, verbs
+from dpo_jax import launch, lookup, progress, verbs
 from dpo_jax.config import load
 
 _FLAGS = ("profile", "verbose")  # they take no value
@@ -92,11 +96,21 @@ def _help(words):
   words = [word for word in words if word not in ("-h", "--help", "help")]
   if not words:
     return usage
+  if words[0] == "launch":
+    return re.search(r"^launch .*(?:\n .*)*", usage, re.MULTILINE)[0]
   lookup.lookup(verbs.VERBS, words[0], "verb")
   *_, closing, several = usage.strip().split("\n\n")
   own = re.search(rf"^{words[0]} .*(?:\n .*)*", usage, re.MULTILINE)[0]
   fields = verbs.fields(words[0], *_parse(words[1:]))
   return "\n\n".join(["", own, closing, several, *fields])[2:]
+
+
+def _launch(words):
+  """The exit code of a command that runs as several processes."""
+  options, command = launch.options(words)
+  lookup.lookup(verbs.VERBS, command[0], "verb")
+  whole = [sys.executable, "-m", "dpo_jax", *command]
+  return launch.local(whole, options["processes"], options["restarts"])
 
 
 def main(argv=None):
@@ -106,6 +120,8 @@ def main(argv=None):
   try:
     if argv[:1] == ["--version"]:
       print(f"dpo_jax {dpo_jax.__version__}")
+    elif argv[:1] == ["launch"] and argv[1:] not in (["-h"], ["--help"]):
+      code = _launch(argv[1:])
     elif not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
       print(_help(argv))
     else:

@@ -242,10 +242,18 @@ def _judged(config, name):
     judge_options.check(config.judge)
 
 
-def _several(name, verb, options):
+def _several(name, options, config):
   """The host.Processes of a verb, or None; refuses them where one must do."""
   several = host.processes(options)
-  if several is not None and not verb.several:
+  if several is None:
+    return None
+  algo = None if config is None else config.get("algo")
+  if algo in ("stages", "tokenizer"):
+    raise ValueError(
+      f'algo = "{algo}" runs as one process, and this is one of several; run '
+      "it alone, or each of its trainings by itself"
+    )
+  if not VERBS[name].several:
     able = ", ".join(v for v, about in VERBS.items() if about.several)
     raise ValueError(
       f"{name} runs as one process, and this is one of several (its flags, "
@@ -270,7 +278,6 @@ def run(name, options, overrides):
   workdir, spec = options.get("workdir"), options.get("config", verb.default)
   if "sweep" in options and name != "sweep":
     raise ValueError(f"--sweep is of `dpo-jax sweep`, not of {name}")
-  several = _several(name, verb, options)
   if spec is None and verb.saved and workdir is not None:
     spec = str(epath.Path(workdir) / "config.json")
   if not verb.config and "config" not in options:
@@ -283,6 +290,7 @@ def run(name, options, overrides):
     workdir = config.get("workdir") if workdir is None else workdir
   if workdir is None and verb.folder:
     raise ValueError(f"{name} needs --workdir, the folder of a run or sweep")
+  several = _several(name, options, config)
   if verb.folder:
     preflight.folder(workdir)
   if verb.reads is not None:
