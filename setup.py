@@ -41,7 +41,7 @@ setuptools.setup(
   extras_require={
     "test": [
       *("pytest", "pytest-xdist", "ruff"),
-      *("ipykernel", "jupytext", "nbclient", "openai"),
+      *("gcsfs", "ipykernel", "jupytext", "nbclient", "openai"),
     ],
     "judge": ["openai"],
     "notebooks": ["ipykernel", "ipywidgets", "jupytext", "nbclient"],

@@ -198,7 +198,8 @@ def _handler(bucket):
         self.send_header(name, value)
       self.send_header("Content-Length", str(len(content)))
       self.end_headers()
-      self.wfile.write(content)
+      with contextlib.suppress(ConnectionError):  # whoever asked was killed
+        self.wfile.write(content)
 
     do_POST = do_PUT = do_DELETE = do_GET
 

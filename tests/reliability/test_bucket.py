@@ -1,6 +1,5 @@
 """Runs in an object store: gs://, on a bucket of this machine."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -17,15 +16,13 @@ from dpo_jax.train import lease
 from tests import bucket as bucket_lib
 from tests import conftest
 
-# gcsfs itself is imported by the first that needs it: it reads the environment.
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec("gcsfs") is None, reason="needs the extra gcs"
-)
-
 
 @pytest.fixture(scope="module")
 def served():
-  """The bucket, which this process sees, too."""
+  """The bucket, which this process sees, too.
+
+  gcsfs reads the environment as it is imported, by the first that needs it.
+  """
   with bucket_lib.served() as bucket, pytest.MonkeyPatch.context() as patch:
     for name, value in bucket.environment().items():
       patch.setenv(name, value)

@@ -185,6 +185,7 @@ def test_a_run_of_several_in_one_program_ends_alone(tmp_path, capsys):
   assert checkpoint.latest_step(tmp_path / "learning_rate=1e+38") is None
 
 
+@pytest.mark.slow
 def test_an_on_policy_run_leaves_in_the_middle_of_an_iteration(
   tmp_path, monkeypatch
 ):

@@ -100,6 +100,7 @@ def spiking(run, at, total):
   return run._replace(step=step, total=total)
 
 
+@pytest.mark.slow
 def test_a_spike_in_a_run_is_refused_told_and_found_again_by_a_resumed_run(
   tmp_path, capsys
 ):

@@ -21,7 +21,7 @@ TESTED = {
     "test_pickled_weights_of_a_scorer_are_not_read",
   ),
   "calls that would allow such code, pickles, eval and exec": (
-    "security/test_code.py",
+    "security/test_foreign_code.py",
     "test_no_file_runs_code_of_what_it_reads",
   ),
   "an index of weights that leads out of its folder": (
@@ -33,7 +33,7 @@ TESTED = {
     "test_pickled_weights_are_refused_with_the_way_to_convert_them",
   ),
   "a chat template that never ends": (
-    "security/test_templates.py",
+    "security/test_template_time.py",
     "test_a_template_without_an_end_is_an_error_that_names_it",
   ),
   "a sweep that names folders elsewhere": (
