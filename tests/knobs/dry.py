@@ -83,6 +83,8 @@ def training(plan):
   events = []
 
   class Checkpointer:
+    lost = 0
+
     def __init__(self, workdir, *, keep):
       events.append(("keep", keep))
 
@@ -100,6 +102,7 @@ def training(plan):
 
     def save(self, state, identity, *, wait):
       events.append(("save", state.step))
+      return True
 
   def evaluate(setup, measured, state):
     events.append(("evaluate", state.step))
