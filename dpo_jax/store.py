@@ -10,6 +10,7 @@ as it is.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -150,10 +151,16 @@ def write(path, content):
 
 
 def _sync(path):
-  """Has a local disk keep a file's content, or the names in a folder."""
+  """Has a local disk keep a file's content, or the names in a folder.
+
+  What is mounted as a disk, such as a bucket, may not know of that.
+  """
   number = os.open(path, os.O_RDONLY)
   try:
     os.fsync(number)
+  except OSError as error:
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+      raise
   finally:
     os.close(number)
 

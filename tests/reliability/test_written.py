@@ -1,6 +1,7 @@
 """Full disks and damaged files: the run goes on, and says what it lost."""
 
 import ast
+import errno
 import json
 import os
 import pathlib
@@ -239,3 +240,24 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(
   assert content.startswith(str(tmp_path / "a.json"))
   assert (named, folder) == ("named", str(tmp_path))
   assert (tmp_path / "a.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize(
+  ("number", "written"), [(errno.EINVAL, True), (errno.EIO, False)]
+)
+def test_a_disk_that_cannot_promise_is_used_and_one_that_fails_is_told(
+  number, written, tmp_path, monkeypatch
+):
+  """A mounted bucket has no fsync of folders; a broken disk has no content."""
+
+  def refused(_):
+    raise OSError(number, "fsync")
+
+  monkeypatch.setattr(os, "fsync", refused)
+  path = tmp_path / "a.json"
+  if written:
+    store.write(path, b"{}")
+  else:
+    with pytest.raises(OSError, match="fsync"):
+      store.write(path, b"{}")
+  assert [p.name for p in tmp_path.iterdir()] == ["a.json"] * written
