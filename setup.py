@@ -14,7 +14,7 @@ setuptools.setup(
   # No other package has to fear for a name as common as `configs`.
   package_dir={"dpo_jax.configs": "configs"},
   package_data={"dpo_jax.report": ["page.html", "tables.html"]},
-  entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},
+  entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:command"]},
   install_requires=[
     "datasets",
     "etils[epath]",

@@ -5,4 +5,4 @@ import sys
 from dpo_jax import cli
 
 if __name__ == "__main__":
-  sys.exit(cli.main())
+  sys.exit(cli.command())

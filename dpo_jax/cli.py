@@ -52,9 +52,10 @@ import logging
 import os
 import re
 import sys
+import traceback
 
 import dpo_jax
-from dpo_jax import launch, lookup, progress, verbs
+from dpo_jax import host, launch, lookup, progress, verbs
 from dpo_jax.config import load
 
 _FLAGS = ("profile", "verbose")  # they take no value
@@ -149,5 +150,16 @@ def main(argv=None):
     return getattr(stopped, "exit_code", 130)
 
 
+def command():
+  """`dpo-jax`: main, and a way out that waits for no other process."""
+  try:
+    code = main()
+  except Exception:
+    traceback.print_exc()
+    code = 1
+  host.leave(code)
+  return code
+
+
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(command())

@@ -1,5 +1,6 @@
 """What must be set before JAX starts: memory, compiler, other processes."""
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -88,7 +89,10 @@ def keep():
   """
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   folder = pathlib.Path(home) / "dpo_jax" / "programs" / _processor()
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    with contextlib.suppress(OSError):  # JAX says what is wrong with it
+      folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   _warn_of_writers(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
@@ -165,6 +169,9 @@ def hub_or_cache(timeout=3.0):
     os.environ["HF_HUB_OFFLINE"] = "1"
     return f"{url.hostname} cannot be reached ({error.strerror or error})"
   return None
+
+
+TOGETHER = (0, 42, 130)  # exit codes that all processes have at once
 
 
 class Processes(NamedTuple):
@@ -249,8 +256,25 @@ def join(several):
   """
   import jax
 
+  # It would take SIGTERM for itself; health.stop_on_signal asks the others.
+  jax.config.update("jax_enable_preemption_service", False)
   if several.coordinator is None:
     jax.distributed.initialize()
   else:
     # What else a cluster's environment says is not to be mixed with it.
     jax.distributed.initialize(*several, cluster_detection_method="deactivate")
+
+
+def leave(code):
+  """Ends this process at once, if it is one of several and only it failed.
+
+  At its exit JAX would wait for the others, who wait for it. Those that are
+  done, or were stopped together, leave in the usual way.
+  """
+  jax = sys.modules.get("jax")
+  if code in TOGETHER or jax is None or not jax.distributed.is_initialized():
+    return
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(code)

@@ -3,6 +3,7 @@
 They meet over the loopback (host.processes): a rehearsal of a pod, on its CPU.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ _POLL = 0.1  # seconds
 # What a process that lost another may take to end by itself, before it is
 # killed: it may be saving. Seconds.
 _GRACE = 30.0
+_SAY = 5.0  # seconds for the last lines of a process that has ended
 _FLAGS = {"processes": ("2", 1), "restarts": ("0", 0)}  # default, least
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
@@ -64,21 +66,32 @@ def local(command, count, restarts=0, grace=_GRACE):
   Returns: exit code: 0 if all are; else that of the first to fail, 128 + the
     signal for one that was killed.
   """
-  asked, before = [], {s: signal.getsignal(s) for s in _SIGNALS}
-  running = []
+  asked, running, told = [], [], {}
+  # What is ignored stays so, here and in the processes: `nohup`, `&`.
+  before = {s: signal.getsignal(s) for s in _SIGNALS}
+  before = {s: h for s, h in before.items() if h != signal.SIG_IGN}
 
   def forward(number, _frame):
     asked.append(number)
-    for process in running:
-      if process.poll() is None:
+    tell()
+
+  def tell():
+    """Sends each process the signals that it was not sent yet."""
+    for process in list(running):
+      since, told[process.pid] = told.get(process.pid, 0), len(asked)
+      for number in asked[since:] if process.poll() is None else ():
         process.send_signal(number)
 
-  for number in _SIGNALS:
+  for number in before:
     signal.signal(number, forward)
   try:
     for attempt in range(restarts + 1):
-      running[:] = _start(command, count)
+      running.clear()
+      readers = _start(command, count, running)
+      tell()  # of what came while they were being started
       code = _wait(running, grace)
+      for reader in readers:
+        reader.join(_SAY)
       final = code in (0, 2) or asked or attempt == restarts
       if final:
         return code
@@ -95,17 +108,23 @@ def local(command, count, restarts=0, grace=_GRACE):
       signal.signal(number, handler)
 
 
-def _start(command, count):
-  """The processes; a thread each passes on what those after the first say."""
+def _start(command, count, running):
+  """Adds the processes to `running`.
+
+  Returns: threads that pass on what those after the first say.
+  """
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   together = {
     "DPO_JAX_COORDINATOR": f"localhost:{port}",
     "DPO_JAX_PROCESSES": str(count),
+    # JAX would listen on all addresses of this machine.
+    "JAX_COORDINATOR_BIND_ADDRESS": f"localhost:{port}",
     "JAX_PLATFORMS": "cpu",  # two processes cannot share an accelerator
+    "PYTHONUNBUFFERED": "1",
   }
-  running = []
+  readers = []
   for number in range(count):
     env = os.environ | together | {"DPO_JAX_PROCESS": str(number)}
     said = {}
@@ -113,19 +132,27 @@ def _start(command, count):
       said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     # A session of their own: Ctrl-C reaches them once, through `forward`.
     process = subprocess.Popen(
-      command, env=env, start_new_session=True, text=True, **said
+      command,
+      env=env,
+      start_new_session=True,
+      encoding="utf-8",
+      errors="replace",
+      **said,
     )
-    if number:
-      threading.Thread(
-        target=_pass_on, args=(number, process.stdout), daemon=True
-      ).start()
     running.append(process)
-  return running
+    if number:
+      arguments = number, process.stdout
+      readers.append(
+        threading.Thread(target=_pass_on, args=arguments, daemon=True)
+      )
+      readers[-1].start()
+  return readers
 
 
 def _pass_on(number, lines):
   for line in lines:
-    sys.stderr.write(f"[{number}] {line}")
+    with contextlib.suppress(OSError, ValueError):  # the reader went away
+      sys.stderr.write(f"[{number}] {line}")
 
 
 def _wait(running, grace):

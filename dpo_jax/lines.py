@@ -26,10 +26,20 @@ def exists(path):
 
 
 def read(path):
-  """The bytes of all lines; b"" if there are none."""
-  if path.exists():
-    return path.read_bytes()
-  return b"".join(part.read_bytes() for part in _parts(path))
+  """The bytes of all lines; b"" if there are none.
+
+  Raises: OSError.
+  """
+  for tries_left in (2, 1, 0):
+    try:
+      with store.as_oserror(path):
+        if path.exists():
+          return path.read_bytes()
+        return b"".join(part.read_bytes() for part in _parts(path))
+    except FileNotFoundError:  # joined, or begun anew, by another meanwhile
+      if not tries_left:
+        raise
+  return b""
 
 
 def opened(path):
@@ -47,17 +57,21 @@ def replace(path, content):
   if store.is_local(path):
     store.write(path, content)
     return
-  old = _parts(path)
-  begun = 1 + max((int(part.name[:5]) for part in old), default=0)
-  _part(path, begun, 0).write_bytes(content)
-  for whole in (path, *old):
-    whole.unlink(missing_ok=True)
+  with store.as_oserror(path):
+    old = _parts(path)
+    begun = 1 + max((int(part.name[:5]) for part in old), default=0)
+    _part(path, begun, 0).write_bytes(content)
+    for whole in (path, *old):
+      whole.unlink(missing_ok=True)
 
 
 def join(path):
   """Makes one object of what was appended."""
-  if not store.is_local(path) and (parts := _all_parts(path)):
-    if not path.exists():
+  if store.is_local(path):
+    return
+  with store.as_oserror(path):
+    parts = _all_parts(path)
+    if parts and not path.exists():
       path.write_bytes(read(path))
     for part in parts:
       part.unlink(missing_ok=True)

@@ -164,7 +164,7 @@ def held(workdirs):
       try:
         for workdir in workdirs:
           locks.enter_context(health.lock(workdir))
-      except (ValueError, OSError) as error:
+      except BaseException as error:  # said once the others know of it
         refused = error
     if processes.largest(refused is not None):
       raise refused or ValueError(

@@ -17,6 +17,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,6 @@ class Part(NamedTuple):
 
   spec: str
   fields: tuple
-  processes: int
   share: float
 
 
@@ -55,7 +55,6 @@ PARTS = {
       *("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.accumulation=2"),
       *("data.train=toy:100", "ref_every=5"),
     ),
-    processes=1,
     share=1.0,
   ),
   "on policy": Part(
@@ -66,7 +65,6 @@ PARTS = {
       "rollout.kl_target=1.0",
       "rollout.kl_horizon=100",
     ),
-    processes=1,
     share=0.2,
   ),
 }
@@ -88,8 +86,9 @@ def work(name, folder, steps):
   fields = (*ALL, *part.fields, f"train.steps={steps}")
   config = load.load_config(f"{ROOT}/configs/{part.spec}", fields)
   run = build.prepare(config)
-  notes = folder / f"examples.{jax.process_index()}.jsonl"
   folder.mkdir(parents=True, exist_ok=True)
+  # One a life, or the full disk would be that of the notes.
+  notes = folder / f"examples.{os.getpid()}.jsonl"
 
   def batch(number, state, batch_of=run.feed.batch):
     arrays, stats = batch_of(number, state)
@@ -110,8 +109,6 @@ class Life:
   """A process of a part, from its start until it is gone."""
 
   def __init__(self, name, folder, steps, full=False):
-    self.full = full
-    self._metrics = folder / "metrics.jsonl"
     self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
     flags = "--xla_force_host_platform_device_count=8"
     self._process = subprocess.Popen(
@@ -125,14 +122,23 @@ class Life:
       },
       preexec_fn=_full_disk if full else None,
     )
+    self._notes = folder / f"examples.{self._process.pid}.jsonl"
 
   def output(self):
     self._output.seek(0)
     return self._output.read()
 
-  def logged(self):
-    """Bytes of metrics so far."""
-    return self._metrics.stat().st_size if self._metrics.exists() else 0
+  def wait(self, batches):
+    """Until it has so many batches more than it began with, or is gone."""
+    deadline = time.monotonic() + _PATIENCE
+    while self.alive() and self._batches() < batches:
+      if time.monotonic() > deadline:
+        raise SystemExit(f"no step in {_PATIENCE:.0f} s:\n{self.output()}")
+      time.sleep(0.005)
+
+  def _batches(self):
+    path = self._notes
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
   def alive(self):
     return self._process.poll() is None
@@ -191,23 +197,17 @@ def one_kill(name, folder, steps, counts, spoilt, rng):
   """Starts a run, kills it at a random moment, and damages what it left."""
   full = rng.random() < 0.15 and (folder / "checkpoints").exists()
   life = Life(name, folder, steps, full)
-  before, began = life.logged(), time.monotonic()
-  early = rng.random() < 0.1  # before the first step
-  while not early and life.alive() and life.logged() <= before:
-    if time.monotonic() - began > _PATIENCE:
-      raise SystemExit(f"no step in {_PATIENCE:.0f} s:\n{life.output()}")
-    if full and time.monotonic() - began > 20:
-      break  # its metrics may be full, too
-    time.sleep(0.01)
-  time.sleep(rng.uniform(0.0, 3.0 if early else 1.0))
+  if rng.random() < 0.1:  # before the first step
+    time.sleep(rng.uniform(0.0, 3.0))
+  else:  # some batches on, and somewhere within a step or a save
+    life.wait(rng.randint(1, 8))
+    time.sleep(rng.uniform(0.0, 0.1))
   number = rng.choice((signal.SIGKILL, signal.SIGTERM))
   ended = not life.alive()
   code = life.end(number)
   said = life.output()
-  # 0: it was done; 1: done or stopped, and the full disk did not take the last
-  # checkpoint.
-  fine = {-signal.SIGKILL, 42, 0, *([1] if full else []), -signal.SIGTERM}
-  if code not in fine:
+  kept = "could not be saved" in said  # 1: by a full disk, which it says
+  if code not in (-signal.SIGKILL, -signal.SIGTERM, 42, 0, 1 if kept else 0):
     raise SystemExit(f"{name}: exit code {code}:\n{said}")
   counts["restarts"] += 1
   counts[signal.Signals(number).name] += not ended
@@ -226,31 +226,30 @@ def examples(folder):
   """{batch: ids of its examples}, and how many batches were made again."""
   batches, again = {}, 0
   for path in sorted(folder.glob("examples.*.jsonl")):
-    own = {}
     for line in path.read_text().splitlines():
       try:
         number, ids = json.loads(line)
       except ValueError:
         continue  # cut by a kill: the batch was not used
-      if number in own and own[number] != ids:
-        raise SystemExit(f"{path}: batch {number} was {own[number]}, now {ids}")
-      again += number in own
-      own[number] = ids
-    for number, ids in own.items():
-      batches[number] = sorted([*batches.get(number, []), *ids])
+      if batches.get(number, ids) != ids:
+        raise SystemExit(
+          f"{path}: batch {number} was {batches[number]}, now {ids}"
+        )
+      again += number in batches
+      batches[number] = ids
   return batches, again
 
 
 def checksums(folder, steps):
-  """Of every array of the last checkpoint."""
+  """Of every array of the last checkpoint; None if it is not there."""
   path = folder / "checkpoints" / str(steps) / "meta" / "metadata"
-  return json.loads(path.read_text())["checksums"]
+  return json.loads(path.read_text())["checksums"] if path.exists() else None
 
 
 def soak(name, kills, seed, folder):
-  """Does one part; {column: value}, "equal" says whether all held."""
+  """Does one part; {row of the table: value}."""
   began, rng = time.monotonic(), random.Random(f"{seed} {name}")
-  # A life lasts about a second, some ten steps; most end before that.
+  # A life makes up to eight batches, and most of the last ones again.
   steps, spoilt = 8 * (kills + 2), set()  # whole iterations of PPO
   names = ("restarts", "SIGKILL", "SIGTERM", "full disk", "flipped bit", "cut")
   counts = dict.fromkeys((*names, "deleted", "older checkpoint"), 0)
@@ -258,9 +257,11 @@ def soak(name, kills, seed, folder):
   life = Life(name, whole, steps)
   if life.end():
     raise SystemExit(f"{name}: {life.output()}")
-  while counts["restarts"] < kills:
+  while (done := counts["SIGKILL"] + counts["SIGTERM"]) < kills:
+    if checksums(cut, steps):
+      raise SystemExit(f"{name}: it was done after {done} of {kills} kills")
     one_kill(name, cut, steps, counts, spoilt, rng)
-    print(f"{name}: {counts['restarts']} of {kills} kills", flush=True)
+    print(f"{name}: {done} of {kills} kills", flush=True)
   life = Life(name, cut, steps)
   if life.end():
     raise SystemExit(f"{name}: {life.output()}")
@@ -303,9 +304,14 @@ def main():
   for name in [args.part] if args.part else PARTS:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
     kills = max(1, round(args.kills * PARTS[name].share))
-    result = results[name] = soak(name, kills, args.seed, folder)
+    try:
+      result = results[name] = soak(name, kills, args.seed, folder)
+    except SystemExit as error:
+      raise SystemExit(f"{error}\nseed {args.seed}, {folder}") from error
     bad = result["batches lost or changed"] or not result["params equal"]
     failed |= bool(bad)
+    if not bad:
+      shutil.rmtree(folder)
     print(
       f"{name}: {result['restarts']} restarts, "
       f"{result['batches lost or changed']} batches lost or changed, params "

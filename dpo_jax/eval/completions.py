@@ -124,7 +124,7 @@ def _agreed(path, identity, batch_size, total):
   if jax.process_index() == 0:
     try:
       rows = _continue(path, identity, batch_size, total)
-    except ValueError as caught:
+    except (ValueError, OSError) as caught:
       error = caught
   told = np.asarray([len(rows), error is not None], np.int32)
   if jax.process_count() > 1:

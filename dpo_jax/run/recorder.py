@@ -96,8 +96,9 @@ class Recorder:
     self._unsaved = False  # whether the last step could not be saved
     self._name = name
     self._raised, self._alarmed = set(), set()  # last time, and so far
-    steps = (row for row in history(workdir) if row["kind"] == "train")
-    self._first = next(steps, None) if start else None
+    before = history(workdir) if first and start else []
+    steps = (row for row in before if row["kind"] == "train")
+    self._first = next(steps, None)
     self._logger = log.Logger(
       workdir,
       every=run.rhythm.log,

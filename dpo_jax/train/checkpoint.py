@@ -10,6 +10,7 @@ from etils import epath
 
 from dpo_jax import store
 from dpo_jax.config import saved as saved_lib
+from dpo_jax.parallel import processes
 from dpo_jax.train import guard, intact
 from dpo_jax.train import state as state_lib
 
@@ -75,7 +76,7 @@ class Checkpointer:
     try:
       if not self._manager.save(step, args=args):
         raise OSError(f"{self._path}: step {step} was not accepted for saving")
-    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+    except Exception as error:  # each store has its own
       self._failed(error)
       return False
     return self._settle() if wait else True
@@ -104,8 +105,11 @@ class Checkpointer:
     # Orbax's manager keeps errors of what it writes beside the state, and would
     # raise them once more after the next save, which may be whole.
     _close(self._manager)
-    self._clean()
-    self._manager = intact.manager(self._path, self._options)
+    try:
+      self._clean()
+      self._manager = intact.manager(self._path, self._options)
+    except Exception as error:  # the closed one refuses the next save, too
+      warnings.warn(f"{self._path} cannot be read: {error}", stacklevel=4)
 
   def _clean(self):
     """Removes what failed saves left.
@@ -120,13 +124,17 @@ class Checkpointer:
         store.remove(path)
       time.sleep(0.1)
 
+  def _forget(self):
+    if jax.process_index() == 0:
+      (self._path.parent / "saved.json").unlink(missing_ok=True)
+
   def _record(self, step):
     if jax.process_index() > 0:
       return
     try:
       text = json.dumps({"step": step}) + "\n"
       store.write(self._path.parent / "saved.json", text.encode())
-    except OSError as error:  # it tells of an older step then, which is true
+    except OSError as error:  # it tells of an older step then, or is not there
       warnings.warn(f"saved.json was not written: {error}", stacklevel=3)
 
   def _check_there(self, steps):
@@ -177,7 +185,9 @@ class Checkpointer:
           f"{self._path}: the reference of this run is not the one it was "
           "started with; restore what init_from named, or use a new --workdir"
         )
-      self._record(step)  # first: what is set aside is not lost
+      if damaged:  # what is set aside is not lost; this works on a full disk
+        self._forget()
+      self._record(step)
       self._set_aside(damaged)
       return state.replace(**values)
     if steps:
@@ -189,13 +199,14 @@ class Checkpointer:
 
   def _set_aside(self, steps):
     """Moves damaged steps out of the way: they would block new ones."""
-    for step in steps:
+    for step in steps if jax.process_index() == 0 else ():
       target = self._path.parent / "damaged" / str(step)
       target.parent.mkdir(parents=True, exist_ok=True)
       if target.exists():
         target.rmtree()
       store.move_folder(self._path / str(step), target)
     if steps:
+      processes.largest(0)  # the others look when all is moved
       self._manager.reload()
 
   def _fingerprint_frozen(self, state):
@@ -230,7 +241,7 @@ def _close(manager):
   """Closes a manager; what it could not write was said already."""
   try:
     manager.close()
-  except (OSError, ValueError):
+  except Exception:
     return
 
 

@@ -22,8 +22,16 @@ class Damaged(Exception):
 # What Orbax and TensorStore raise for files that are missing, cut or changed.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
-# What says something about the machine, and nothing about the checkpoint.
-_SHORT_OF = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+# What tells of the machine, the network or one's rights, and not of the
+# checkpoint.
+_ELSEWHERE = (
+  *(errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM),
+  *(errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH),
+)
+_WORDS = (
+  *("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+  *("PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden"),
+)
 
 _PARTS = ("config", "checksums", "frozen", "leaves")
 
@@ -145,7 +153,7 @@ def item(manager, step, name, restore):
     # Of an array that lacks a file Orbax raises an Exception of no other kind.
     if type(error) is not Exception and not isinstance(error, _UNREADABLE):
       raise
-    if _short(error):
+    if _elsewhere(error):
       raise
     # TensorStore tells all that it knows of an array behind what happened.
     reason = re.split(r" \[|: \{|\. See", str(error).partition("\n")[0])[0]
@@ -153,12 +161,14 @@ def item(manager, step, name, restore):
   return found
 
 
-def _short(error):
-  """Whether an error comes of too little memory, or too many open files."""
+def _elsewhere(error):
+  """Whether an error comes of the machine, the network or one's rights."""
   while error is not None:
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, MemoryError | TimeoutError | ConnectionError):
       return True
-    if isinstance(error, OSError) and error.errno in _SHORT_OF:
+    if any(word in str(error) for word in _WORDS):
+      return True
+    if isinstance(error, OSError) and error.errno in _ELSEWHERE:
       return True
     error = error.__cause__ or error.__context__
   return False

@@ -59,7 +59,7 @@ class _Lease:
 
   def take(self):
     """Creates it, or takes it over from one that is gone."""
-    deadline, seen = None, None
+    deadline, seen, taken = None, None, False
     while not self._created():
       there = self._read()
       if there is None:
@@ -81,8 +81,13 @@ class _Lease:
       elif time.monotonic() > deadline:
         with contextlib.suppress(FileNotFoundError):
           self._store.rm_file(self._name)
+        taken = True
         continue
       time.sleep(BEAT / 10)
+    if taken:  # another may have waited as long, and removed this one's
+      time.sleep(BEAT / 5)
+      if (self._read() or {}).get("token") != self._about["token"]:
+        raise ValueError(f"{self._path}: another process took it; try again")
 
   def renew(self):
     """Writes it again, until it is `ended` or another holds it."""

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -47,12 +48,38 @@ def test_a_signal_goes_to_all_and_nothing_starts_again(tmp_path):
   )
 
   def send():
-    while len(list(tmp_path.iterdir())) < 2:
-      pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+      time.sleep(0.02)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   threading.Thread(target=send, daemon=True).start()
   assert launch.local(script(text), 2, restarts=5) == 42
+
+
+def test_the_last_words_of_all_are_heard(capfd):
+  """Also of one that is killed with its lines in a buffer, or none of text."""
+  text = (
+    "print('last'); sys.stdout.buffer.write(b'\\xff\\n'); "
+    "sys.stdout.flush(); n == '1' and os.kill(os.getpid(), 9); time.sleep(60)"
+  )
+  assert launch.local(script(text), 2, grace=0.2) == 128 + signal.SIGKILL
+  assert capfd.readouterr().err == "[1] last\n[1] \ufffd\n"
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+  """`nohup dpo-jax launch …` goes on when its terminal is closed."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    text = (
+      "import signal; os.kill(os.getppid(), 1); time.sleep(0.2); "
+      "sys.exit(signal.getsignal(1) is not signal.SIG_IGN)"
+    )
+    assert launch.local(script(text), 2) == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

@@ -173,3 +173,51 @@ def test_what_the_first_is_refused_ends_the_others(tmp_path, monkeypatch):
     loop.held([tmp_path]),
   ):
     pass
+
+
+ALONE = """
+import os, signal, sys, time
+from dpo_jax import cli, host
+port, process = sys.argv[1:]
+host.join(host.Processes(f"localhost:{port}", 2, int(process)))
+import jax
+jax.devices()
+if process == "0":
+  cli.main = lambda: time.sleep(30) or 0
+else:
+  cli.main = lambda: %s
+print("joined", flush=True)
+sys.exit(cli.command())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("what", "code"),
+  [
+    ("2", 2),  # a mistake that it alone sees, a file that it lacks
+    ("1 / 0", 1),
+    ("os.kill(os.getpid(), signal.SIGTERM) or time.sleep(30)", -15),
+  ],
+)
+def test_what_ends_one_alone_ends_it_at_once(what, code):
+  """R7: at its exit JAX would wait five minutes for the others."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-c", ALONE % what, port, str(process)],
+      cwd=conftest.ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for process in range(2)
+  ]
+  try:
+    assert running[1].stdout.readline() == "joined\n"
+    assert running[1].wait(timeout=20) == code
+    assert running[0].poll() is None
+  finally:
+    for process in running:
+      process.kill()

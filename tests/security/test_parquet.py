@@ -42,6 +42,20 @@ def test_a_small_file_of_many_equal_rows_is_read_in_parts(small, pool):
   assert pool.max_memory() < 2**25
 
 
+def test_rows_of_one_large_value_are_read_in_smaller_parts(
+  tmp_path, pool, monkeypatch
+):
+  """A value that stands in the file once may be that of every row."""
+  monkeypatch.setattr(files, "_BATCH", 2**22)
+  places = pa.array(np.zeros(300, np.int32))
+  column = pa.DictionaryArray.from_arrays(places, pa.array(["x" * 2**19]))
+  path = tmp_path / "large.parquet"
+  pq.write_table(pa.table({"text": column}), path, store_schema=False)
+  rows = list(itertools.islice(files.parquet(str(path)), 30))
+  assert len(rows[-1][1]["text"]) == 2**19
+  assert pool.max_memory() < 2**25  # 256 of them are 2**27
+
+
 def test_a_row_group_that_is_too_large_is_refused_with_a_way_out(
   tmp_path, monkeypatch
 ):

@@ -1,6 +1,7 @@
 """A chat template comes with a model: it may not go on for ever."""
 
 import concurrent.futures
+import contextlib
 import threading
 import time
 
@@ -29,6 +30,12 @@ def brief(monkeypatch):
   monkeypatch.setattr(chat, "_SECONDS", 0.2)
 
 
+def spin(seconds):
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    pass
+
+
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_an_end_is_an_error_that_names_it(
   name, tmp_path, brief
@@ -52,10 +59,10 @@ def test_it_is_no_bad_record_which_could_be_skipped(tmp_path, brief):
 
 def test_one_thread_is_ended_and_the_others_go_on():
   def work(number):
-    with limit.seconds(0.3 if number == 1 else 60, f"number {number}"):
-      end = time.monotonic() + (60 if number == 1 else 0.8)
-      while time.monotonic() < end:
-        pass
+    limit.within(
+      *(0.3 if number == 1 else 60, f"number {number}"),
+      lambda: spin(60 if number == 1 else 0.8),
+    )
     return number
 
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -68,25 +75,35 @@ def test_one_thread_is_ended_and_the_others_go_on():
 def test_what_ends_in_time_hears_nothing_of_it_later():
   """Around the limit: it is told, or it is not, and nothing comes after."""
   for share in (0.5, 0.9, 1.0, 1.1):
-    try:
-      with limit.seconds(0.1, "late"):
-        end = time.monotonic() + 0.2 * share
-        while time.monotonic() < end:
-          pass
-    except limit.TooLong:
-      pass
-    end = time.monotonic() + 0.15
-    while time.monotonic() < end:
-      pass
+    with contextlib.suppress(limit.TooLong):
+      limit.within(0.1, "late", lambda share=share: spin(0.2 * share))
+    spin(0.15)
   assert not limit._running
 
 
 def test_an_error_inside_stays_what_it_is_and_no_thread_is_left():
-  with pytest.raises(KeyError), limit.seconds(5, "late"):
-    raise KeyError
+  with pytest.raises(KeyError):
+    limit.within(5, "late", lambda: {}["nothing"])
   end = time.monotonic() + 10
   while limit._watchers and time.monotonic() < end:
     time.sleep(0.02)
   assert not limit._watchers
   names = {thread.name for thread in threading.enumerate()}
   assert not any("_watch" in name for name in names)
+
+
+def test_what_swallows_it_once_is_told_again(monkeypatch):
+  """As a destructor does, or a callback of the collector of garbage."""
+  monkeypatch.setattr(limit, "_AGAIN", 0.2)
+  swallowed = []
+
+  def work():
+    try:
+      spin(30)
+    except limit._Stop:
+      swallowed.append(1)
+    spin(30)
+
+  with pytest.raises(limit.TooLong, match="late"):
+    limit.within(0.1, "late", work)
+  assert swallowed == [1]

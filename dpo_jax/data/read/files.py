@@ -22,7 +22,8 @@ _JSON_COLUMNS = {
   *("probability", "probabilities"),
 }
 
-_ROWS = 256  # of a Parquet file that are in memory at once
+_ROWS = 256  # of a Parquet file that are in memory at once, at most,
+_BATCH = 2**30  # and bytes of them, if no value is larger than its row group
 _GROUP = 2**32  # bytes, decompressed, that one of its row groups may have
 
 
@@ -180,13 +181,20 @@ def _batches(path):
     file = pq.ParquetFile(pa.BufferReader(_read_bytes(path)))
     _check_names(path, file.schema_arrow.names)
     _check_groups(path, file.metadata)
-    for batch in file.iter_batches(_ROWS):
+    for batch in file.iter_batches(_rows_at_once(file.metadata)):
       batch.validate(full=True)
       yield batch
   except (pa.ArrowException, OSError) as error:
     raise ValueError(
       f"{path}: not a whole Parquet file: {' '.join(str(error).split())}"
     ) from error
+
+
+def _rows_at_once(about):
+  """Rows that fit, whatever value of a row group each of them has."""
+  groups = range(about.num_row_groups)
+  sizes = [about.row_group(number).total_byte_size for number in groups]
+  return max(1, min(_ROWS, _BATCH // max(1, *sizes, 1)))
 
 
 def _check_groups(path, about):

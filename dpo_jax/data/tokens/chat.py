@@ -64,19 +64,19 @@ def template(hf):
     return _NOW.sub(lambda found: repr(_DAY.strftime(found[2])), text)
 
   def apply(messages, add_generation_prompt, tools=None):
-    with limit.seconds(
+    return limit.within(
       _SECONDS,
       f"the chat template of {hf.name_or_path} is not done after "
       f"{_SECONDS:.0f} seconds: does it loop for ever? Mend 'chat_template' in "
       "the tokenizer's folder, or give prompt and completions as text",
-    ):
-      return hf.apply_chat_template(
+      lambda: hf.apply_chat_template(
         messages,
         tools=tools,
         tokenize=False,
         chat_template=source(tools is not None),
         add_generation_prompt=add_generation_prompt,
-      )
+      ),
+    )
 
   return apply
 

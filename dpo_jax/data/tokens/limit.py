@@ -1,11 +1,11 @@
 """A time limit on code that a model brings, in whatever thread it runs."""
 
-import contextlib
 import ctypes
 import threading
 import time
 
 _POLL = 0.1  # seconds between looks at what is running
+_AGAIN = 5.0  # seconds until what did not end is told once more
 _lock = threading.Lock()
 _watchers = []  # the thread that watches, if one does
 _running = {}  # {object: [thread, when it has to be done, whether it was told]}
@@ -19,9 +19,8 @@ class _Stop(BaseException):
   """Raised in a thread from outside; no `except Exception` there takes it."""
 
 
-@contextlib.contextmanager
-def seconds(limit, message):
-  """Ends what goes on inside after `limit` seconds, between two of its steps.
+def within(limit, message, work):
+  """work(), which is ended after `limit` seconds, between two of its steps.
 
   Signals reach the main thread alone, and a thread cannot be ended; an
   exception can be raised in it. One call of C, such as copying a long string,
@@ -30,26 +29,32 @@ def seconds(limit, message):
   Args:
     limit: seconds.
     message: of the error.
+    work: function without arguments.
   Raises: TooLong.
   """
   mine = object()
+  try:
+    try:
+      _begin(mine, limit)
+      return work()
+    finally:
+      with _lock:
+        thread, _, told = _running.pop(mine, (None, None, False))
+        if told:  # it may have been done before the exception got there
+          _raise_in(thread, None)
+  except _Stop:
+    raise TooLong(message) from None
+  finally:
+    _running.pop(mine, None)
+
+
+def _begin(mine, limit):
   with _lock:
     # One that sleeps is alive; in a fork of this process it is not.
     if not any(watcher.is_alive() for watcher in _watchers):
       _watchers[:] = [threading.Thread(target=_watch, daemon=True)]
       _watchers[0].start()
     _running[mine] = [threading.get_ident(), time.monotonic() + limit, False]
-  try:
-    try:
-      yield
-    finally:
-      with _lock:
-        thread, _, told = _running.pop(mine)
-        if told:  # it may have been done before the exception got there
-          _raise_in(thread, None)
-  except _Stop:
-    _running.pop(mine, None)
-    raise TooLong(message) from None
 
 
 def _watch():
@@ -61,9 +66,10 @@ def _watch():
         _watchers.clear()
         return
       for each in _running.values():
-        thread, end, told = each
-        if not told and time.monotonic() > end:
-          each[2] = True
+        thread, end, _ = each
+        if time.monotonic() > end:
+          # Again, if a destructor or the like was where it got to.
+          each[1:] = time.monotonic() + _AGAIN, True
           _raise_in(thread, ctypes.py_object(_Stop))
 
 
