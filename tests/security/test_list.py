@@ -34,7 +34,7 @@ TESTED = {
   ),
   "a chat template that never ends": (
     "security/test_template_time.py",
-    "test_a_template_is_ended_in_every_thread_and_nothing_comes_after",
+    "test_a_template_without_an_end_is_an_error_that_names_it",
   ),
   "a sweep that names folders elsewhere": (
     "security/test_folders.py",
